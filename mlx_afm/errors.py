@@ -1,0 +1,78 @@
+"""Every error the library raises on purpose.
+
+    AFMError
+    ├── ConfigError (ValueError)        a model configuration or a setting
+    ├── FormatError (ValueError)        a file or folder that is not what its name says
+    ├── TensorsError (ValueError)       tensors missing, surplus or of the wrong shape
+    ├── DataError (ValueError)          a training record
+    ├── AdapterError (ValueError)       an adapter that does not belong to this model
+    └── MissingDependencyError (ImportError)
+
+A message always answers the same questions in the same order: where, what, expected, found, and
+what to do about it. Several faults of one kind travel in one error, a line each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class AFMError(Exception):
+    """Base of the library's errors.
+
+    Args:
+        what: the fault, in one clause.
+        where: file, tensor, line or offset it was found at.
+        expected: what would have been right.
+        found: what was there.
+        advice: what the user can do about it.
+        details: further faults of the same kind, shown a line each.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        expected: object = None,
+        found: object = None,
+        advice: str | None = None,
+        details: Sequence[str] = (),
+    ) -> None:
+        self.what, self.where, self.expected, self.found = what, where, expected, found
+        self.advice, self.details = advice, tuple(details)
+        super().__init__(self._message())
+
+    def _message(self) -> str:
+        text = self.what if self.where is None else f"{self.where}: {self.what}"
+        facts = [("expected", self.expected), ("found", self.found)]
+        known = ", ".join(f"{name} {value}" for name, value in facts if value is not None)
+        if known:
+            text += f" ({known})"
+        if self.advice:
+            text += f". {self.advice}"
+        return "\n".join([text, *(f"  {line}" for line in self.details)])
+
+
+class ConfigError(AFMError, ValueError):
+    """A model configuration or a setting that cannot be used."""
+
+
+class FormatError(AFMError, ValueError):
+    """A file or folder that is damaged, unsafe, or not of the form it claims."""
+
+
+class TensorsError(AFMError, ValueError):
+    """Tensors that are missing, surplus or of the wrong shape; all of them in one error."""
+
+
+class DataError(AFMError, ValueError):
+    """A training record that would teach something wrong or nothing."""
+
+
+class AdapterError(AFMError, ValueError):
+    """An adapter that does not belong to this model or cannot be expressed in the wanted form."""
+
+
+class MissingDependencyError(AFMError, ImportError):
+    """An optional library that this operation needs and that is not installed."""
