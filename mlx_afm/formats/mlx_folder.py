@@ -1,0 +1,70 @@
+"""The weights of an mlx-lm model folder: safetensors shards and their index.
+
+One shard is `model.safetensors`; several are `model-00001-of-00007.safetensors` and so on. The index
+`model.safetensors.index.json` is {"metadata": {"total_size"}, "weight_map": {tensor: file}}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from mlx_afm.errors import FormatError
+from mlx_afm.files import write_json
+from mlx_afm.formats.safetensors_file import read_safetensors, write_safetensors
+from mlx_afm.formats.tensors import LazyTensor
+
+MAX_SHARD_BYTES = 5 << 30
+
+
+def plan_shards(sizes: Mapping[str, int], max_shard_bytes: int = MAX_SHARD_BYTES) -> list[list[str]]:
+    """Names in order, cut into shards of at most the given size (a larger tensor has its own)."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def write_shards(folder: Path, tensors: Mapping[str, LazyTensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Writes shards and index into a folder, one tensor in memory at a time."""
+    shards = plan_shards({name: tensor.nbytes for name, tensor in tensors.items()}, max_shard_bytes)
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_safetensors(folder / file, {name: tensors[name] for name in names}, {"format": "mlx"})
+        weight_map.update(dict.fromkeys(names, file))
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(folder / "model.safetensors.index.json", index)
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The weight files of a folder, in order.
+
+    Raises:
+        FormatError: there are none.
+    """
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise FormatError("no weights", where=folder, expected="model*.safetensors", advice="Is this a model folder?")
+    return files
+
+
+def read_shards(folder: Path) -> dict[str, LazyTensor]:
+    """All tensors of a folder, memory-mapped.
+
+    Raises:
+        FormatError: no weights, a damaged file, or a name that occurs in two files.
+    """
+    tensors: dict[str, LazyTensor] = {}
+    for file in shard_files(folder):
+        for name, tensor in read_safetensors(file).items():
+            if name in tensors:
+                raise FormatError(f"tensor {name} occurs in two files", where=file)
+            tensors[name] = tensor
+    return tensors

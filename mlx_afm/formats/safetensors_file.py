@@ -1,0 +1,115 @@
+"""Safetensors files: an 8-byte little-endian header length, a JSON header, then raw values.
+
+The header maps each name to {"dtype", "shape", "data_offsets": [start, end]}, offsets counted from
+the end of the header; "__metadata__" maps strings to strings. Values are little-endian, row-major,
+without gaps. Limits: a header of at most 100 MB, ranges inside the file, no overlap.
+
+Ours rather than the `safetensors` package because NumPy has no bfloat16 and because a model is
+written tensor by tensor: one tensor in memory, never the whole file.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import struct
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_afm.errors import FormatError
+from mlx_afm.files import atomic_file
+from mlx_afm.formats.tensors import STORAGE_DTYPES, LazyTensor
+
+MAX_HEADER_BYTES = 100_000_000
+CODES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint64": "U64",
+    "uint32": "U32",
+    "uint16": "U16",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+DTYPES = {code: dtype for dtype, code in CODES.items()}
+
+
+def read_safetensors(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of a file, memory-mapped, in the order of its header.
+
+    Raises:
+        FormatError: not a safetensors file, or an entry that does not fit the file.
+    """
+    if not path.is_file():
+        raise FormatError("no such file", where=path)
+    with path.open("rb") as handle:
+        prefix = handle.read(8)
+        size = path.stat().st_size
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise FormatError("not a safetensors file", where=path, expected="a header length", found=length)
+        header = _parse_header(handle.read(length), path)
+        data = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+    header.pop("__metadata__", None)
+    start = 8 + length
+    return {name: _tensor(data, start, entry, f"{path}, tensor {name}") for name, entry in header.items()}
+
+
+def _parse_header(raw: bytes, path: Path) -> dict[str, Any]:
+    try:
+        header = json.loads(raw.decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise FormatError("the header is not JSON", where=path) from error
+    if not isinstance(header, dict):
+        raise FormatError("the header is not a JSON object", where=path)
+    return header
+
+
+def _tensor(data: mmap.mmap, start: int, entry: Any, where: str) -> LazyTensor:
+    try:
+        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+        first, last = entry["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError("damaged header entry", where=where, found=entry) from error
+    if not all(type(value) is int and value >= 0 for value in (*shape, first, last)):
+        raise FormatError("sizes and offsets must be whole numbers", where=where, found=entry)
+    tensor = LazyTensor(dtype, shape, partial(_view, data, dtype, shape, start + first))
+    if last - first != tensor.nbytes or start + last > len(data):
+        raise FormatError("the values do not fit", where=where, expected=f"{tensor.nbytes} bytes", found=entry)
+    return tensor
+
+
+def _view(data: mmap.mmap, dtype: str, shape: tuple[int, ...], offset: int) -> npt.NDArray[Any]:
+    count = int(np.prod(shape, dtype=np.int64))
+    return np.frombuffer(data, STORAGE_DTYPES[dtype], count, offset).reshape(shape)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a file atomically, reading one tensor at a time. Same tensors, same bytes.
+
+    Cost: memory for one tensor.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, tensor in tensors.items():
+        entry = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape)}
+        header[name] = {**entry, "data_offsets": [offset, offset + tensor.nbytes]}
+        offset += tensor.nbytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with atomic_file(path) as partial_path, partial_path.open("wb") as handle:
+        handle.write(struct.pack("<Q", len(raw)))
+        handle.write(raw)
+        for tensor in tensors.values():
+            values = np.ascontiguousarray(tensor.read(), dtype=STORAGE_DTYPES[tensor.dtype])
+            handle.write(values.reshape(-1).view(np.uint8).data)

@@ -1,0 +1,166 @@
+"""Building blocks that are the same in both kinds of layers.
+
+Shape suffixes: B batch, L tokens, H heads, E head width, D model width.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_afm.model.config import AFMConfig
+from mlx_afm.model.lora import LoRAFusedLinear, LoRALinear
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, in float32 including the weight, rounded once.
+
+    `mlx.nn.RMSNorm` rounds the normalised value before it multiplies by the weight, which in
+    16 bits is off by up to one unit in the last place, and returns float32 for a float32 weight.
+    """
+
+    def __init__(self, dims: int, eps: float) -> None:
+        super().__init__()
+        self.weight = mx.ones((dims,))
+        self.eps = eps
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """The normalised x, in x's dtype."""
+        y = mx.fast.rms_norm(x.astype(mx.float32), self.weight.astype(mx.float32), self.eps)
+        return y.astype(x.dtype)
+
+
+def _initial_weight(output_dims: int, input_dims: int) -> mx.array:
+    return mx.random.normal((output_dims, input_dims), scale=1 / math.sqrt(input_dims))
+
+
+class Linear(nn.Linear):
+    """A linear layer without bias that knows its adapted form."""
+
+    def __init__(self, input_dims: int, output_dims: int) -> None:
+        super().__init__(input_dims, output_dims, bias=False)
+        self.weight = _initial_weight(output_dims, input_dims)
+
+    def to_lora(
+        self, r: int = 32, scale: float = 0.5, dropout: float = 0.0, key: mx.array | None = None
+    ) -> LoRALinear:
+        """This layer with a low-rank update of rank r (argument names are mlx-lm's)."""
+        return LoRALinear(self, r, scale=scale, dropout=dropout, key=key)
+
+    def with_weight(self, weight: mx.array) -> Linear:
+        """A layer of the same form with another weight."""
+        other = Linear(1, 1)
+        other.weight = weight
+        return other
+
+
+class FusedLinear(nn.Module):
+    """One matrix that makes queries, keys and values; its rows are in this order.
+
+    A module of its own, not an `nn.Linear`: it returns three arrays, and everything that replaces
+    linear layers by their class must leave it alone.
+    """
+
+    def __init__(self, input_dims: int, q_dims: int, kv_dims: int) -> None:
+        super().__init__()
+        self.q_dims, self.kv_dims = q_dims, kv_dims
+        self.weight = _initial_weight(q_dims + 2 * kv_dims, input_dims)
+
+    @property
+    def input_dims(self) -> int:
+        """Width of the input."""
+        return int(self.weight.shape[-1])
+
+    def __call__(self, x: mx.array, x_queries: mx.array | None = None) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries, keys and values of x; with `x_queries`, queries of that and the rest of x."""
+        if x_queries is None:
+            q, k, v = mx.split(x @ self.weight.T, [self.q_dims, self.q_dims + self.kv_dims], axis=-1)
+        else:
+            q = x_queries @ self.weight[: self.q_dims].T
+            k, v = mx.split(x @ self.weight[self.q_dims :].T, 2, axis=-1)
+        return q, k, v
+
+    def to_lora(
+        self,
+        r: int = 32,
+        scale: float = 0.5,
+        dropout: float = 0.0,
+        parts: tuple[str, ...] = ("q", "k", "v"),
+        key: mx.array | None = None,
+    ) -> LoRAFusedLinear:
+        """This layer with a low-rank update of rank r for each of `parts`."""
+        return LoRAFusedLinear(self, r, scale=scale, dropout=dropout, parts=parts, key=key)
+
+    def with_weight(self, weight: mx.array) -> FusedLinear:
+        """A layer of the same form with another weight."""
+        other = FusedLinear(1, self.q_dims, self.kv_dims)
+        other.weight = weight
+        return other
+
+
+class FeedForward(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: AFMConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_dim, config.feed_forward_dim)
+        self.up_proj = Linear(config.hidden_dim, config.feed_forward_dim)
+        self.down_proj = Linear(config.feed_forward_dim, config.hidden_dim)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """The feed-forward of x, (..., D) to (..., D)."""
+        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+@mx.custom_function
+def fake_quantize(x: mx.array, scale: mx.array) -> mx.array:
+    """x on the grid of symmetric int8 with step `scale`: round half to even, clamp, multiply back.
+
+    Computed in float32, returned in x's dtype. The gradient passes straight through, also where
+    values are clamped; `scale` gets none. Without that, `mx.round` has gradient zero, and neither
+    key nor value adapters nor anything below them would train.
+
+    Source: architecture notes, checked against the torch oracle.
+    """
+    steps = mx.clip(mx.round(x.astype(mx.float32) / scale), -128, 127)
+    return (steps * scale).astype(x.dtype)
+
+
+@fake_quantize.vjp
+def _straight_through(primals: list[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
+    return cotangent, mx.zeros_like(primals[1])
+
+
+@cache
+def rotary_frequencies(head_dim: int, theta: float) -> tuple[float, ...]:
+    """Angle per position of each pair: theta^(-2i/E), exponent and power in double, then float32.
+
+    The exponent is written as the reference computes it, since at far positions the last bit of a
+    frequency shows.
+    """
+    half = head_dim // 2
+    step = (2 / head_dim - 1) / (half - 1)
+    return tuple(float(np.float32(theta ** (i * step))) for i in range(half))
+
+
+def rotary_tables(positions_BL: mx.array, config: AFMConfig, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """Cosines and sines, each (B, L, 1, E / 2): angles in float32, then cast to `dtype`.
+
+    Tables of our own, since queries sit at chosen positions, which `mx.fast.rope` cannot take, and
+    since its float32 angles differ from the reference's by 1e-4 at position 4000.
+    """
+    frequencies = mx.array(rotary_frequencies(config.head_dim, config.rope_theta))
+    angles = positions_BL.astype(mx.float32)[..., None, None] * frequencies
+    return mx.cos(angles).astype(dtype), mx.sin(angles).astype(dtype)
+
+
+def rotate(x_BLHE: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    """Turns each interleaved pair (x[2i], x[2i + 1]) by its angle."""
+    pairs = x_BLHE.reshape(*x_BLHE.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    turned = mx.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return turned.reshape(x_BLHE.shape)

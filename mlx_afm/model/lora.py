@@ -1,0 +1,135 @@
+"""Low-rank adapters (LoRA) of the model's projections.
+
+They live beside the layers because each layer owns its verbs: `to_lora` makes the adapted form of a
+layer, `fuse` makes the plain one again. Deciding which layers to adapt is `mlx_afm.adapters`' task.
+
+Arrays: `lora_a` (in, R) and `lora_b` (R, out), always float32; one pair per module and never a list,
+since mlx-lm's loader accepts only names that end in `lora_a` or `lora_b`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+
+PARTS = ("q", "k", "v")  # of the fused projection, in the order of its rows
+
+
+class FusedProjection(Protocol):
+    """A projection to queries, keys and values at once; see `layers.FusedLinear`."""
+
+    weight: mx.array
+    input_dims: int
+    q_dims: int
+    kv_dims: int
+
+    def __call__(self, x: mx.array, x_queries: mx.array | None = None) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries, keys and values."""
+
+    def with_weight(self, weight: mx.array) -> nn.Module:
+        """A dense projection of the same form."""
+
+
+def initial_lora_a(input_dims: int, rank: int, key: mx.array | None) -> mx.array:
+    """Start value of `lora_a`: normal, deviation 1 / sqrt(in), as the toolkit starts."""
+    return mx.random.normal((input_dims, rank), scale=1 / math.sqrt(input_dims), key=key)
+
+
+def add_low_rank(
+    y: mx.array, x: mx.array, lora_a: mx.array, lora_b: mx.array, scale: float, dropout: nn.Dropout
+) -> mx.array:
+    """y + scale * (x A) B with one rounding at the end; A and B are used in the dtype of x."""
+    inner = dropout(x) @ lora_a.astype(x.dtype)
+    return mx.addmm(y, inner, lora_b.astype(x.dtype), alpha=scale)
+
+
+def low_rank_delta(lora_a: mx.array, lora_b: mx.array, scale: float) -> mx.array:
+    """What the pair adds to a weight: (out, in), float32."""
+    return scale * (lora_a.astype(mx.float32) @ lora_b.astype(mx.float32)).T
+
+
+class LowRank(nn.Module):
+    """The pair of matrices of one part of the fused projection."""
+
+    def __init__(self, input_dims: int, output_dims: int, rank: int, key: mx.array | None = None) -> None:
+        super().__init__()
+        self.lora_a = initial_lora_a(input_dims, rank, key)
+        self.lora_b = mx.zeros((rank, output_dims))
+
+
+class LoRALinear(nn.Module):
+    """A linear layer and its low-rank update."""
+
+    def __init__(
+        self, linear: nn.Module, rank: int, *, scale: float, dropout: float = 0.0, key: mx.array | None = None
+    ) -> None:
+        super().__init__()
+        output_dims, input_dims = linear.weight.shape
+        if isinstance(linear, nn.QuantizedLinear):
+            input_dims = input_dims * 32 // linear.bits
+        self.linear = linear
+        self.scale = scale
+        self.dropout = nn.Dropout(dropout)
+        self.lora_a = initial_lora_a(input_dims, rank, key)
+        self.lora_b = mx.zeros((rank, output_dims))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """The adapted projection of x (..., in)."""
+        return add_low_rank(self.linear(x), x, self.lora_a, self.lora_b, self.scale, self.dropout)
+
+    def fuse(self, dequantize: bool = False) -> nn.Module:
+        """A plain linear layer with the update added to its weight in float32, rounded once."""
+        weight = self.linear.weight
+        delta = low_rank_delta(self.lora_a, self.lora_b, self.scale)
+        return self.linear.with_weight((weight.astype(mx.float32) + delta).astype(weight.dtype))
+
+
+class LoRAFusedLinear(nn.Module):
+    """The fused projection with up to three updates, `q`, `k` and `v`: three modules, three pairs."""
+
+    def __init__(
+        self,
+        linear: FusedProjection,
+        rank: int,
+        *,
+        scale: float,
+        dropout: float = 0.0,
+        parts: tuple[str, ...] = PARTS,
+        key: mx.array | None = None,
+    ) -> None:
+        super().__init__()
+        self.linear = linear
+        self.scale = scale
+        self.dropout = nn.Dropout(dropout)
+        keys = [None] * len(PARTS) if key is None else mx.random.split(key, len(PARTS))
+        for part, part_key in zip(PARTS, keys):
+            if part in parts:
+                output_dims = linear.q_dims if part == "q" else linear.kv_dims
+                self[part] = LowRank(linear.input_dims, output_dims, rank, part_key)
+
+    def __call__(self, x: mx.array, x_queries: mx.array | None = None) -> tuple[mx.array, mx.array, mx.array]:
+        """Adapted queries, keys and values; queries of `x_queries` if given."""
+        sources = (x if x_queries is None else x_queries, x, x)
+        q, k, v = (
+            y if part not in self else self._add(self[part], y, source)
+            for part, y, source in zip(PARTS, self.linear(x, x_queries), sources)
+        )
+        return q, k, v
+
+    def _add(self, pair: LowRank, y: mx.array, x: mx.array) -> mx.array:
+        return add_low_rank(y, x, pair.lora_a, pair.lora_b, self.scale, self.dropout)
+
+    def fuse(self, dequantize: bool = False) -> nn.Module:
+        """A plain fused projection with the updates added to its rows in float32, rounded once."""
+        weight, rows = self.linear.weight, []
+        for part in PARTS:
+            size = self.linear.q_dims if part == "q" else self.linear.kv_dims
+            if part in self:
+                rows.append(low_rank_delta(self[part].lora_a, self[part].lora_b, self.scale))
+            else:
+                rows.append(mx.zeros((size, self.linear.input_dims)))
+        fused = weight.astype(mx.float32) + mx.concatenate(rows)
+        return self.linear.with_weight(fused.astype(weight.dtype))
