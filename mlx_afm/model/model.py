@@ -142,7 +142,12 @@ class Model(nn.Module):
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Logits (..., V) of hidden states (..., D): the product with the embedding."""
-        return self.model.embedding.as_linear(hidden)
+        return self.head.as_linear(hidden)
+
+    @property
+    def head(self) -> nn.Embedding:
+        """The module that makes logits: the embedding, whose weight is also the output matrix."""
+        return self.model.embedding
 
     def make_cache(self, left_padding: Sequence[int] | None = None) -> list[KVCache]:
         """One empty cache per ordinary layer; `left_padding` says how much padding each row starts with."""

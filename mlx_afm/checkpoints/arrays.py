@@ -1,0 +1,39 @@
+"""Tensors of files to MLX arrays and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from mlx_afm.formats.tensors import LazyTensor
+
+FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def to_mlx(tensor: LazyTensor) -> mx.array:
+    """The values as an MLX array of the same dtype; one copy (float64 becomes float32: Metal has none)."""
+    values = np.ascontiguousarray(tensor.read())
+    if tensor.dtype == "bfloat16":
+        return mx.array(values).view(mx.bfloat16)
+    return mx.array(values.astype(np.float32) if tensor.dtype == "float64" else values)
+
+
+def from_mlx(array: mx.array) -> LazyTensor:
+    """An MLX array as a tensor to be written."""
+    dtype = str(array.dtype).removeprefix("mlx.core.").removesuffix("_")
+    return LazyTensor(dtype, tuple(array.shape), lambda: _to_numpy(array))
+
+
+def _to_numpy(array: mx.array) -> npt.NDArray[Any]:
+    return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
+
+
+def cast(tensor: LazyTensor, dtype: str | None) -> LazyTensor:
+    """The tensor in another floating dtype, rounded to nearest even when read; others as they are."""
+    if dtype is None or dtype == tensor.dtype or tensor.dtype not in (*FLOAT_DTYPES, "float64"):
+        return tensor
+    wanted = getattr(mx, dtype)
+    return LazyTensor(dtype, tensor.shape, lambda: _to_numpy(to_mlx(tensor).astype(wanted)))

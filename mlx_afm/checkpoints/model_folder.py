@@ -1,0 +1,165 @@
+"""MLX model folders: mlx-lm's layout, and what its names cannot hold beside it.
+
+    config.json, model*.safetensors, model.safetensors.index.json    as mlx-lm has them
+    tokenizer.model and what transformers' AutoTokenizer needs       if the source had a tokenizer
+    toolkit/base-model-config.json      the toolkit's JSON, byte for byte
+    toolkit/observers.safetensors       ranges and counters of the K/V quantisers, by the toolkit's names
+    base_adapter/                       the adapter tensors of base-model.pt, an adapter folder
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlx_afm.checkpoints.arrays import cast
+from mlx_afm.checkpoints.names import Entry, Kind, plan_names
+from mlx_afm.checkpoints.toolkit import ToolkitCheckpoint, quantizer_scale, range_of_scale
+from mlx_afm.errors import ConfigError, FormatError
+from mlx_afm.files import read_json, write_json
+from mlx_afm.formats.mlx_folder import read_shards, shard_files, write_shards
+from mlx_afm.formats.safetensors_file import read_safetensors, write_safetensors
+from mlx_afm.formats.tensors import LazyTensor
+from mlx_afm.formats.torch_file import write_torch
+from mlx_afm.model import AFMConfig, Model, ToolkitConfig, parse_toolkit_config, to_toolkit_config
+from mlx_afm.tree import require_same_tensors
+
+TOOLKIT_CONFIG = Path("toolkit", "base-model-config.json")
+OBSERVERS = Path("toolkit", "observers.safetensors")
+BASE_ADAPTER = "base_adapter"
+
+
+def read_config(folder: Path) -> AFMConfig:
+    """The model configuration of a folder.
+
+    Raises:
+        FormatError: not a model folder. ConfigError: not an AFM text v7 model, or a quantised one.
+    """
+    values = _read_config_json(folder)
+    if "quantization" in values or "quantization_config" in values:
+        raise ConfigError("quantised folders cannot be loaded by this version", where=folder / "config.json")
+    try:
+        return AFMConfig.from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(
+            error.what, where=folder / "config.json", expected=error.expected, found=error.found, details=error.details
+        ) from None
+
+
+def _read_config_json(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise FormatError("no such folder", where=folder, expected="an MLX model folder")
+    if not (folder / "config.json").is_file():
+        advice = "Convert a toolkit folder first: mlx-afm convert --hf-path TOOLKIT --mlx-path FOLDER"
+        raise FormatError("no config.json", where=folder, expected="an MLX model folder", advice=advice)
+    values = read_json(folder / "config.json")
+    if not isinstance(values, dict):
+        raise FormatError("not a JSON object", where=folder / "config.json")
+    return values
+
+
+def model_tensors(checkpoint: ToolkitCheckpoint, dtype: str | None) -> dict[str, LazyTensor]:
+    """The model's tensors by our names, cast when they are read; quantiser steps stay float32."""
+    tensors = {}
+    for entry in plan_names(checkpoint.config):
+        source = checkpoint.tensors[entry.toolkit]
+        if entry.kind is Kind.WEIGHT:
+            tensors[entry.ours] = cast(source, dtype)
+        elif entry.kind is Kind.RANGE:
+            tensors[entry.ours] = LazyTensor.of(quantizer_scale(source.read()))
+    return tensors
+
+
+def write_model_folder(folder: Path, config: AFMConfig, tensors: Mapping[str, LazyTensor], **extra: Any) -> None:
+    """Writes `config.json` (with `extra` keys) and the weights into an existing folder."""
+    write_json(folder / "config.json", {**config.to_dict(), "tie_word_embeddings": True, **extra})
+    write_shards(folder, tensors)
+
+
+def write_toolkit_parts(folder: Path, checkpoint: ToolkitCheckpoint) -> None:
+    """Writes the toolkit's JSON and the observers beside the weights."""
+    (folder / TOOLKIT_CONFIG).parent.mkdir(exist_ok=True)
+    (folder / TOOLKIT_CONFIG).write_bytes(checkpoint.config_text)
+    kinds = (Kind.RANGE, Kind.SAMPLES)
+    names = [entry.toolkit for entry in plan_names(checkpoint.config) if entry.kind in kinds]
+    if names:
+        write_safetensors(folder / OBSERVERS, {name: checkpoint.tensors[name] for name in names})
+
+
+def load_model(folder: Path, *, lazy: bool = False) -> Model:
+    """The model of an MLX folder, names and shapes checked before a single value is read.
+
+    Args:
+        folder: an MLX model folder.
+        lazy: leave the weights on disk until they are used.
+
+    Raises:
+        FormatError, ConfigError: see `read_config`. TensorsError: weights of another model.
+    """
+    model = Model(read_config(folder))
+    expected = {name: tuple(array.shape) for name, array in tree_flatten(model.parameters())}
+    found = {name: tensor.shape for name, tensor in read_shards(folder).items()}
+    require_same_tensors(expected, found, where=folder)
+    weights: dict[str, mx.array] = {}
+    for file in shard_files(folder):
+        weights.update(mx.load(str(file)))
+    model.load_weights(list(weights.items()))
+    model.eval()
+    if not lazy:
+        mx.eval(model.parameters())
+    return model
+
+
+def read_toolkit_config(folder: Path) -> ToolkitConfig:
+    """The toolkit's configuration a folder came from, or one made from its `config.json`."""
+    if (folder / TOOLKIT_CONFIG).is_file():
+        return parse_toolkit_config(read_json(folder / TOOLKIT_CONFIG), where=folder / TOOLKIT_CONFIG)
+    return ToolkitConfig(model=read_config(folder), adapter=None)
+
+
+def write_torch_checkpoint(
+    source: Path, target: Path, adapter: Mapping[str, LazyTensor], dtype: str | None = None
+) -> ToolkitConfig:
+    """Writes an MLX folder as `target`/base-model.pt and its JSON.
+
+    Args:
+        source: the MLX folder.
+        target: an existing folder.
+        adapter: the base adapter by our names; needed if the toolkit's JSON names one.
+        dtype: cast weights to this on the way; None keeps them.
+
+    Raises:
+        TensorsError: the folder lacks a tensor the configuration asks for.
+    """
+    config = read_toolkit_config(source)
+    ours = {**read_shards(source), **adapter}
+    observers = read_safetensors(source / OBSERVERS) if (source / OBSERVERS).is_file() else {}
+    entries = plan_names(config)
+    wanted = {e.ours: e.shape for e in entries if e.kind in (Kind.WEIGHT, Kind.ADAPTER)}
+    scales: dict[str, tuple[int, ...]] = {e.ours: () for e in entries if e.kind is Kind.RANGE}
+    require_same_tensors({**wanted, **scales}, {name: tensor.shape for name, tensor in ours.items()}, where=source)
+    state = {e.toolkit: _state_value(e, ours, observers, dtype) for e in entries if e.kind is not Kind.ALIAS}
+    write_torch(target / "base-model.pt", state, aliases={"output_transform.weight": "embedding.weight"})
+    if (source / TOOLKIT_CONFIG).is_file():
+        (target / "base-model-config.json").write_bytes((source / TOOLKIT_CONFIG).read_bytes())
+    else:
+        write_json(target / "base-model-config.json", to_toolkit_config(config))
+    return config
+
+
+def _state_value(
+    entry: Entry, ours: Mapping[str, LazyTensor], observers: Mapping[str, LazyTensor], dtype: str | None
+) -> LazyTensor:
+    if entry.kind in (Kind.WEIGHT, Kind.ADAPTER):
+        return cast(ours[entry.ours], dtype if entry.kind is Kind.WEIGHT else None)
+    if entry.toolkit in observers:
+        return observers[entry.toolkit]
+    if entry.kind is Kind.SAMPLES:  # a folder that never was a toolkit checkpoint: the counter only has to be set
+        import numpy as np
+
+        return LazyTensor.of(np.array(1, np.int64))
+    return LazyTensor.of(range_of_scale(ours[entry.ours].read()))

@@ -1,0 +1,112 @@
+"""Sums over one optimizer step: losses, gradients and token counts travel together, divided once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.optimizers import Optimizer, clip_grad_norm
+from mlx.utils import tree_flatten, tree_map
+
+from mlx_afm.data import Batch
+from mlx_afm.errors import ConfigError
+from mlx_afm.model import Model
+from mlx_afm.training.loss import chunked_cross_entropy, cross_entropy, summed_loss
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Outcome of one optimizer step.
+
+    Attributes:
+        loss: sum over all targets, nats.
+        tokens: sum of their weights.
+        read_tokens: tokens of the inputs that are not padding, an upper bound.
+        gradient_norm: of the mean loss, before clipping.
+        applied: False if the gradient was not finite and the step was left out.
+    """
+
+    loss: float
+    tokens: float
+    read_tokens: int
+    gradient_norm: float
+    applied: bool
+
+
+def require_float32(model: Model) -> None:
+    """Refuses to train 16-bit tensors: their updates are smaller than their rounding.
+
+    Raises:
+        ConfigError: trained tensors that are not float32, all named; or nothing to train.
+    """
+    trained = tree_flatten(model.trainable_parameters())
+    if not trained:
+        raise ConfigError("nothing to train", advice="Add an adapter, or unfreeze the model.")
+    wrong = [f"{name}: {array.dtype}" for name, array in trained if array.dtype != mx.float32]
+    if wrong:
+        raise ConfigError("trained tensors must be float32", details=wrong)
+
+
+def batch_loss(model: Model, batch: Batch) -> mx.array:
+    """Sum of the weighted losses of a batch, with gradients.
+
+    The head is trained only if it is not frozen; then its logits are held as a whole, since the
+    chunked loss has no gradient for the head.
+    """
+    hidden_BND = model.hidden(batch.inputs_BL, needed=batch.needed_BN)
+    hidden_TD = hidden_BND.reshape(-1, hidden_BND.shape[-1])
+    targets_T, weights_T = batch.targets_BN.reshape(-1), batch.weights_BN.reshape(-1)
+    if model.head.trainable_parameters():
+        return cross_entropy(model.logits(hidden_TD), targets_T, weights_T)
+    return chunked_cross_entropy(hidden_TD, model.logits, targets_T, weights_T)
+
+
+def train_step(
+    model: Model, optimizer: Optimizer, batches: Iterable[Batch], *, clip_norm: float
+) -> StepResult:
+    """One optimizer step over the sum of some micro-batches.
+
+    Every target weighs the same, however the micro-batches cut the data. One micro-batch's
+    activations are in memory at a time.
+    """
+    loss_and_grad = nn.value_and_grad(model, batch_loss)
+    loss = tokens = mx.array(0.0)
+    gradients: Any = None
+    read_tokens = 0
+    for batch in batches:
+        part, part_gradients = loss_and_grad(model, batch)
+        loss, tokens = loss + part, tokens + batch.weights_BN.sum()
+        gradients = part_gradients if gradients is None else tree_map(mx.add, gradients, part_gradients)
+        read_tokens += batch.inputs_BL.size
+        mx.eval(loss, tokens, gradients)
+    gradients = tree_map(lambda gradient: gradient / tokens, gradients)
+    norm = _clip(gradients, clip_norm)
+    gradients, gradient_norm = norm
+    finite = math.isfinite(gradient_norm.item()) and math.isfinite(loss.item())
+    if finite:
+        optimizer.update(model, gradients)
+        mx.eval(model.trainable_parameters(), optimizer.state)
+    return StepResult(loss.item(), tokens.item(), read_tokens, gradient_norm.item(), finite)
+
+
+def _clip(gradients: Any, limit: float) -> tuple[Any, mx.array]:
+    return clip_grad_norm(gradients, limit if limit else math.inf)
+
+
+def evaluate(model: Model, batches: Iterable[Batch]) -> tuple[float, float]:
+    """Sum of losses in nats and of target weights over some batches, without dropout."""
+    training = model.training
+    model.eval()
+    loss = tokens = 0.0
+    for batch in batches:
+        hidden_BND = model.hidden(batch.inputs_BL, needed=batch.needed_BN)
+        hidden_TD = hidden_BND.reshape(-1, hidden_BND.shape[-1])
+        targets_T, weights_T = batch.targets_BN.reshape(-1), batch.weights_BN.reshape(-1)
+        loss += summed_loss(hidden_TD, model.logits, targets_T, weights_T).item()
+        tokens += batch.weights_BN.sum().item()
+    model.train(training)
+    return loss, tokens
