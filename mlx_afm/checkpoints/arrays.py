@@ -15,7 +15,7 @@ FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
 def to_mlx(tensor: LazyTensor) -> mx.array:
     """The values as an MLX array of the same dtype; one copy (float64 becomes float32: Metal has none)."""
-    values = np.ascontiguousarray(tensor.read())
+    values = np.ascontiguousarray(tensor.read()).reshape(tensor.shape)  # it makes scalars 1-D
     if tensor.dtype == "bfloat16":
         return mx.array(values).view(mx.bfloat16)
     return mx.array(values.astype(np.float32) if tensor.dtype == "float64" else values)

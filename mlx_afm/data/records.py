@@ -7,13 +7,13 @@ one) and mlx-lm's (`{"messages": [...]}`, optionally with `"tools"`).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_afm.errors import DataError, FormatError
-from mlx_afm.text.messages import Message, parse_messages, require_no_special_tokens, require_trainable
+from mlx_afm.text.messages import Message, parse_messages, parse_tools, require_trainable
 from mlx_afm.tree import shorten
 
 
@@ -32,7 +32,7 @@ class Example:
     where: str
 
 
-def read_examples(path: Path, special_pieces: frozenset[str]) -> list[Example]:
+def read_examples(path: Path, special_pieces: Sequence[str]) -> list[Example]:
     """All examples of a JSONL file; blank lines are skipped.
 
     Args:
@@ -71,7 +71,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, line
 
 
-def parse_line(line: str, special_pieces: frozenset[str], *, where: str) -> Example:
+def parse_line(line: str, special_pieces: Sequence[str], *, where: str) -> Example:
     """The example in one line.
 
     Raises:
@@ -83,16 +83,13 @@ def parse_line(line: str, special_pieces: frozenset[str], *, where: str) -> Exam
         raise DataError(f"not JSON: {error.msg}", where=f"{where}, column {error.colno}") from error
     except RecursionError as error:
         raise DataError("JSON nested too deeply", where=where) from error
-    tools: Any = ()
+    tools: Any = []
     if isinstance(value, dict):
-        tools = value.get("tools") or ()
+        tools = value.get("tools") or []
         value = value["messages"] if "messages" in value else next(iter(value.values()), None)
     if not isinstance(value, list):
         expected = 'a list of messages, or {"messages": [...]}'
         raise DataError("no messages", where=where, expected=expected, found=type(value).__name__)
-    if not isinstance(tools, (list, tuple)):
-        raise DataError("tools must be a list", where=where, found=type(tools).__name__)
-    messages = parse_messages(value, where=where)
-    require_trainable(messages, where=where)
-    require_no_special_tokens(messages, special_pieces, where=where)
-    return Example(messages, tuple(tools), where)
+    messages = parse_messages(value, where=where, special_pieces=special_pieces)
+    require_trainable(messages, where)
+    return Example(messages, parse_tools(tools, where=where, special_pieces=special_pieces), where)

@@ -1,0 +1,234 @@
+"""Adapters on disk, in the three forms users have, told apart by suffix.
+
+    FOLDER/             adapters.safetensors + adapter_config.json, mlx-lm's layout
+    NAME.pt             the toolkit's adapter checkpoint: a torch state dict of its own names
+    NAME.fmadapter/     the package devices load (fp16; written here, read back exactly)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mlx_afm.adapters.config import DEFAULT_SCALE, LoRAConfig, parse_adapter_json, to_adapter_json
+from mlx_afm.checkpoints.names import DEFAULT_ADAPTER, TARGETS, Entry, adapter_ids, count_layers, plan_adapter
+from mlx_afm.errors import AdapterError, ConfigError
+from mlx_afm.files import atomic_folder, read_json, write_json
+from mlx_afm.formats.fmadapter import Geometry, Metadata, read_fmadapter, write_fmadapter
+from mlx_afm.formats.safetensors_file import read_safetensors, write_safetensors
+from mlx_afm.formats.tensors import LazyTensor
+from mlx_afm.formats.torch_file import read_torch, write_torch
+from mlx_afm.model import AdapterSpec, AFMConfig
+from mlx_afm.tree import require_same_tensors
+
+WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
+APPLE_HEADS = {(2048, 256): (16, 2)}  # (width, key width) -> heads of the shipped model
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter by our names; values may still be on disk.
+
+    Attributes:
+        config: its form.
+        base: sizes of the model it was made for; None if a file does not say and its tensors do not tell.
+        weights: `...lora_a` (in, R) and `...lora_b` (R, out).
+        name: the adapter id in the toolkit's names.
+    """
+
+    config: LoRAConfig
+    base: AFMConfig | None
+    weights: Mapping[str, LazyTensor]
+    name: str = DEFAULT_ADAPTER
+
+    def require_base(self) -> AFMConfig:
+        """The sizes of its model.
+
+        Raises:
+            AdapterError: they are unknown.
+        """
+        if self.base is None:
+            advice = "Give the base model with --model; only Apple's own sizes are recognised without it."
+            raise AdapterError("the adapter does not say which model it was made for", advice=advice)
+        return self.base
+
+
+def read_adapter(path: Path, base: AFMConfig | None = None, scale: float | None = None) -> Adapter:
+    """Opens an adapter of any form; names and shapes are checked, values stay on disk.
+
+    Args:
+        path: a folder, a `.pt` or a `.fmadapter`.
+        base: sizes of the model it should fit; an adapter for another model is refused.
+        scale: of a `.pt`, which carries none; 0.5 if not given.
+
+    Raises:
+        FormatError: no such thing, or damaged. AdapterError: an adapter for another base model, or of
+            another kind. TensorsError: tensors that are not an adapter's, all listed.
+    """
+    if path.suffix == ".fmadapter":
+        adapter = _read_package(path)
+    elif path.suffix == ".pt":
+        adapter = _read_pt(path, base, DEFAULT_SCALE if scale is None else scale)
+    else:
+        adapter = _read_folder(path)
+    if base is not None:
+        _require_fit(adapter, base, path)
+    return adapter
+
+
+def _require_fit(adapter: Adapter, base: AFMConfig, path: Path) -> None:
+    made_for = adapter.base
+    sizes = ("hidden_dim", "num_layers", "num_kv_reuse_layers", "num_kv_heads", "num_heads", "feed_forward_dim")
+    if made_for is not None:
+        other = [f"{name}: the model has {getattr(base, name)}, the adapter was made for {getattr(made_for, name)}"
+                 for name in sizes if getattr(base, name) != getattr(made_for, name)]
+        if other:
+            advice = "Use it with the model it was trained on."
+            raise AdapterError("an adapter for another base model", where=path, advice=advice, details=other)
+    found = {name: tensor.shape for name, tensor in adapter.weights.items()}
+    expected = {name: shape for name, shape in adapter_shapes(base, adapter.config).items()}
+    require_same_tensors(expected, found, where=path, advice="Was it trained for another base model?")
+
+
+def adapter_shapes(base: AFMConfig, config: LoRAConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of an adapter's tensors, in the toolkit's order."""
+    return {entry.ours: entry.shape for entry in _entries(base, config) if _target(entry) in config.targets}
+
+
+def _entries(base: AFMConfig, config: LoRAConfig, name: str = DEFAULT_ADAPTER) -> list[Entry]:
+    return plan_adapter(base, AdapterSpec(name=name, rank=config.rank, alpha=config.scale * config.rank))
+
+
+def _target(entry: Entry) -> str:
+    module = entry.ours.split(".")[-2]
+    return {"q_proj": "q", "out_proj": "o"}.get(module, module.removesuffix("_proj"))
+
+
+def _read_folder(path: Path) -> Adapter:
+    if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
+        raise AdapterError(
+            "no adapter here", where=path, expected=f"a folder with {WEIGHTS} and {CONFIG}, a .pt or a .fmadapter"
+        )
+    values = read_json(path / CONFIG)
+    config, base = parse_adapter_json(values, where=path / CONFIG)
+    return Adapter(config, base, read_safetensors(path / WEIGHTS), str(values.get("toolkit_name", DEFAULT_ADAPTER)))
+
+
+def _read_pt(path: Path, base: AFMConfig | None, scale: float) -> Adapter:
+    tensors = {name: tensor for name, tensor in read_torch(path).items() if "adapter" in name}
+    ids = adapter_ids(list(tensors))
+    if len(ids) != 1:
+        expected = "tensors named ...adapters.ID.... of one adapter"
+        raise AdapterError("not a toolkit adapter checkpoint", where=path, expected=expected, found=ids or "none")
+    first = next(iter(tensors.values()))
+    config = LoRAConfig(rank=first.shape[-1], scale=scale)
+    made_for = base or _apple_base(tensors)
+    if made_for is None:
+        advice = "Give the base model with --model; only Apple's own sizes are recognised without it."
+        raise AdapterError("cannot tell which model this adapter is for", where=path, advice=advice)
+    entries = _entries(made_for, config, ids[0])
+    expected_shapes = {entry.toolkit: entry.shape for entry in entries}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    advice = "Was it trained for another base model?"
+    require_same_tensors(expected_shapes, found, where=path, advice=advice)
+    return Adapter(config, made_for, {entry.ours: tensors[entry.toolkit] for entry in entries}, ids[0])
+
+
+def _apple_base(tensors: Mapping[str, LazyTensor]) -> AFMConfig | None:
+    """Sizes read off the tensors; only Apple's, since nothing tells how many heads another model has."""
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    widths = {name.rsplit(".", 1)[-1]: shape for name, shape in shapes.items() if ".lora_1." in name}
+    width, kv_width = widths.get("a_transpose", (0,))[0], widths.get("b_transpose", (0, 0))[-1]
+    ordinary, reuse = count_layers(list(tensors))
+    if (width, kv_width) not in APPLE_HEADS:
+        return None
+    return AFMConfig(num_layers=ordinary + reuse, num_kv_reuse_layers=reuse)
+
+
+def _read_package(path: Path) -> Adapter:
+    metadata, geometry, tensors = read_fmadapter(path)
+    base = AFMConfig(
+        hidden_dim=geometry.hidden,
+        num_layers=geometry.ordinary_layers + geometry.reuse_layers,
+        num_kv_reuse_layers=geometry.reuse_layers,
+        num_heads=geometry.heads,
+        num_kv_heads=geometry.kv_heads,
+        hidden_dim_scale_factor=geometry.feed_forward / geometry.hidden,
+    )
+    config = LoRAConfig(rank=metadata.rank, scale=DEFAULT_SCALE)
+    return Adapter(config, base, {entry.ours: tensors[entry.toolkit] for entry in _entries(base, config)})
+
+
+def write_adapter_folder(folder: Path, adapter: Adapter) -> None:
+    """Writes an MLX adapter folder; an older one is replaced as a whole, or not at all."""
+    with atomic_folder(folder) as partial:
+        write_adapter_weights(partial / WEIGHTS, adapter.weights)
+        write_json(partial / CONFIG, to_adapter_json(adapter.config, adapter.require_base(), adapter.name))
+
+
+def write_adapter_weights(path: Path, weights: Mapping[str, LazyTensor]) -> None:
+    """Writes an `adapters.safetensors` atomically."""
+    write_safetensors(path, weights, {"format": "mlx"})
+
+
+def _toolkit_tensors(adapter: Adapter, what: str, name: str) -> dict[str, LazyTensor]:
+    """The tensors by the toolkit's names with this adapter id, in its order.
+
+    Raises:
+        AdapterError: the adapter leaves projections out, which that form cannot say.
+    """
+    left_out = [target for target in TARGETS if target not in adapter.config.targets]
+    if left_out:
+        advice = "Train on all seven projections for this form."
+        found = f"without {','.join(left_out)}"
+        raise AdapterError(f"{what} holds every projection", found=found, advice=advice)
+    entries = _entries(adapter.require_base(), adapter.config, name)
+    return {entry.toolkit: adapter.weights[entry.ours] for entry in entries}
+
+
+def write_adapter_pt(path: Path, adapter: Adapter) -> None:
+    """Writes the toolkit's `.pt`: its names in its order.
+
+    Raises:
+        AdapterError: a scale other than 0.5, which a `.pt` cannot carry, or projections left out.
+    """
+    _require_device_scale(adapter, "a toolkit .pt")
+    write_torch(path, _toolkit_tensors(adapter, "a toolkit .pt", adapter.name))
+
+
+def _require_device_scale(adapter: Adapter, what: str) -> None:
+    if adapter.config.scale != DEFAULT_SCALE:
+        advice = "Train with scale 0.5 (alpha = rank / 2)."
+        raise AdapterError(f"{what} implies scale {DEFAULT_SCALE}", found=adapter.config.scale, advice=advice)
+
+
+def write_adapter_package(folder: Path, adapter: Adapter, metadata: Metadata) -> Path:
+    """Writes a `.fmadapter` into a folder; returns where it is.
+
+    Raises:
+        AdapterError: another scale than 0.5, projections left out, or values fp16 cannot hold.
+        ConfigError: a name devices refuse.
+    """
+    _require_device_scale(adapter, "a .fmadapter")
+    base = adapter.require_base()
+    try:
+        geometry = Geometry(
+            ordinary_layers=base.num_ordinary_layers,
+            reuse_layers=base.num_kv_reuse_layers,
+            hidden=base.hidden_dim,
+            heads=base.num_heads,
+            kv_heads=base.num_kv_heads,
+            feed_forward=base.feed_forward_dim,
+            rank=adapter.config.rank,
+        )
+    except ConfigError as error:
+        raise AdapterError(f"no package can be made: {error}") from error
+    return write_fmadapter(folder, _toolkit_tensors(adapter, "a .fmadapter", DEFAULT_ADAPTER), metadata, geometry)
+
+
+def is_zero(adapter: Adapter) -> bool:
+    """Whether every B is zero, so that the adapter changes nothing."""
+    return not any(np.any(tensor.read()) for name, tensor in adapter.weights.items() if name.endswith(".lora_b"))
