@@ -7,6 +7,7 @@ from mlx_afm.adapters.attach import (
     has_adapter,
     remove_adapter,
     set_adapter_weights,
+    train_only,
 )
 from mlx_afm.adapters.config import LoRAConfig
 from mlx_afm.adapters.store import (
@@ -32,6 +33,7 @@ __all__ = [
     "read_adapter",
     "remove_adapter",
     "set_adapter_weights",
+    "train_only",
     "write_adapter_folder",
     "write_adapter_package",
     "write_adapter_pt",

@@ -9,14 +9,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_afm.adapters.config import LoRAConfig
-from mlx_afm.checkpoints.names import DOWN, GATE, OUT, QKV, UP, Projection, Q
+from mlx_afm.checkpoints.names import PROJECTIONS, Projection, target_of
 from mlx_afm.errors import AdapterError
 from mlx_afm.model import Model
 from mlx_afm.model.lora import LoRAFusedLinear, LoRALinear
 from mlx_afm.tree import require_same_tensors
 
 LORA_LAYERS = (LoRALinear, LoRAFusedLinear)
-PROJECTIONS = (QKV, Q, OUT, GATE, UP, DOWN)
 
 
 def add_adapter(model: Model, config: LoRAConfig, *, seed: int = 0) -> None:
@@ -24,7 +23,7 @@ def add_adapter(model: Model, config: LoRAConfig, *, seed: int = 0) -> None:
 
     Args:
         model: changed in place; its base weights are frozen.
-        config: form of the adapter.
+        config: form of the adapter, which is trainable.
         seed: of the start values of A.
 
     Raises:
@@ -47,12 +46,22 @@ def add_adapter(model: Model, config: LoRAConfig, *, seed: int = 0) -> None:
         if name in modules and set(projection.target) & set(config.targets)
     ]
     model.update_modules(tree_unflatten(adapted))
+    train_only(model, config.targets)
 
 
 def _adapted(module: nn.Module, projection: Projection, config: LoRAConfig, key: mx.array) -> nn.Module:
     parts = tuple(target for target in projection.target if target in config.targets)
     extra = {"parts": parts} if len(projection.target) > 1 else {}
     return module.to_lora(r=config.rank, scale=config.scale, dropout=config.dropout, key=key, **extra)
+
+
+def train_only(model: Model, targets: tuple[str, ...]) -> None:
+    """Freezes everything but the adapter matrices of some projections."""
+    model.freeze()
+    modules = dict(model.named_modules())
+    for name in adapter_weights(model):
+        if target_of(name) in targets:
+            modules[name.rsplit(".", 1)[0]].unfreeze(keys=["lora_a", "lora_b"], recurse=False)
 
 
 def has_adapter(model: Model) -> bool:

@@ -14,7 +14,15 @@ from pathlib import Path
 import numpy as np
 
 from mlx_afm.adapters.config import DEFAULT_SCALE, LoRAConfig, parse_adapter_json, to_adapter_json
-from mlx_afm.checkpoints.names import DEFAULT_ADAPTER, TARGETS, Entry, adapter_ids, count_layers, plan_adapter
+from mlx_afm.checkpoints.names import (
+    DEFAULT_ADAPTER,
+    TARGETS,
+    Entry,
+    adapter_ids,
+    count_layers,
+    plan_adapter,
+    target_of,
+)
 from mlx_afm.errors import AdapterError, ConfigError
 from mlx_afm.files import atomic_folder, read_json, write_json
 from mlx_afm.formats.fmadapter import Geometry, Metadata, read_fmadapter, write_fmadapter
@@ -95,16 +103,11 @@ def _require_fit(adapter: Adapter, base: AFMConfig, path: Path) -> None:
 
 def adapter_shapes(base: AFMConfig, config: LoRAConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of an adapter's tensors, in the toolkit's order."""
-    return {entry.ours: entry.shape for entry in _entries(base, config) if _target(entry) in config.targets}
+    return {entry.ours: entry.shape for entry in _entries(base, config) if target_of(entry.ours) in config.targets}
 
 
 def _entries(base: AFMConfig, config: LoRAConfig, name: str = DEFAULT_ADAPTER) -> list[Entry]:
     return plan_adapter(base, AdapterSpec(name=name, rank=config.rank, alpha=config.scale * config.rank))
-
-
-def _target(entry: Entry) -> str:
-    module = entry.ours.split(".")[-2]
-    return {"q_proj": "q", "out_proj": "o"}.get(module, module.removesuffix("_proj"))
 
 
 def _read_folder(path: Path) -> Adapter:

@@ -68,7 +68,9 @@ OUT = Projection("attention.output_transform", "self_attn.out_proj", ("o",))
 GATE = Projection("feed_forward.hidden_transform.linear_0", "mlp.gate_proj", ("gate",))
 UP = Projection("feed_forward.hidden_transform.linear_1", "mlp.up_proj", ("up",))
 DOWN = Projection("feed_forward.output_transform", "mlp.down_proj", ("down",))
+PROJECTIONS = (QKV, Q, OUT, GATE, UP, DOWN)
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+_TARGET_OF_MODULE = {item.ours.rsplit(".", 1)[-1]: item.target[0] for item in PROJECTIONS if item is not QKV}
 
 QUERY_NORM = "attention.qk_norm.query_norm.weight"
 REUSE_QUERY_NORM = "attention.q_norm.query_norm.weight"
@@ -94,6 +96,12 @@ def plan_adapter(model: AFMConfig, adapter: AdapterSpec) -> list[Entry]:
     """The adapter's tensors alone, in the order of the state dict."""
     entries = plan_names(ToolkitConfig(model=model, adapter=adapter))
     return [entry for entry in entries if entry.kind is Kind.ADAPTER]
+
+
+def target_of(name: str) -> str:
+    """The short name of the projection that one of our adapter tensors belongs to."""
+    module = name.split(".")[-2]
+    return _TARGET_OF_MODULE.get(module, module)
 
 
 def _prefixes(model: AFMConfig, index: int, reuse: bool) -> tuple[str, str]:

@@ -20,7 +20,8 @@ archives are recognised and refused.
 
 What is written equals `torch.save` (2.15) of an OrderedDict of contiguous tensors byte for byte, except for the 40
 digits of `.data/serialization_id`, which torch derives from its hash of the member names; see also
-`pickle_state_dict`. The file name must be ASCII for that, too.
+`pickle_state_dict`. For that the file name must be ASCII and no storage that begins beyond 4 GiB may itself have 4 GiB
+(torch leaves one redundant field of its local header 0).
 """
 
 from __future__ import annotations

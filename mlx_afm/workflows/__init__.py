@@ -1,1 +1,1 @@
-"""workflows."""
+"""One whole job per file; read these first."""

@@ -1,4 +1,4 @@
-"""Checkpoints: those of torch (`fixtures/make_torch_fixtures.py`) are read right, ours equal them, hostile are refused."""
+"""Checkpoints: those of torch (`make_torch_fixtures.py`) are read right, ours equal them, hostile ones are refused."""
 
 import gc
 import io

@@ -203,7 +203,9 @@ BOMBS = {
     "texts": lambda count: (b"X\4\0\0\0" + WIDE_TEXT[:4]) * count,
     "wide texts": lambda count: (b"X\0\x10\0\0" + WIDE_TEXT) * (count * MAX_PICKLE_BYTES // MAX_OPCODES // 4101),
     "storages": lambda count: STORAGE.removesuffix(b"Q") + b"q\0" + b"h\0Q" * (count // 2),
-    "tensors": lambda count: TENSOR.removesuffix(b"R") + b"q\1" + b"h\0h\1R" * (count // 3),
+    "tensors": lambda count: (
+        TENSOR.removesuffix(b"R").replace(b"_v2\n", b"_v2\nq\0") + b"q\1" + b"h\0h\1R" * (count // 3)
+    ),
     "shared tuples": lambda count: TUPLE_BOMB,
 }
 

@@ -1,0 +1,1 @@
+"""The `mlx-afm` command: options to dataclasses, one workflow each, results rendered."""

@@ -1,0 +1,19 @@
+"""`mlx-afm inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mlx_afm_cli.output import json_option, show
+
+
+@click.command("inspect")
+@click.argument("path", type=Path)
+@json_option
+def command(path: Path, as_json: bool) -> None:
+    """Say what a file or folder is, and what is in it; only headers are read."""
+    from mlx_afm.workflows.inspect import inspect
+
+    show(inspect(path), as_json)

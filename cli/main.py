@@ -1,0 +1,82 @@
+"""Entry point. Commands are imported when they are called, so `mlx-afm --help` is quick."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Any
+
+import click
+
+from mlx_afm._version import __version__
+from mlx_afm.errors import AFMError
+
+# Command -> what `--help` says of it. Each lives in the module of its name, as `command`.
+COMMANDS = {
+    "convert": "Toolkit folder to MLX folder, and back.",
+    "lora": "Train a LoRA adapter, or score one.",
+    "fuse": "Merge an adapter into the weights.",
+    "generate": "Answer one prompt.",
+    "export": "Write an adapter as NAME.fmadapter and check it.",
+    "adapter": "Convert adapters between their three forms.",
+    "check": "Check a .fmadapter package.",
+    "inspect": "Say what a file or folder is, and what is in it.",
+    "demo": "The whole line on the bundled tiny model.",
+}
+
+
+class LazyCommands(click.Group):
+    """A group that knows its commands by name and imports one only to run it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names, in the order a user meets them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of a name."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"mlx_afm_cli.{cmd_name}_command").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Lists the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyCommands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mlx-afm")
+def group() -> None:
+    """Apple's on-device foundation model (AFM text v7) on MLX.
+
+    Results go to stdout, progress to stderr. Exit codes: 0 fine, 1 an error, 2 wrong usage,
+    3 a check failed.
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line and exits."""
+    try:
+        code: Any = group.main(arguments, standalone_mode=False)
+    except AFMError as error:
+        click.echo(f"mlx-afm: {error}", err=True)
+        sys.exit(1)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("mlx-afm: interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)
+    except OSError as error:
+        click.echo(f"mlx-afm: {error.filename or 'system'}: {error.strerror or error}", err=True)
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""What commands share: JSON or lines on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+def note(text: str) -> None:
+    """A line of progress, on stderr."""
+    click.echo(text, err=True)
+
+
+def show(values: Mapping[str, Any], as_json: bool) -> None:
+    """Prints results: one JSON object, or a line per value."""
+    if as_json:
+        click.echo(json.dumps(values, ensure_ascii=False, default=str))
+        return
+    width = max((len(name) for name in values), default=0)
+    for name, value in values.items():
+        click.echo(f"{name.replace('_', ' '):<{width}}  {_plain(value)}")
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_plain(item) for item in value) or "none"
+    return "none" if value is None else str(value)
+
+
+def is_terminal() -> bool:
+    """Whether a person watches stderr."""
+    return sys.stderr.isatty()

@@ -1,0 +1,1 @@
+"""Files that ship with the package: the demo's model, tokenizer and data."""

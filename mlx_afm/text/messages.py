@@ -1,0 +1,268 @@
+"""Conversations as they come from a file or a caller, checked once and then trusted.
+
+The rules are those of the model's chat template, made strict: what the template would render into
+something that teaches or asks for the wrong thing is refused, with the message and the place.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from mlx_afm.errors import DataError
+
+ROLES = ("system", "user", "assistant", "tool")
+_KEYS = {
+    "system": ("role", "content", "response_format", "tools"),
+    "user": ("role", "content", "response_format"),
+    "assistant": ("role", "content", "tool_calls"),
+    "tool": ("role", "content", "response_format", "name", "tool_call_id"),  # the last two are not rendered
+}
+
+
+@dataclass(frozen=True)
+class Message:
+    """One checked message.
+
+    Args:
+        role: `system`, `user`, `assistant` or `tool` (`function` is the same role).
+        content: text; for a tool also its result as a dict, or new tool definitions as a list.
+        tool_calls: calls of an assistant, `{"function": {"name", "arguments"}}` each.
+        response_format: the JSON schema that the next answer must follow.
+        tools: definitions of tools, on a system message.
+    """
+
+    role: str
+    content: str | dict[str, Any] | list[Any]
+    tool_calls: tuple[dict[str, Any], ...] | None = None
+    response_format: dict[str, Any] | None = None
+    tools: tuple[dict[str, Any], ...] | None = None
+
+
+def parse_messages(value: object, *, where: object, special_pieces: Sequence[str] = ()) -> tuple[Message, ...]:
+    """The messages in a list of dicts; the dicts are left as they are.
+
+    Args:
+        value: what the JSON line or the caller holds.
+        where: named in errors, such as `train.jsonl, line 3`.
+        special_pieces: pieces of the tokenizer that no text may spell out
+            (`AFMTokenizer.special_pieces`); without them this is not checked.
+
+    Raises:
+        DataError: every faulty message, a line each; or an order of roles that the model never saw.
+    """
+    if not isinstance(value, (list, tuple)):
+        raise DataError("not a conversation", where=where, expected="a list of messages", found=_kind(value))
+    messages: list[Message] = []
+    faults: list[DataError] = []
+    for index, item in enumerate(value):
+        place = f"{where}, message {index}"
+        try:
+            messages.append(_parse_message(item, place))
+            refuse_special(messages[-1], special_pieces, place)
+        except DataError as error:
+            faults.append(error)
+    if not faults:
+        faults = list(_order_faults(messages, where))
+    if len(faults) == 1:
+        raise faults[0]
+    if faults:
+        raise DataError(f"{len(faults)} faults in a conversation", where=where, details=[str(e) for e in faults])
+    return tuple(messages)
+
+
+def parse_tools(value: object, *, where: object, special_pieces: Sequence[str] = ()) -> tuple[dict[str, Any], ...]:
+    """The tool definitions in a list of dicts.
+
+    Raises:
+        DataError: not such a list, or a text in it spells out a special token.
+    """
+    tools = _dicts(value, "tools", where)
+    _refuse_in("tools", tools, special_pieces, where)
+    return tools
+
+
+def require_trainable(messages: Sequence[Message], where: object) -> None:
+    """Raises DataError unless every answer says something and the conversation ends with one."""
+    if not any(message.role == "assistant" for message in messages):
+        raise DataError(
+            "nothing to learn from: no assistant message",
+            where=where,
+            advice="Add the answer to be learned",
+        )
+    if messages[-1].role != "assistant":
+        raise DataError(
+            "the conversation does not end with an answer",
+            where=f"{where}, message {len(messages) - 1}",
+            expected="role 'assistant'",
+            found=f"role {messages[-1].role!r}",
+            advice="Add the answer or drop the messages after the last one",
+        )
+    for index, message in enumerate(messages):
+        if message.role == "assistant" and not message.tool_calls and not str(message.content).strip():
+            raise DataError(
+                "an empty answer teaches the model to say nothing",
+                where=f"{where}, message {index}",
+                advice="Write the answer or drop the conversation",
+            )
+
+
+def parse_arguments(arguments: object) -> object:
+    """The value of a tool call's arguments: JSON text is parsed, anything else stays as it is."""
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        return json.loads(arguments)
+    except (json.JSONDecodeError, RecursionError):
+        return arguments
+
+
+def refuse_special(message: Message, special_pieces: Sequence[str], where: object) -> None:
+    """Raises DataError if any text of the message spells out one of the pieces."""
+    _refuse_in("content", message.content, special_pieces, where)
+    calls = [(c["function"]["name"], parse_arguments(c["function"]["arguments"])) for c in message.tool_calls or ()]
+    _refuse_in("tool_calls", calls, special_pieces, where)
+    _refuse_in("response_format", message.response_format, special_pieces, where)
+    _refuse_in("tools", message.tools, special_pieces, where)
+
+
+def _refuse_in(field: str, value: object, special_pieces: Sequence[str], where: object) -> None:
+    if not special_pieces:
+        return
+    pattern = _any_of(tuple(special_pieces))
+    for text in _texts(value):
+        if match := pattern.search(text):
+            raise DataError(
+                f"{field} spells out the special token {match.group()!r}",
+                where=f"{where}, {field} column {match.start() + 1}",
+                advice="The model would read it as the real one: write it another way (a newline as a newline)",
+            )
+
+
+@lru_cache(maxsize=8)
+def _any_of(pieces: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(re.escape(piece) for piece in sorted(pieces, key=len, reverse=True)))
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _texts(key)
+            yield from _texts(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _texts(item)
+
+
+def _parse_message(item: object, where: str) -> Message:
+    if not isinstance(item, dict):
+        raise DataError("not a message", where=where, expected='{"role": ..., "content": ...}', found=_kind(item))
+    role = item.get("role")
+    role = "tool" if role == "function" else role
+    if role not in ROLES:
+        found = repr(item["role"]) if "role" in item else "no role"
+        raise DataError("unknown role", where=where, expected=f"one of {', '.join(ROLES)}", found=found)
+    if unknown := sorted(str(key) for key in item if key not in _KEYS[role]):
+        raise DataError(
+            f"unknown keys for role {role!r}: {', '.join(unknown)}",
+            where=where,
+            expected=", ".join(_KEYS[role]),
+            advice="They would have no effect; remove or rename them",
+        )
+    optional: tuple[tuple[str, Callable[[Any, str], Any]], ...] = (
+        ("tool_calls", _tool_calls),
+        ("response_format", _response_format),
+        ("tools", lambda value, place: _dicts(value, "tools", place)),
+    )
+    fields = {name: parse(item[name], where) for name, parse in optional if item.get(name) is not None}
+    return Message(role, _content(item, role, where), **fields)
+
+
+def _content(item: dict[str, Any], role: str, where: str) -> str | dict[str, Any] | list[Any]:
+    content = item.get("content")
+    if content is None and role == "assistant" and item.get("tool_calls"):
+        return ""  # a call without words is written either way
+    if isinstance(content, str):
+        return content
+    if role != "tool":
+        advice = "Join the parts into one text" if isinstance(content, list) else None
+        raise DataError("content is not text", where=where, expected="a string", found=_kind(content), advice=advice)
+    if not isinstance(content, (dict, list)):
+        expected = "a string, a result (dict) or new tools (list)"
+        raise DataError("a tool's content cannot be used", where=where, expected=expected, found=_kind(content))
+    _require_json(content, "content", where)
+    return content
+
+
+def _tool_calls(value: object, where: str) -> tuple[dict[str, Any], ...]:
+    shape = '{"function": {"name": ..., "arguments": ...}} each'
+    calls = _dicts(value, "tool_calls", where)
+    if not calls:
+        raise DataError("tool_calls is empty", where=where, expected=shape, advice="Leave the key out")
+    for call in calls:
+        function = call.get("function")
+        known = set(call) <= {"function", "id", "type"} and call.get("type", "function") == "function"
+        if not known or not isinstance(function, dict) or set(function) != {"name", "arguments"}:
+            raise DataError("tool_calls has the wrong form", where=where, expected=shape, found=json.dumps(call)[:120])
+        if not isinstance(function["name"], str) or not isinstance(function["arguments"], (str, dict)):
+            expected = "a name that is a string and arguments that are JSON text or an object"
+            raise DataError("a tool call cannot be used", where=where, expected=expected, found=json.dumps(call)[:120])
+    return calls
+
+
+def _response_format(value: object, where: str) -> dict[str, Any]:
+    expected = '{"type": "json_schema", "json_schema": {"name", "description", "schema"}}'
+    fault = DataError("response_format has the wrong form", where=where, expected=expected, found=repr(value)[:120])
+    if not isinstance(value, dict) or set(value) != {"type", "json_schema"} or value["type"] != "json_schema":
+        raise fault
+    schema = value["json_schema"]
+    if not isinstance(schema, dict) or not set(schema) <= {"name", "description", "schema", "strict"}:
+        raise fault
+    texts = (schema.get("name"), schema.get("description"))
+    if not isinstance(schema.get("schema"), dict) or not all(isinstance(t, (str, type(None))) for t in texts):
+        raise fault
+    _require_json(schema, "response_format", where)
+    return value
+
+
+def _dicts(value: object, name: str, where: object) -> tuple[dict[str, Any], ...]:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, dict) for item in value):
+        raise DataError(f"{name} has the wrong form", where=where, expected="a list of objects", found=_kind(value))
+    _require_json(value, name, where)
+    return tuple(value)
+
+
+def _require_json(value: object, name: str, where: object) -> None:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DataError(f"{name} cannot be written as JSON: {error}", where=where) from error
+
+
+def _order_faults(messages: Sequence[Message], where: object) -> Iterator[DataError]:
+    roles = [message.role for message in messages]
+    if not {"user", "assistant"} & set(roles):
+        yield DataError("no user or assistant message", where=where, found=f"{len(roles)} messages")
+        return
+    allowed = {"user": (None, "system", "assistant", "tool"), "assistant": ("user", "tool"), "tool": ("assistant",)}
+    for index, role in enumerate(roles):
+        before = roles[index - 1] if index else None
+        place = f"{where}, message {index}"
+        if role == "system" and index:
+            yield DataError("a system message can only be the first", where=place, advice="Move it to the front")
+        elif role == before:
+            yield DataError(f"two {role} messages in a row", where=place, advice="Join them into one message")
+        elif role != "system" and before not in allowed[role]:
+            expected = " or ".join(name for name in allowed[role] if name)
+            facts = {"expected": f"after {expected}", "found": f"after {before or 'nothing'}"}
+            yield DataError(f"{role} message in the wrong place", where=place, **facts)
+
+
+def _kind(value: object) -> str:
+    return "null" if value is None else type(value).__name__

@@ -1,0 +1,190 @@
+"""The chat template (version 6): messages to text, text to ids, and which ids are trained.
+
+    <turn_start> system<n>TEXT[<n>system tools: JSON<n>JSON...]<turn_end>
+    <turn_start> user<n>TEXT<turn_end>
+    <turn_start> assistant<n>TEXT<turn_end>          TEXT and <turn_end> are trained
+
+without the line breaks; `<n>` is the newline token. The end-of-sequence id stands in front. The
+last line without TEXT and `<turn_end>` asks for an answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mlx_afm.errors import ConfigError, DataError
+from mlx_afm.text.messages import Message, parse_arguments
+
+if TYPE_CHECKING:
+    from mlx_afm.text.tokenizer import AFMTokenizer
+
+DEFAULT_SYSTEM = "A conversation between a user and a helpful assistant."
+TURN_START, TURN_END, NEWLINE = "<turn_start>", "<turn_end>", "<n>"
+EXECUTABLE_START, EXECUTABLE_END = "<executable_start>", "<executable_end>"
+ASSISTANT = "assistant"
+
+
+@dataclass(frozen=True)
+class Span:
+    """A piece of a rendered conversation that is trained as a whole or not at all.
+
+    The texts of all spans, put together, are the rendered conversation. A turn is two spans: its
+    head (`<turn_start> user<n>`) and its body, which ends with `<turn_end>`.
+    """
+
+    text: str
+    trained: bool
+    role: str
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Ids, and for each of them whether it is something the model should learn to say.
+
+        ids      </s> <turn_start> _user <n> hi <turn_end> <turn_start> _assistant <n> ok <turn_end>
+        trained   -        -         -    -  -      -           -           -       -  x      x
+
+    `trained[t]` is about `ids[t]` itself; shifting by one for the loss comes later.
+    """
+
+    ids: list[int]
+    trained: list[bool]
+
+
+def render(
+    messages: Sequence[Message],
+    *,
+    system: str | None = DEFAULT_SYSTEM,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = False,
+) -> tuple[Span, ...]:
+    """The spans of a conversation.
+
+    Args:
+        messages: checked messages (`parse_messages`).
+        system: put in front if the conversation has no system message; None leaves it out.
+        tools: tool definitions for the system turn, unless the system message has its own.
+        add_generation_prompt: end with the head of an answer, unless there is an answer last.
+
+    Raises:
+        ConfigError: a default system text that is empty or has spaces around it.
+        DataError: no messages; tools without a system message or given twice.
+    """
+    if not messages:
+        raise DataError("no messages to render")
+    messages = _with_system(messages, system)
+    first = messages[0]
+    if tools and first.role != "system":
+        raise DataError(
+            "tools need a system message", found=f"first role {first.role!r}", advice="Add a system message"
+        )
+    if tools and first.tools:
+        raise DataError("tools are given twice", expected="as an argument or on the system message")
+    spans: list[Span] = []
+    for message in messages:
+        body = _body(message, tools if message is first else None)
+        spans.append(Span(_head(message.role), False, message.role))
+        spans.append(Span(body + TURN_END, message.role == ASSISTANT, message.role))
+    if add_generation_prompt and messages[-1].role != ASSISTANT:
+        spans.append(Span(_head(ASSISTANT), False, ASSISTANT))
+    return tuple(spans)
+
+
+def encode(spans: Sequence[Span], tokenizer: AFMTokenizer) -> Encoded:
+    """Ids of a rendered conversation and which of them are trained.
+
+    The text is encoded in one call, as the model was trained; turns are then found by the ids of
+    their marks, which ordinary text cannot produce.
+
+    Raises:
+        DataError: a text spells out a mark, so that there are other turns than were rendered.
+    """
+    ids = tokenizer.encode("".join(span.text for span in spans))
+    assert ids[:1] == [tokenizer.prefix_id], "the dummy prefix is a token of its own before a turn"
+    ids[0] = tokenizer.eos_id
+    turns = list(_turns(ids, tokenizer))
+    heads = sum(span.text.startswith(TURN_START) for span in spans)
+    bodies = [span for span in spans if span.text.endswith(TURN_END)]
+    starts, ends = ids.count(tokenizer.turn_start_id), ids.count(tokenizer.turn_end_id)
+    if (starts, ends, len(turns)) != (heads, len(bodies), len(bodies)):
+        raise DataError(
+            "a text spells out the mark of a turn",
+            expected=f"{heads} times {TURN_START} and {len(bodies)} times {TURN_END}",
+            found=f"{starts} and {ends}",
+            advice="Check messages with parse_messages(..., special_pieces=tokenizer.special_pieces)",
+        )
+    trained = [False] * len(ids)
+    for span, (start, stop) in zip(bodies, turns, strict=True):
+        if span.trained:
+            trained[start:stop] = [True] * (stop - start)
+    return Encoded(ids, trained)
+
+
+def _turns(ids: list[int], tokenizer: AFMTokenizer) -> Iterator[tuple[int, int]]:
+    """Start and stop of the body of each whole turn, its end mark included."""
+    in_head, body = False, None
+    for position, token in enumerate(ids):
+        if token == tokenizer.turn_start_id:
+            in_head, body = True, None
+        elif token == tokenizer.newline_id and in_head:
+            in_head, body = False, position + 1
+        elif token == tokenizer.turn_end_id and body is not None:
+            yield body, position + 1
+            body = None
+
+
+def _with_system(messages: Sequence[Message], system: str | None) -> Sequence[Message]:
+    if system is None or messages[0].role == "system":
+        return messages
+    if not system or system != system.strip(" "):
+        raise ConfigError(
+            "the default system message cannot be used",
+            expected="a text without spaces around it",
+            found=repr(system),
+            advice="Pass None to have no system message",
+        )
+    return (Message("system", system), *messages)
+
+
+def _head(role: str) -> str:
+    return f"{TURN_START} {role}{NEWLINE}"
+
+
+def _body(message: Message, tools: Sequence[Mapping[str, Any]] | None) -> str:
+    text = _content(message)
+    if message.tool_calls:
+        calls = [
+            {"name": call["function"]["name"], "arguments": parse_arguments(call["function"]["arguments"])}
+            for call in message.tool_calls
+        ]
+        text += f"{EXECUTABLE_START} ```function\n{_json(calls)}```{EXECUTABLE_END}"
+    if message.response_format is not None:
+        text += _response_format(message.response_format["json_schema"])
+    if definitions := tools or message.tools:
+        text += f"{NEWLINE}system tools: " + NEWLINE.join(_json(tool) for tool in definitions)
+    return text
+
+
+def _content(message: Message) -> str:
+    if isinstance(message.content, str):
+        return message.content
+    if isinstance(message.content, dict):
+        return _json(message.content)
+    return "new tools: " + "\n".join(_json(tool) for tool in message.content)
+
+
+def _response_format(schema: Mapping[str, Any]) -> str:
+    lines = (
+        "response format in json.",
+        f"name: {schema.get('name')}",
+        f"description: {schema.get('description')}",
+        f"schema: {_json(schema['schema'])}",
+    )
+    return "\n\n" + "\n".join(lines)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
