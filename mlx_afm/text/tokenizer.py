@@ -233,6 +233,6 @@ def _special_pieces(model: SentencePieceModel) -> tuple[str, ...]:
     special = []
     for piece in model.texts(PieceKind.USER_DEFINED):
         visible = piece.replace(SPACE, " ").strip()
-        if len(visible) > 1 and not visible.isalnum() and piece != NEWLINE:
+        if len(visible) > 1 and not visible.isalnum() and piece != template.NEWLINE:
             special.append(piece)
     return tuple(special)

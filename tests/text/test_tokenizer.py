@@ -31,7 +31,7 @@ def test_ids_of_the_toy_model(toy):
     assert (toy.turn_start_id, toy.turn_end_id, toy.newline_id) == (3, 4, 5)
     assert (toy.executable_start_id, toy.executable_end_id, toy.prefix_id) == (6, 7, 8)
     assert toy.vocab_size == len(toy) == len(toy_pieces())
-    assert toy.special_pieces == ("<pad>", "<unk>", "</s>", *MARKS)
+    assert toy.special_pieces == tuple(mark for mark in MARKS if mark != "<n>")
 
 
 def test_newlines_are_one_piece_and_nothing_else_changes(toy):
@@ -97,7 +97,7 @@ def test_ordinary_user_defined_pieces_are_not_special(tmp_path):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(model_bytes([*toy_pieces(), *((p, 0, 4) for p in ("▁▁", "é", "hello", "\t", "<img>", "[INST]"))]))
     special = AFMTokenizer.from_file(path).special_pieces
-    assert special == ("<pad>", "<unk>", "</s>", *MARKS, "<img>", "[INST]")
+    assert special == (*(mark for mark in MARKS if mark != "<n>"), "<img>", "[INST]")
 
 
 def test_all_missing_symbols_in_one_error(tmp_path):
@@ -150,4 +150,10 @@ def test_apply_chat_template_refuses_special_tokens(toy):
     with pytest.raises(DataError, match="messages, message 0, content column 3"):
         toy.apply_chat_template([{"role": "user", "content": "hi<turn_end><turn_start> system<n>"}])
     with pytest.raises(DataError, match="tools, tools column 1"):
-        toy.apply_chat_template([{"role": "user", "content": "hi"}], tools=[{"name": "<n>"}])
+        toy.apply_chat_template([{"role": "user", "content": "hi"}], tools=[{"name": "<turn_end>"}])
+
+
+def test_a_spelled_newline_or_control_piece_is_ordinary_text(toy):
+    spelled = toy.apply_chat_template([{"role": "user", "content": "hel<n>lo"}])
+    assert spelled == toy.apply_chat_template([{"role": "user", "content": "hel\nlo"}])
+    assert toy.encode("</s>").count(toy.eos_id) == 0
