@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mlx_afm_cli.output import json_option, note, show
+from mlx_afm_cli.output import json_option, note, read_stdin, show
 
 
 @click.command("generate")
@@ -30,7 +30,7 @@ def command(model: Path, adapter_path: Path | None, prompt: str, system_prompt: 
     from mlx_afm.workflows.load import load
 
     config = GenerateConfig(**settings)
-    text = click.get_text_stream("stdin").read() if prompt == "-" else prompt
+    text = read_stdin() if prompt == "-" else prompt
     messages = [{"role": "user", "content": text}]
     if system_prompt is not None:
         messages.insert(0, {"role": "system", "content": system_prompt})

@@ -9,12 +9,26 @@ from typing import Any
 
 import click
 
+from mlx_afm.errors import DataError
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
 def note(text: str) -> None:
     """A line of progress, on stderr."""
     click.echo(text, err=True)
+
+
+def read_stdin() -> str:
+    """The text on stdin, UTF-8.
+
+    Raises:
+        DataError: other bytes.
+    """
+    try:
+        return click.get_binary_stream("stdin").read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError("not UTF-8 text", where=f"stdin, byte {error.start + 1}") from error
 
 
 def show(values: Mapping[str, Any], as_json: bool) -> None:

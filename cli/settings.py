@@ -20,6 +20,20 @@ TRAIN_KEYS = {field.name for field in fields(TrainConfig)}
 JOB_KEYS = {"model", "data", "adapter_path", "max_seq_length", "name"}
 SWITCHES = {"train", "test"}
 KNOWN = LORA_KEYS | TRAIN_KEYS | JOB_KEYS | SWITCHES | {"lora_parameters"}
+# What a file may give for an option, by the type of its field.
+KINDS = {
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "str": ((str,), "text"),
+    "bool": ((bool,), "true or false"),
+    "tuple[str, ...]": ((list, str), "a list of names, or names with commas between"),
+}
+TYPES = {
+    **{name: "str" for name in JOB_KEYS},
+    **{name: "bool" for name in SWITCHES},
+    **{field.name: str(field.type).removesuffix(" | None") for field in (*fields(LoRAConfig), *fields(TrainConfig))},
+    "max_seq_length": "int",
+}
 
 
 def job_from(file: Path | None, flags: Mapping[str, Any]) -> tuple[LoRAJob, bool, bool]:
@@ -56,7 +70,8 @@ def read_settings(file: Path) -> dict[str, Any]:
     """The options in a YAML file; mlx-lm's `lora_parameters` block is read too.
 
     Raises:
-        ConfigError: not readable, not a mapping, or unknown keys, with the nearest known one.
+        ConfigError: not readable, not a mapping, unknown keys, with the nearest known one, or values of
+            the wrong type.
     """
     import yaml
 
@@ -64,15 +79,37 @@ def read_settings(file: Path) -> dict[str, Any]:
         raise ConfigError("no such file", where=file, expected="a YAML file of options")
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"not YAML: {str(error).splitlines()[0]}", where=file) from error
-    if not isinstance(values, dict) or not isinstance(values.get("lora_parameters", {}), dict):
-        raise ConfigError("not a mapping of options", where=file)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark, first = getattr(error, "problem_mark", None), str(error).splitlines()[0]
+        where = file if mark is None else f"{file} line {mark.line + 1}"
+        raise ConfigError(f"not YAML: {getattr(error, 'problem', None) or first}", where=where) from error
+    if not isinstance(values, dict):
+        raise ConfigError("not a mapping of options", where=file, expected="lines such as 'iters: 100'")
     values = {str(name).replace("-", "_"): value for name, value in values.items() if value is not None}
-    values |= {str(name): value for name, value in values.pop("lora_parameters", {}).items()}
+    block = values.pop("lora_parameters", {})
+    if not isinstance(block, dict):
+        raise ConfigError("lora_parameters is not a mapping", where=file, expected="rank, scale, dropout", found=block)
+    values |= {str(name): value for name, value in block.items() if value is not None}
     unknown = [name for name in values if name not in KNOWN]
     if unknown:
         near = {name: difflib.get_close_matches(name, KNOWN, n=1) for name in unknown}
         details = [name + (f": is it {near[name][0]!r}?" if near[name] else "") for name in unknown]
         raise ConfigError("unknown options", where=file, details=details)
+    values = {name: _number(value) if TYPES[name] == "float" else value for name, value in values.items()}
+    wrong = [name for name, value in values.items() if not _fits(value, TYPES[name])]
+    if wrong:
+        details = [f"{name}: expected {KINDS[TYPES[name]][1]}, found {values[name]!r}" for name in wrong]
+        raise ConfigError("options of the wrong type", where=file, details=details)
     return values
+
+
+def _number(value: Any) -> Any:
+    """Text such as 1e-3 as the number it is everywhere but in YAML 1.1, which wants 1.0e-3."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _fits(value: Any, kind: str) -> bool:
+    return isinstance(value, KINDS[kind][0]) and (kind == "bool" or not isinstance(value, bool))

@@ -82,7 +82,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes().decode("utf-8"))
     except UnicodeDecodeError as error:
         raise FormatError("not UTF-8 text", where=f"{path}, byte {error.start}") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
         raise FormatError(f"not JSON: {error}", where=path) from error
 
 

@@ -42,7 +42,7 @@ class LoRAConfig:
             faults.append(f"dropout: expected from 0 to less than 1, found {self.dropout!r}")
         unknown = [target for target in self.targets if target not in TARGETS]
         if unknown or not self.targets:
-            faults.append(f"targets: expected some of {','.join(TARGETS)}, found {','.join(self.targets) or 'none'}")
+            faults.append(f"targets: expected some of {','.join(TARGETS)}, found {','.join(map(str, self.targets)) or 'none'}")
         if faults:
             raise ConfigError("the adapter's settings are out of range", details=faults)
 
@@ -76,14 +76,17 @@ def parse_adapter_json(values: Any, *, where: object) -> tuple[LoRAConfig, AFMCo
     missing = [name for name in ("rank", "scale") if name not in parameters]
     if missing:
         raise AdapterError(f"lora_parameters without {' and '.join(missing)}", where=where)
+    targets, base = parameters.get("targets", TARGETS), values.get("base_model")
+    if not isinstance(targets, (list, tuple)) or not isinstance(base, (Mapping, type(None))):
+        expected = "targets a list and base_model an object"
+        raise AdapterError("not an adapter configuration", where=where, expected=expected)
     try:
         config = LoRAConfig(
             rank=parameters["rank"],
             scale=parameters["scale"],
             dropout=parameters.get("dropout", 0.0),
-            targets=tuple(parameters.get("targets", TARGETS)),
+            targets=tuple(targets),
         )
-        base = values.get("base_model")
         return config, None if base is None else AFMConfig.from_dict(base)
     except (ConfigError, TypeError) as error:
         raise AdapterError(f"cannot be used: {error}", where=where) from error

@@ -29,10 +29,17 @@ def encode_examples(
     """All examples encoded.
 
     Raises:
-        DataError: examples longer than `max_tokens`; all of them with their lengths, since cutting
-            them would cut answers.
+        DataError: examples that hold no proper text, or longer than `max_tokens`; all of them, the long
+            ones with their lengths, since cutting them would cut answers.
     """
-    encoded = [encode_example(example, tokenizer) for example in examples]
+    encoded, faults = [], []
+    for example in examples:
+        try:
+            encoded.append(encode_example(example, tokenizer))
+        except DataError as error:
+            faults.append(f"{example.where}: {error}")
+    if faults:
+        raise DataError(f"{len(faults)} example(s) that cannot be encoded", details=shorten(faults))
     long = [f"{tokens.where}: {len(tokens)} tokens" for tokens in encoded if len(tokens) > max_tokens]
     if long:
         advice = "Shorten or remove these lines, or raise --max-seq-length (the model's context is 4096)."

@@ -81,6 +81,8 @@ def parse_line(line: str, special_pieces: Sequence[str], *, where: str) -> Examp
         value = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"not JSON: {error.msg}", where=f"{where}, column {error.colno}") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"not JSON: {error}", where=where) from error
     except RecursionError as error:
         raise DataError("JSON nested too deeply", where=where) from error
     tools: Any = []

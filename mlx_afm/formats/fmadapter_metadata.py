@@ -167,7 +167,11 @@ def read_metadata(path: Path) -> tuple[Metadata, Geometry]:
     Raises:
         FormatError: unreadable, or not what a device would take.
     """
-    content = parse_metadata(read_metadata_bytes(path))
+    raw = read_metadata_bytes(path)
+    try:
+        content = parse_metadata(raw)
+    except FormatError as error:
+        raise FormatError(error.what, where=path, advice="Copy or export the package again.") from error
     try:
         metadata, geometry = _from_content(content), stated_geometry(content) or APPLE_GEOMETRY
     except KeyError as error:

@@ -68,7 +68,7 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
 def _parse_header(raw: bytes, path: Path) -> dict[str, Any]:
     try:
         header = json.loads(raw.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError("the header is not JSON", where=path) from error
     if not isinstance(header, dict):
         raise FormatError("the header is not a JSON object", where=path)

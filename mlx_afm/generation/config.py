@@ -37,7 +37,7 @@ class GenerateConfig:
     def _faults(self) -> Iterator[str]:
         if self.max_tokens < 1:
             yield f"max_tokens: expected at least 1, found {self.max_tokens}"
-        if self.temp < 0:
+        if not self.temp >= 0:
             yield f"temp: expected at least 0, found {self.temp}"
         if not 0 < self.top_p <= 1:
             yield f"top_p: expected more than 0 and at most 1, found {self.top_p}"
@@ -45,3 +45,5 @@ class GenerateConfig:
             yield f"top_k: expected at least 0, found {self.top_k}"
         if not 0 <= self.min_p < 1:
             yield f"min_p: expected from 0 to less than 1, found {self.min_p}"
+        if not 0 <= self.seed < 2**64:
+            yield f"seed: expected from 0 to less than 2**64, found {self.seed}"

@@ -56,6 +56,9 @@ def stream_generate(
     if tokenizer is None:
         raise ConfigError("the model folder has no tokenizer", advice="Convert again with tokenizer.model in place.")
     config = GenerateConfig(**settings) if config is None else config
+    if config.top_k >= model.args.vocab_size:
+        expected = f"less than the {model.args.vocab_size} tokens there are, or 0 for all"
+        raise ConfigError("top_k is too large", expected=expected, found=config.top_k)
     ids = to_prompt_ids(tokenizer, prompt)
     mx.random.seed(config.seed)
     sampler = make_sampler(temp=config.temp, top_p=config.top_p, top_k=config.top_k, min_p=config.min_p)

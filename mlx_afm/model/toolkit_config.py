@@ -91,8 +91,9 @@ def parse_toolkit_config(document: Any, *, where: object) -> ToolkitConfig:
     _require_type(document, "AFMTextV7Config", where)
     _require_known(document, where)
     sizes = {name: document[name] for name in SIZE_FIELDS if name in document}
+    kv_quant = _has_kv_quantizer(document, where)
     try:
-        model = AFMConfig(**sizes, kv_quant=_has_kv_quantizer(document, where))
+        model = AFMConfig(**sizes, kv_quant=kv_quant)
     except ConfigError as error:
         raise ConfigError(error.what, where=where, details=error.details) from None
     return ToolkitConfig(model=model, adapter=_parse_adapter(document, where))

@@ -117,7 +117,7 @@ def parse_arguments(arguments: object) -> object:
         return arguments
     try:
         return json.loads(arguments)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return arguments
 
 

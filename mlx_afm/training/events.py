@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,7 +22,7 @@ class StepsReported:
     """Means over the steps since the last report.
 
     Attributes:
-        loss: nats per trained token.
+        loss: nats per trained token; NaN if every step was skipped.
         tokens_per_second: tokens read (padding excluded) per second.
         trained_tokens: targets so far.
         seconds_left: estimate for the rest, evaluation excluded.
@@ -66,6 +67,8 @@ EventHandler = Callable[[Event], None]
 
 
 def to_record(event: Event) -> dict[str, Any]:
-    """The event as one line of `metrics.jsonl`."""
+    """The event as one line of `metrics.jsonl`; JSON has no NaN, so what is not finite becomes None."""
     names = {StepsReported: "train", Evaluated: "eval", TrainingStarted: "start", TrainingFinished: "end"}
-    return {"event": names[type(event)], **asdict(event)}
+    values = asdict(event)
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return {"event": names[type(event)], **finite}

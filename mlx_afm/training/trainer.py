@@ -57,9 +57,10 @@ class _Window:
 
     def add(self, result: StepResult) -> None:
         self.steps += 1
-        self.loss += result.loss
-        self.tokens += result.tokens
         self.read_tokens += result.read_tokens
+        if result.applied:
+            self.loss += result.loss
+            self.tokens += result.tokens
 
 
 def train(
@@ -154,7 +155,7 @@ class _Run:
         self.optimizer.learning_rate = learning_rate(config, state.step, self.total_steps)
         result = train_step(self.model, self.optimizer, batches, clip_norm=config.clip_grad_norm)
         state.step += 1
-        state.trained_tokens += result.tokens
+        state.trained_tokens += result.tokens if result.applied else 0
         state.skipped_in_a_row = 0 if result.applied else state.skipped_in_a_row + 1
         state.skipped += not result.applied
         if state.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
@@ -170,7 +171,7 @@ class _Run:
                 step=done,
                 total_steps=self.total_steps,
                 epoch=self.state.epoch,
-                loss=window.loss / max(window.tokens, 1e-9),
+                loss=window.loss / window.tokens if window.tokens else math.nan,
                 learning_rate=float(self.optimizer.learning_rate.item()),
                 gradient_norm=result.gradient_norm,
                 tokens_per_second=window.read_tokens / elapsed,

@@ -91,6 +91,7 @@ def train(job: LoRAJob, on_event: EventHandler = lambda event: None) -> Trained:
     """
     if job.name is not None:
         require_adapter_name(job.name)
+    _require_folder(job.adapter_path)
     tokenizer = _require_tokenizer(job.model)
     read_config(job.model)
     train_data = read_split(job.data, "train", tokenizer, job.max_tokens)
@@ -193,6 +194,12 @@ def read_split(data: Path, split: str, tokenizer: AFMTokenizer, max_tokens: int)
     if not data.exists():
         raise FormatError("no such file or folder", where=data, expected="training data")
     return encode_examples(read_examples(split_file(data, split), tokenizer.special_pieces), tokenizer, max_tokens)
+
+
+def _require_folder(path: Path) -> None:
+    if path.suffix in (".pt", ".fmadapter") or (path.exists() and not path.is_dir()):
+        advice = "Choose another --adapter-path; .pt and .fmadapter are made from the folder: mlx-afm adapter convert"
+        raise ConfigError("cannot train into this", where=path, expected="a folder, new or of an earlier run", advice=advice)
 
 
 def _require_tokenizer(folder: Path) -> AFMTokenizer:

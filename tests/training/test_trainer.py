@@ -1,0 +1,184 @@
+"""The training loop: what a step sums, what it reports, when it saves, what it refuses."""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.optimizers import SGD
+from mlx.utils import tree_flatten
+from tiny import tiny_model, with_adapter
+
+from mlx_afm.adapters import LoRAConfig, adapter_weights, add_adapter, train_only
+from mlx_afm.data import Tokens, make_batch
+from mlx_afm.errors import ConfigError
+from mlx_afm.training import Evaluated, StepsReported, TrainConfig, TrainingFinished, TrainingStarted, to_record, train
+from mlx_afm.training.schedule import learning_rate
+from mlx_afm.training.step import batch_loss, evaluate, train_step
+
+
+def examples(count: int, seed: int = 0) -> list[Tokens]:
+    """Rows that end in their own first token three times: easy to learn."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for index in range(count):
+        read = rng.integers(1, 61, rng.integers(3, 8)).astype(np.int32)
+        ids = np.concatenate([read, np.full(3, read[0], np.int32)])
+        weights = np.concatenate([np.zeros(len(read), np.float32), np.ones(3, np.float32)])
+        rows.append(Tokens(ids, weights, f"line {index}"))
+    return rows
+
+
+def adapted():
+    model = tiny_model()
+    add_adapter(model, LoRAConfig(rank=4))
+    return model
+
+
+def test_training_lowers_the_loss_and_tells_what_happens():
+    events, saves, model = [], [], adapted()
+    before = {name: np.array(array) for name, array in tree_flatten(model.parameters()) if "lora" not in name}
+    config = TrainConfig(iters=30, batch_size=4, learning_rate=0.02, steps_per_eval=10, save_every=20)
+    state = train(model, examples(40), examples(8, seed=1), config, on_event=events.append, save=saves.append)
+    losses = [event.loss for event in events if isinstance(event, Evaluated)]
+    assert losses[-1] < 0.8 * losses[0]
+    assert state.step == 30
+    assert state.best_loss == min(losses)
+    assert [event.step for event in events if isinstance(event, Evaluated)] == [0, 10, 20, 30]
+    assert [event.step for event in events if isinstance(event, StepsReported)] == [10, 20, 30]
+    assert isinstance(events[0], TrainingStarted)
+    assert isinstance(events[-1], TrainingFinished)
+    assert saves.count("last") == 2  # at 20 and at the end
+    assert saves.count("best") == sum(event.best for event in events if isinstance(event, Evaluated))
+    assert not model.training
+    after = dict(tree_flatten(model.parameters()))
+    assert all(np.array_equal(array, np.array(after[name])) for name, array in before.items()), "the base moved"
+    assert [to_record(event)["event"] for event in events[:2]] == ["start", "eval"]
+
+
+def test_epochs_use_every_example_and_the_last_partial_window():
+    events = []
+    config = TrainConfig(epochs=2, batch_size=4, grad_accumulation_steps=2, steps_per_report=1)
+    state = train(adapted(), examples(11), [], config, on_event=events.append)
+    # 11 examples are 3 batches, 2 windows: 2 steps an epoch.
+    assert (state.step, state.epoch, state.cursor) == (4, 2, 0)
+    assert state.trained_tokens == 2 * 11 * 3
+    assert state.best_loss is None
+
+
+def test_same_seed_same_adapter():
+    runs = []
+    for _ in range(2):
+        model = adapted()
+        train(model, examples(12), [], TrainConfig(iters=4, seed=3))
+        runs.append(adapter_weights(model))
+    assert all(mx.array_equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+def test_accumulated_steps_weigh_every_target_the_same():
+    """Two unequal micro-batches give the gradient of one big batch, whatever the cut."""
+    rows = examples(6)
+    long = Tokens(np.arange(1, 20, dtype=np.int32), np.ones(19, np.float32), "long")
+    results = []
+    for cut in ([[*rows, long]], [rows[:1], [*rows[1:], long]]):
+        model = with_adapter(tiny_model())
+        result = train_step(model, SGD(learning_rate=1.0), [make_batch(part) for part in cut], clip_norm=0)
+        results.append((result, adapter_weights(model)))
+    (one, first), (two, second) = results
+    assert one.tokens == two.tokens == 6 * 3 + 18
+    assert one.loss == pytest.approx(two.loss, rel=1e-5)
+    assert one.gradient_norm == pytest.approx(two.gradient_norm, rel=1e-4)
+    assert max(mx.abs(first[name] - second[name]).max().item() for name in first) < 1e-4
+
+
+def test_padding_and_batch_mates_change_nothing():
+    model, rows = with_adapter(tiny_model()), examples(5)
+    together = batch_loss(model, make_batch(rows)).item()
+    alone = sum(batch_loss(model, make_batch([row])).item() for row in rows)
+    assert together == pytest.approx(alone, rel=1e-5)
+    loss, tokens = evaluate(model, [make_batch(rows)])
+    assert (loss, tokens) == (pytest.approx(alone, rel=1e-5), 15)
+
+
+def test_key_and_value_adapters_get_gradients():
+    """In mlx-lm's afm7 these are exactly zero: rounding has no gradient there."""
+    model = with_adapter(tiny_model())
+    _, gradients = nn.value_and_grad(model, batch_loss)(model, make_batch(examples(4)))
+    for name, gradient in tree_flatten(gradients):
+        assert mx.abs(gradient).max().item() > 0, name
+
+
+def test_only_chosen_targets_move():
+    model = with_adapter(tiny_model())
+    train_only(model, ("k", "down"))
+    before = {name: np.array(array) for name, array in adapter_weights(model).items()}
+    train(model, examples(8), [], TrainConfig(iters=2))
+    moved = {name for name, array in adapter_weights(model).items() if not np.array_equal(before[name], np.array(array))}
+    assert moved == {name for name in before if ".k." in name or "down_proj" in name}
+
+
+def test_clipping_limits_the_step():
+    steps = []
+    for limit in (0.0, 1e-3):
+        model = with_adapter(tiny_model())
+        before = adapter_weights(model)
+        result = train_step(model, SGD(learning_rate=1.0), [make_batch(examples(4))], clip_norm=limit)
+        after = adapter_weights(model)
+        steps.append(math.sqrt(sum(((after[name] - before[name]) ** 2).sum().item() for name in before)))
+    assert steps[0] == pytest.approx(result.gradient_norm, rel=1e-3)
+    assert steps[1] == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_a_step_without_a_finite_gradient_is_left_out_and_ten_stop_the_run():
+    model = with_adapter(tiny_model())
+    model.model.output_norm.weight = mx.full((32,), math.inf)
+    before = adapter_weights(model)
+    events = []
+    with pytest.raises(ConfigError, match=r"10 steps in a row .*learning-rate"):
+        train(model, examples(1), [], TrainConfig(iters=20, steps_per_report=1), on_event=events.append)
+    assert all(mx.array_equal(before[name], array) for name, array in adapter_weights(model).items())
+    assert events[-1].skipped_steps == 9
+    assert to_record(events[-1])["loss"] is None
+
+
+def test_sixteen_bit_adapters_and_nothing_to_train_are_refused():
+    model = with_adapter(tiny_model())
+    model.apply(lambda array: array.astype(mx.bfloat16))
+    with pytest.raises(ConfigError, match=r"must be float32\n.*lora_a: mlx.core.bfloat16"):
+        train(model, examples(2), [], TrainConfig(iters=1))
+    model.freeze()
+    with pytest.raises(ConfigError, match="nothing to train"):
+        train(model, examples(2), [], TrainConfig(iters=1))
+    with pytest.raises(ConfigError, match="no training examples"):
+        train(adapted(), [], [], TrainConfig(iters=1))
+
+
+def test_a_trainable_head_is_trained():
+    """The chunked loss has no gradient for the head; a model that trains it takes the plain one."""
+    model = tiny_model()
+    _, gradients = nn.value_and_grad(model, batch_loss)(model, make_batch(examples(3)))
+    table = dict(tree_flatten(gradients))["model.embedding.weight"]
+    assert mx.abs(table[60]).max().item() > 0  # a word that was not read, only scored
+
+
+def test_schedules():
+    config = TrainConfig(learning_rate=1.0, warmup=0.1)
+    rates = [learning_rate(config, step, 100) for step in range(100)]
+    assert rates[:2] == [0.1, 0.2]
+    assert rates[9] == rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.5)
+    assert 0 < rates[99] < 0.001
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    linear = TrainConfig(learning_rate=1.0, warmup=0, schedule="linear")
+    assert [learning_rate(linear, step, 4) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    constant = TrainConfig(learning_rate=2.0, warmup=0, schedule="constant")
+    assert learning_rate(constant, 3, 4) == 2.0
+
+
+def test_settings_out_of_range_are_all_named():
+    with pytest.raises(ConfigError) as error:
+        TrainConfig(batch_size=0, learning_rate=-1.0, warmup=2.0, schedule="steps", iters=0)
+    assert all(name in str(error.value) for name in ("batch_size", "learning_rate", "warmup", "schedule", "iters"))
