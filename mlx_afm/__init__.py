@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from mlx_afm.formats.fmadapter_check import check_fmadapter
     from mlx_afm.generation import GenerateConfig, generate, stream_generate
+    from mlx_afm.interop import register
     from mlx_afm.training import TrainConfig
     from mlx_afm.workflows.convert import convert
     from mlx_afm.workflows.export import convert_adapter, export_fmadapter
@@ -54,6 +55,7 @@ _HOMES = {
     "generate": "generation",
     "inspect": "workflows.inspect",
     "load": "workflows.load",
+    "register": "interop",
     "score": "workflows.lora",
     "stream_generate": "generation",
     "train": "workflows.lora",
@@ -80,6 +82,7 @@ __all__ = [
     "generate",
     "inspect",
     "load",
+    "register",
     "score",
     "stream_generate",
     "train",

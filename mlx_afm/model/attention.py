@@ -62,7 +62,7 @@ def full_view(
     they are 0, 1, 2, ...; the mask follows from the same source.
     """
     if cache is not None:
-        mask = cache.make_mask(length)
+        mask = cache.make_mask(length, return_array=False, window_size=None)
         if positions_BL is None:
             start = cache.offset
             start = mx.array([start]) if isinstance(start, int) else start

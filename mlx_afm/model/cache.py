@@ -51,7 +51,7 @@ class KVCache:
         return self.keys[..., :end, :], self.values[..., :end, :]
 
     def make_mask(
-        self, length: int, window_size: int | None = None, return_array: bool = False
+        self, length: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | str | None:
         """Who is visible to `length` new tokens: None (all), "causal", or bool (B or 1, 1, L, S)."""
         if self.left_padding is None and not return_array:
