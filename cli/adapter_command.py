@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mlx_afm_cli.output import json_option, show
+from .output import json_option, show
 
 
 @click.group("adapter")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mlx_afm_cli.output import json_option
+from .output import json_option
 
 if TYPE_CHECKING:
     from mlx_afm.formats.fmadapter_report import Report

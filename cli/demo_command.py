@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from mlx_afm_cli.output import json_option, note, show
-from mlx_afm_cli.progress import TrainingProgress
+from .output import json_option, note, show
+from .progress import TrainingProgress
 
 
 @click.command("demo")

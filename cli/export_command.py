@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from mlx_afm_cli.check_command import show_report
-from mlx_afm_cli.output import json_option, note
+from .check_command import show_report
+from .output import json_option, note
 
 
 @click.command("export")
@@ -21,8 +21,17 @@ from mlx_afm_cli.output import json_option, note
 @click.option("--license", "license_text", help="Free text.")
 @click.option("--signature", help="40 hex digits of the base model; default: toolkit 26.0.0's.")
 @json_option
-def command(adapter_path: Path, name: str, output_dir: Path, model: Path | None, author: str | None,
-            description: str | None, license_text: str | None, signature: str | None, as_json: bool) -> None:
+def command(
+    adapter_path: Path,
+    name: str,
+    output_dir: Path,
+    model: Path | None,
+    author: str | None,
+    description: str | None,
+    license_text: str | None,
+    signature: str | None,
+    as_json: bool,
+) -> None:
     """Write an adapter as NAME.fmadapter for OS 26.x devices, and check it."""
     from mlx_afm.workflows.export import export_fmadapter
 

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import click
 
-from mlx_afm_cli.output import json_option, note, show
+from .output import json_option, note, show
 
 
 @click.command("fuse")
 @click.option("--model", type=Path, required=True, help="MLX model folder.")
-@click.option("--adapter-path", type=Path, help="Adapter folder, .pt or .fmadapter; default: the model's own base adapter.")
+@click.option(
+    "--adapter-path", type=Path, help="Adapter folder, .pt or .fmadapter; default: the model's own base adapter."
+)
 @click.option("--save-path", type=Path, default=Path("fused_model"), show_default=True, help="Folder to write.")
 @click.option("--dequantize", is_flag=True, help="Write dense weights; dense models are dense anyway.")
 @json_option

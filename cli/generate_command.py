@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mlx_afm_cli.output import json_option, note, read_stdin, show
+from .output import json_option, note, read_stdin, show
 
 
 @click.command("generate")
@@ -19,12 +19,21 @@ from mlx_afm_cli.output import json_option, note, read_stdin, show
 @click.option("--temp", type=float, default=0.0, show_default=True, help="Temperature; 0 is greedy.")
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Nucleus sampling.")
 @click.option("--top-k", type=int, default=0, show_default=True, help="Only the K most likely tokens; 0 for all.")
-@click.option("--min-p", type=float, default=0.0, show_default=True, help="Least probability, relative to the top token.")
+@click.option(
+    "--min-p", type=float, default=0.0, show_default=True, help="Least probability, relative to the top token."
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sampler.")
 @click.option("--verbose", type=bool, default=False, show_default=True, help="Token counts and speed, on stderr.")
 @json_option
-def command(model: Path, adapter_path: Path | None, prompt: str, system_prompt: str | None, as_json: bool,
-            verbose: bool, **settings: Any) -> None:
+def command(
+    model: Path,
+    adapter_path: Path | None,
+    prompt: str,
+    system_prompt: str | None,
+    as_json: bool,
+    verbose: bool,
+    **settings: Any,
+) -> None:
     """Answer one prompt."""
     from mlx_afm.generation import GenerateConfig, stream_generate
     from mlx_afm.workflows.load import load
@@ -40,12 +49,17 @@ def command(model: Path, adapter_path: Path | None, prompt: str, system_prompt: 
         pieces.append(response.text)
         if not as_json:
             click.echo(response.text, nl=False)
-    counts = {"prompt_tokens": response.prompt_tokens, "generation_tokens": response.generation_tokens,
-              "finish_reason": response.finish_reason}
+    counts = {
+        "prompt_tokens": response.prompt_tokens,
+        "generation_tokens": response.generation_tokens,
+        "finish_reason": response.finish_reason,
+    }
     if as_json:
         show({"text": "".join(pieces), **counts}, as_json)
     else:
         click.echo()
     if verbose:
-        note(f"prompt {counts['prompt_tokens']} tokens, {response.prompt_tps:.1f} per second; "
-             f"answer {counts['generation_tokens']} tokens, {response.generation_tps:.1f} per second")
+        note(
+            f"prompt {counts['prompt_tokens']} tokens, {response.prompt_tps:.1f} per second; "
+            f"answer {counts['generation_tokens']} tokens, {response.generation_tps:.1f} per second"
+        )

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from mlx_afm_cli.output import json_option, note, show
-from mlx_afm_cli.progress import TrainingProgress
-from mlx_afm_cli.settings import job_from
+from .output import json_option, note, show
+from .progress import TrainingProgress
+from .settings import job_from
 
 # Training and adapter options have no defaults here: the dataclasses have, below file and flags.
 OPTIONS = [
@@ -68,8 +68,18 @@ def command(config: Path | None, do_train: bool, do_test: bool, as_json: bool, *
     if do_test:
         note("scoring")
         has_adapter = (job.adapter_path / "adapters.safetensors").is_file() or job.adapter_path.suffix
-        scored = score(job.model, job.adapter_path if has_adapter else None, job.data,
-                       batch_size=job.train.batch_size, max_tokens=job.max_tokens)
-        result |= {"test_loss": scored.loss, "test_perplexity": scored.perplexity, "test_tokens": scored.tokens,
-                   "test_examples": scored.examples, "adapter": bool(has_adapter)}
+        scored = score(
+            job.model,
+            job.adapter_path if has_adapter else None,
+            job.data,
+            batch_size=job.train.batch_size,
+            max_tokens=job.max_tokens,
+        )
+        result |= {
+            "test_loss": scored.loss,
+            "test_perplexity": scored.perplexity,
+            "test_tokens": scored.tokens,
+            "test_examples": scored.examples,
+            "adapter": bool(has_adapter),
+        }
     show(result, as_json)

@@ -36,7 +36,7 @@ class LazyCommands(click.Group):
         """The command of a name."""
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = import_module(f"mlx_afm_cli.{cmd_name}_command").command
+        command: click.Command = import_module(f".{cmd_name}_command", __package__).command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from types import TracebackType
 
 from mlx_afm.training import Evaluated, Event, StepsReported, TrainingFinished, TrainingStarted
-from mlx_afm_cli.output import note
+
+from .output import note
 
 
 class TrainingProgress:
@@ -14,7 +15,9 @@ class TrainingProgress:
     def __enter__(self) -> TrainingProgress:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         return None
 
     def handle(self, event: Event) -> None:

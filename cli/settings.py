@@ -29,8 +29,8 @@ KINDS = {
     "tuple[str, ...]": ((list, str), "a list of names, or names with commas between"),
 }
 TYPES = {
-    **{name: "str" for name in JOB_KEYS},
-    **{name: "bool" for name in SWITCHES},
+    **dict.fromkeys(JOB_KEYS, "str"),
+    **dict.fromkeys(SWITCHES, "bool"),
     **{field.name: str(field.type).removesuffix(" | None") for field in (*fields(LoRAConfig), *fields(TrainConfig))},
     "max_seq_length": "int",
 }

@@ -69,7 +69,11 @@ def test_loading_models_needs_neither_mlx_lm_nor_transformers():
 
 
 def test_help_loads_nothing_heavy():
-    lines = ("from mlx_afm_cli.main import main", "try: main(['--help'])", "except SystemExit as stop: assert not stop.code")
+    lines = (
+        "from mlx_afm_cli.main import main",
+        "try: main(['--help'])",
+        "except SystemExit as stop: assert not stop.code",
+    )
     assert heavy_modules_after("\n".join(lines)) == []
 
 

@@ -6,12 +6,12 @@ import sys
 
 import mlx.core as mx
 import pytest
-import tolerances
-from tiny import random_tokens, tiny_model
 
 import mlx_afm
+import tolerances
 from mlx_afm.interop import MODULE, MlxLmModel
 from mlx_afm.workflows.demo import ASSETS
+from tiny import random_tokens, tiny_model
 
 PROMPTS = ["copy notes.txt to archive", "delete the folder old_logs", "how many lines are in data.csv", "ls"]
 

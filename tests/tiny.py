@@ -9,7 +9,14 @@ from mlx.utils import tree_flatten
 from mlx_afm.adapters import LoRAConfig, adapter_weights, add_adapter, set_adapter_weights
 from mlx_afm.model import AFMConfig, Model
 
-SIZES = {"vocab_size": 61, "hidden_dim": 32, "num_layers": 5, "num_kv_reuse_layers": 2, "num_heads": 4, "num_kv_heads": 2}
+SIZES = {
+    "vocab_size": 61,
+    "hidden_dim": 32,
+    "num_layers": 5,
+    "num_kv_reuse_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+}
 
 
 def tiny_config(**sizes) -> AFMConfig:

@@ -34,7 +34,10 @@ def add_adapter(model: Model, config: LoRAConfig, *, seed: int = 0) -> None:
     model.freeze()
     places = [
         (f"{prefix}.{index}.{projection.ours}", projection)
-        for prefix, layers in (("model.layers", model.model.layers), ("model.kv_reuse_layers", model.model.kv_reuse_layers))
+        for prefix, layers in (
+            ("model.layers", model.model.layers),
+            ("model.kv_reuse_layers", model.model.kv_reuse_layers),
+        )
         for index in range(len(layers))
         for projection in PROJECTIONS
     ]

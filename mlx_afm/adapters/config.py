@@ -42,14 +42,16 @@ class LoRAConfig:
             faults.append(f"dropout: expected from 0 to less than 1, found {self.dropout!r}")
         unknown = [target for target in self.targets if target not in TARGETS]
         if unknown or not self.targets:
-            faults.append(f"targets: expected some of {','.join(TARGETS)}, found {','.join(map(str, self.targets)) or 'none'}")
+            faults.append(
+                f"targets: expected some of {','.join(TARGETS)}, found {','.join(map(str, self.targets)) or 'none'}"
+            )
         if faults:
             raise ConfigError("the adapter's settings are out of range", details=faults)
 
 
 def to_adapter_json(config: LoRAConfig, model: AFMConfig, toolkit_name: str) -> dict[str, Any]:
     """Content of `adapter_config.json`: mlx-lm's keys, the sizes of the base, the id in the toolkit's names."""
-    parameters = {"rank": config.rank, "scale": config.scale, "dropout": config.dropout}
+    parameters: dict[str, Any] = {"rank": config.rank, "scale": config.scale, "dropout": config.dropout}
     if set(config.targets) != set(TARGETS):
         parameters["targets"] = list(config.targets)
     return {
@@ -90,4 +92,3 @@ def parse_adapter_json(values: Any, *, where: object) -> tuple[LoRAConfig, AFMCo
         return config, None if base is None else AFMConfig.from_dict(base)
     except (ConfigError, TypeError) as error:
         raise AdapterError(f"cannot be used: {error}", where=where) from error
-

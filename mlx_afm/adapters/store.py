@@ -1,8 +1,8 @@
 """Adapters on disk, in the three forms users have, told apart by suffix.
 
-    FOLDER/             adapters.safetensors + adapter_config.json, mlx-lm's layout
-    NAME.pt             the toolkit's adapter checkpoint: a torch state dict of its own names
-    NAME.fmadapter/     the package devices load (fp16; written here, read back exactly)
+FOLDER/             adapters.safetensors + adapter_config.json, mlx-lm's layout
+NAME.pt             the toolkit's adapter checkpoint: a torch state dict of its own names
+NAME.fmadapter/     the package devices load (fp16; written here, read back exactly)
 """
 
 from __future__ import annotations
@@ -91,14 +91,18 @@ def _require_fit(adapter: Adapter, base: AFMConfig, path: Path) -> None:
     made_for = adapter.base
     sizes = ("hidden_dim", "num_layers", "num_kv_reuse_layers", "num_kv_heads", "num_heads", "feed_forward_dim")
     if made_for is not None:
-        other = [f"{name}: the model has {getattr(base, name)}, the adapter was made for {getattr(made_for, name)}"
-                 for name in sizes if getattr(base, name) != getattr(made_for, name)]
+        other = [
+            f"{name}: the model has {getattr(base, name)}, the adapter was made for {getattr(made_for, name)}"
+            for name in sizes
+            if getattr(base, name) != getattr(made_for, name)
+        ]
         if other:
             advice = "Use it with the model it was trained on."
             raise AdapterError("an adapter for another base model", where=path, advice=advice, details=other)
     found = {name: tensor.shape for name, tensor in adapter.weights.items()}
-    expected = {name: shape for name, shape in adapter_shapes(base, adapter.config).items()}
-    require_same_tensors(expected, found, where=path, advice="Was it trained for another base model?")
+    require_same_tensors(
+        adapter_shapes(base, adapter.config), found, where=path, advice="Was it trained for another base model?"
+    )
 
 
 def adapter_shapes(base: AFMConfig, config: LoRAConfig) -> dict[str, tuple[int, ...]]:

@@ -1,10 +1,10 @@
 """MLX model folders: mlx-lm's layout, and what its names cannot hold beside it.
 
-    config.json, model*.safetensors, model.safetensors.index.json    as mlx-lm has them
-    tokenizer.model and what transformers' AutoTokenizer needs       if the source had a tokenizer
-    toolkit/base-model-config.json      the toolkit's JSON, byte for byte
-    toolkit/observers.safetensors       ranges and counters of the K/V quantisers, by the toolkit's names
-    base_adapter/                       the adapter tensors of base-model.pt, an adapter folder
+config.json, model*.safetensors, model.safetensors.index.json    as mlx-lm has them
+tokenizer.model and what transformers' AutoTokenizer needs       if the source had a tokenizer
+toolkit/base-model-config.json      the toolkit's JSON, byte for byte
+toolkit/observers.safetensors       ranges and counters of the K/V quantisers, by the toolkit's names
+base_adapter/                       the adapter tensors of base-model.pt, an adapter folder
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_afm.checkpoints.arrays import cast
@@ -70,7 +71,7 @@ def model_tensors(checkpoint: ToolkitCheckpoint, dtype: str | None) -> dict[str,
         if entry.kind is Kind.WEIGHT:
             tensors[entry.ours] = cast(source, dtype)
         elif entry.kind is Kind.RANGE:
-            tensors[entry.ours] = LazyTensor.of(quantizer_scale(source.read()))
+            tensors[entry.ours] = LazyTensor.of(np.array(quantizer_scale(source.read())))
     return tensors
 
 
@@ -106,7 +107,7 @@ def load_model(folder: Path, *, lazy: bool = False) -> Model:
     require_same_tensors(expected, found, where=folder)
     weights: dict[str, mx.array] = {}
     for file in shard_files(folder):
-        weights.update(mx.load(str(file)))
+        weights.update(mx.load(str(file)))  # type: ignore[arg-type]
     model.load_weights(list(weights.items()))
     model.eval()
     if not lazy:
@@ -159,7 +160,5 @@ def _state_value(
     if entry.toolkit in observers:
         return observers[entry.toolkit]
     if entry.kind is Kind.SAMPLES:  # a folder that never was a toolkit checkpoint: the counter only has to be set
-        import numpy as np
-
         return LazyTensor.of(np.array(1, np.int64))
     return LazyTensor.of(range_of_scale(ours[entry.ours].read()))

@@ -163,7 +163,9 @@ def _projection(
 
 
 _ADAPTER_ID = re.compile(r"\.adapters\.(?P<id>[^.]+)\.")
-_LAYER = re.compile(r"(?:layers\.(?P<segment>segment_[01]\.)?layer_|model\.(?P<kind>layers|kv_reuse_layers)\.)(?P<n>\d+)\.")
+_LAYER = re.compile(
+    r"(?:layers\.(?P<segment>segment_[01]\.)?layer_|model\.(?P<kind>layers|kv_reuse_layers)\.)(?P<n>\d+)\."
+)
 
 
 def adapter_ids(names: Iterator[str] | list[str]) -> list[str]:

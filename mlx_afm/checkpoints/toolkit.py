@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from mlx_afm.checkpoints.names import Kind, plan_names
 from mlx_afm.errors import ConfigError, FormatError, TensorsError
@@ -64,7 +66,9 @@ def find_toolkit_files(source: Path) -> ToolkitFiles:
         if not present:
             # A folder that has the JSON or the tokenizer but no weights is a toolkit folder with a hole.
             raise FormatError(
-                "no toolkit checkpoint", where=source, expected="base-model.pt, or assets/base-model.pt",
+                "no toolkit checkpoint",
+                where=source,
+                expected="base-model.pt, or assets/base-model.pt",
                 advice="Give the toolkit's folder, its assets folder, or the .pt itself.",
             )
         weights = present[0]
@@ -72,7 +76,8 @@ def find_toolkit_files(source: Path) -> ToolkitFiles:
     missing = [path.name for path in (weights, config) if not path.is_file()]
     if missing:
         raise FormatError(
-            f"missing {' and '.join(missing)}", where=weights.parent,
+            f"missing {' and '.join(missing)}",
+            where=weights.parent,
             advice="The checkpoint and its JSON lie side by side in the toolkit's assets folder.",
         )
     tokenizer = weights.with_name("tokenizer.model")
@@ -104,12 +109,13 @@ def _require_same_values(embedding: LazyTensor, head: LazyTensor, name: str, whe
     same_storage = first.__array_interface__["data"][0] == second.__array_interface__["data"][0]
     if embedding.dtype != head.dtype or not (same_storage or np.array_equal(first, second)):
         raise TensorsError(
-            f"{name} is not embedding.weight", where=where,
+            f"{name} is not embedding.weight",
+            where=where,
             advice="AFM text v7 ties its head to its embedding; a model with its own head cannot be converted.",
         )
 
 
-def quantizer_scale(observer_range: np.ndarray) -> np.ndarray:
+def quantizer_scale(observer_range: npt.NDArray[Any]) -> np.float32:
     """Step of the fake quantiser that an observer's (min, max) implies, float32.
 
     Raises:
@@ -122,10 +128,10 @@ def quantizer_scale(observer_range: np.ndarray) -> np.ndarray:
     return np.float32(scale)
 
 
-def range_of_scale(scale: np.ndarray) -> np.ndarray:
+def range_of_scale(scale: Any) -> npt.NDArray[np.float32]:
     """A (min, max) that implies exactly this step: (-128, at most 127) steps, float32."""
-    scale = np.float32(scale)
-    high = np.float32(127) * scale
-    while high * np.float32(1 / 127) > scale:
+    step = np.float32(scale)
+    high = np.float32(127) * step
+    while high * np.float32(1 / 127) > step:
         high = np.nextafter(high, np.float32(0))
-    return np.array([np.float32(-128) * scale, high], np.float32)
+    return np.array([np.float32(-128) * step, high], np.float32)

@@ -71,6 +71,7 @@ def full_view(
         positions_BL, mask = mx.arange(length)[None], "causal"
     else:
         if positions_BL is None:
+            assert documents_BL is not None
             positions_BL = positions_in_documents(documents_BL)
         mask = visible_mask(positions_BL, documents_BL)
     return View(*rotary_tables(positions_BL, config, dtype), mask)
@@ -78,7 +79,9 @@ def full_view(
 
 def needed_view(view: View, needed_BN: mx.array, length: int, keys: int) -> View:
     """The view of the tokens at indices `needed_BN` only; `keys` is how many keys there are."""
-    return View(take_rows(view.cos, needed_BN), take_rows(view.sin, needed_BN), _mask_rows(view.mask, needed_BN, length, keys))
+    return View(
+        take_rows(view.cos, needed_BN), take_rows(view.sin, needed_BN), _mask_rows(view.mask, needed_BN, length, keys)
+    )
 
 
 def take_rows(array: mx.array, needed_BN: mx.array) -> mx.array:

@@ -30,7 +30,7 @@ class KVCache:
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
         self.length = 0
-        self.left_padding = mx.array(left_padding) if left_padding and any(left_padding) else None
+        self.left_padding = mx.array(list(left_padding)) if left_padding and any(left_padding) else None
 
     @property
     def offset(self) -> int | mx.array:

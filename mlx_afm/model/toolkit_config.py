@@ -104,7 +104,11 @@ def to_toolkit_config(config: ToolkitConfig) -> dict[str, Any]:
     defaults = AFMConfig()
     document: dict[str, Any] = {TYPE_KEY: "models:AFMTextV7Config"}
     if config.adapter is not None:
-        lora = {TYPE_KEY: "adapters:LoRAModelAdapter", "alpha": _plain(config.adapter.alpha), "rank": config.adapter.rank}
+        lora = {
+            TYPE_KEY: "adapters:LoRAModelAdapter",
+            "alpha": _plain(config.adapter.alpha),
+            "rank": config.adapter.rank,
+        }
         document["adapters"] = {config.adapter.name: lora}
     if config.model.kv_quant:
         document["arch_optimizers"] = {"kv_quant": {TYPE_KEY: "ao:KVQuantArchOptimizer", "freeze_qparams": True}}

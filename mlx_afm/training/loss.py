@@ -49,7 +49,8 @@ def chunked_cross_entropy(
 
     @mx.custom_function
     def loss_and_gradient(hidden: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
-        total, gradients = mx.array(0.0), []
+        total = mx.array(0.0)
+        gradients: list[mx.array] = []
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             part = hidden[rows]
@@ -68,8 +69,8 @@ def chunked_cross_entropy(
         gradient = cotangents[0].astype(outputs[1].dtype) * outputs[1]
         return gradient, mx.zeros_like(targets), mx.zeros_like(weights)
 
-    total, _ = loss_and_gradient(hidden_TD, targets_T, weights_T)
-    return total
+    outputs: tuple[mx.array, mx.array] = loss_and_gradient(hidden_TD, targets_T, weights_T)  # type: ignore
+    return outputs[0]
 
 
 def _chunk_loss_and_gradient(

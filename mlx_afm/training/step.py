@@ -65,9 +65,7 @@ def batch_loss(model: Model, batch: Batch) -> mx.array:
     return chunked_cross_entropy(hidden_TD, model.logits, targets_T, weights_T)
 
 
-def train_step(
-    model: Model, optimizer: Optimizer, batches: Iterable[Batch], *, clip_norm: float
-) -> StepResult:
+def train_step(model: Model, optimizer: Optimizer, batches: Iterable[Batch], *, clip_norm: float) -> StepResult:
     """One optimizer step over the sum of some micro-batches.
 
     Every target weighs the same, however the micro-batches cut the data. One micro-batch's
@@ -84,17 +82,17 @@ def train_step(
         read_tokens += batch.inputs_BL.size
         mx.eval(loss, tokens, gradients)
     gradients = tree_map(lambda gradient: gradient / tokens, gradients)
-    norm = _clip(gradients, clip_norm)
-    gradients, gradient_norm = norm
-    finite = math.isfinite(gradient_norm.item()) and math.isfinite(loss.item())
+    gradients, norm = clip_grad_norm(gradients, clip_norm or math.inf)
+    total, gradient_norm = _number(loss), _number(norm)
+    finite = math.isfinite(total) and math.isfinite(gradient_norm)
     if finite:
         optimizer.update(model, gradients)
         mx.eval(model.trainable_parameters(), optimizer.state)
-    return StepResult(loss.item(), tokens.item(), read_tokens, gradient_norm.item(), finite)
+    return StepResult(total, _number(tokens), read_tokens, gradient_norm, finite)
 
 
-def _clip(gradients: Any, limit: float) -> tuple[Any, mx.array]:
-    return clip_grad_norm(gradients, limit if limit else math.inf)
+def _number(scalar: mx.array) -> float:
+    return float(scalar.item())  # type: ignore[arg-type]
 
 
 def evaluate(model: Model, batches: Iterable[Batch]) -> tuple[float, float]:
@@ -106,7 +104,7 @@ def evaluate(model: Model, batches: Iterable[Batch]) -> tuple[float, float]:
         hidden_BND = model.hidden(batch.inputs_BL, needed=batch.needed_BN)
         hidden_TD = hidden_BND.reshape(-1, hidden_BND.shape[-1])
         targets_T, weights_T = batch.targets_BN.reshape(-1), batch.weights_BN.reshape(-1)
-        loss += summed_loss(hidden_TD, model.logits, targets_T, weights_T).item()
-        tokens += batch.weights_BN.sum().item()
+        loss += _number(summed_loss(hidden_TD, model.logits, targets_T, weights_T))
+        tokens += _number(batch.weights_BN.sum())
     model.train(training)
     return loss, tokens

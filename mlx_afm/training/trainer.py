@@ -159,7 +159,7 @@ class _Run:
         state.skipped_in_a_row = 0 if result.applied else state.skipped_in_a_row + 1
         state.skipped += not result.applied
         if state.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-            advice = "Lower --learning-rate; if the base is float16, convert it to bfloat16. The last saved adapter is intact."
+            advice = "Lower --learning-rate; convert a float16 base to bfloat16. The last saved adapter is intact."
             raise ConfigError(f"{state.skipped_in_a_row} steps in a row without a finite gradient", advice=advice)
         return result
 
@@ -197,9 +197,7 @@ class _Run:
         self.on_event(Evaluated(step=self.state.step, loss=mean, tokens=round(tokens), best=best, seconds=elapsed))
 
 
-def evaluate_data(
-    model: Model, data: Sequence[Tokens], batch_size: int, max_batches: int = -1
-) -> tuple[float, float]:
+def evaluate_data(model: Model, data: Sequence[Tokens], batch_size: int, max_batches: int = -1) -> tuple[float, float]:
     """Sum of losses (nats) and of target weights over examples, in their order."""
     plan = plan_in_order(len(data), batch_size)
     plan = plan if max_batches < 0 else plan[:max_batches]

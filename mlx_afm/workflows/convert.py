@@ -78,7 +78,9 @@ def convert(
     if to == "torch":
         return _to_torch(source, target, dtype, on_file)
     if (source / "config.json").is_file() and not source.suffix == ".pt":
-        raise ConfigError("already an MLX folder", where=source, advice="Use --to torch to go back to the toolkit's form.")
+        raise ConfigError(
+            "already an MLX folder", where=source, advice="Use --to torch to go back to the toolkit's form."
+        )
     files = find_toolkit_files(source)
     if files.tokenizer is None and not no_tokenizer:
         advice = "Put the toolkit's tokenizer.model beside the checkpoint, or pass --no-tokenizer to go without."
@@ -114,8 +116,12 @@ def _token_ids(file: Path, checkpoint: ToolkitCheckpoint) -> dict[str, object]:
     tokenizer = AFMTokenizer.from_file(file)
     rows = checkpoint.config.model.vocab_size
     if tokenizer.vocab_size > rows:
-        raise ConfigError("the tokenizer does not belong to this model", where=file, expected=f"at most {rows} pieces",
-                          found=tokenizer.vocab_size)
+        raise ConfigError(
+            "the tokenizer does not belong to this model",
+            where=file,
+            expected=f"at most {rows} pieces",
+            found=tokenizer.vocab_size,
+        )
     # mlx-lm stops at any of these.
     return {"eos_token_id": [tokenizer.turn_end_id, tokenizer.eos_id], "pad_token_id": tokenizer.pad_id}
 

@@ -1,6 +1,6 @@
 """The whole line on the tiny model the package carries, as a user would walk it with Apple's toolkit.
 
-    toolkit folder -> convert -> look at a sample -> score -> train -> score -> fuse -> generate -> export -> check
+toolkit folder -> convert -> look at a sample -> score -> train -> score -> fuse -> generate -> export -> check
 """
 
 from __future__ import annotations
@@ -107,11 +107,22 @@ def run_demo(
     package, report = export_fmadapter(job.adapter_path, ADAPTER_NAME, out)
     shown = next((i for i, answer in enumerate(answers_after) if answer != answers_before[i]), 0)
     return DemoResult(
-        toolkit_folder=toolkit, model_folder=folder, data_folder=data, adapter_folder=job.adapter_path,
-        fused_folder=fused, package=package, loss_curve=curve, exact_match_before=before, exact_match_after=after,
-        exact_match_fused=fused_match, valid_loss=trained.best_loss, sample_request=_request(test[shown]),
-        sample_answer_before=answers_before[shown], sample_answer_after=answers_after[shown],
-        package_ok=report.ok, seconds=time.perf_counter() - started,
+        toolkit_folder=toolkit,
+        model_folder=folder,
+        data_folder=data,
+        adapter_folder=job.adapter_path,
+        fused_folder=fused,
+        package=package,
+        loss_curve=curve,
+        exact_match_before=before,
+        exact_match_after=after,
+        exact_match_fused=fused_match,
+        valid_loss=trained.best_loss,
+        sample_request=_request(test[shown]),
+        sample_answer_before=answers_before[shown],
+        sample_answer_after=answers_after[shown],
+        package_ok=report.ok,
+        seconds=time.perf_counter() - started,
     )
 
 
@@ -124,9 +135,7 @@ def write_toolkit_folder(folder: Path) -> Path:
     config = parse_toolkit_config(read_json(ASSETS / "base-model-config.json"), where=ASSETS)
     ours, rng = read_safetensors(ASSETS / "base-model.safetensors"), np.random.default_rng(0)
     state = {
-        entry.toolkit: _toolkit_value(entry, ours, rng)
-        for entry in plan_names(config)
-        if entry.kind is not Kind.ALIAS
+        entry.toolkit: _toolkit_value(entry, ours, rng) for entry in plan_names(config) if entry.kind is not Kind.ALIAS
     }
     write_torch(folder / "base-model.pt", state, aliases={"output_transform.weight": "embedding.weight"})
     for name in ("base-model-config.json", "tokenizer.model"):

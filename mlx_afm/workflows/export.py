@@ -13,7 +13,12 @@ from mlx_afm.workflows.load import open_adapter
 
 
 def export_fmadapter(
-    adapter_path: str | Path, name: str, output_dir: str | Path, *, model_path: str | Path | None = None, **metadata: str
+    adapter_path: str | Path,
+    name: str,
+    output_dir: str | Path,
+    *,
+    model_path: str | Path | None = None,
+    **metadata: str,
 ) -> tuple[Path, Report]:
     """Writes `output_dir`/`name`.fmadapter, then checks it.
 

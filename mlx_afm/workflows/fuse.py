@@ -43,9 +43,7 @@ def fuse(model_path: str | Path, adapter_path: str | Path | None, save_path: str
     settings = read_json(source / "config.json")
     with atomic_folder(target) as partial:
         tensors = {name: from_mlx(array) for name, array in tree_flatten(model.parameters())}
-        write_model_folder(
-            partial, model.args, tensors, **{key: settings[key] for key in KEPT_KEYS if key in settings}
-        )
+        write_model_folder(partial, model.args, tensors, **{key: settings[key] for key in KEPT_KEYS if key in settings})
         for name in KEPT_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, partial / name)

@@ -54,8 +54,11 @@ def _file(path: Path) -> dict[str, Any]:
         return {"kind": "safetensors file", **_summary(read_safetensors(path))}
     if path.suffix == ".model":
         tokenizer = AFMTokenizer.from_file(path)
-        return {"kind": "SentencePiece tokenizer", "vocab_size": tokenizer.vocab_size,
-                "special_pieces": list(tokenizer.special_pieces)}
+        return {
+            "kind": "SentencePiece tokenizer",
+            "vocab_size": tokenizer.vocab_size,
+            "special_pieces": list(tokenizer.special_pieces),
+        }
     if path.suffix == ".json":
         config = parse_toolkit_config(read_json(path), where=path)
         return {"kind": "toolkit model configuration", "model": config.model.to_dict()}
@@ -68,26 +71,42 @@ def _file(path: Path) -> dict[str, Any]:
 def _folder(path: Path) -> dict[str, Any]:
     if path.suffix == ".fmadapter":
         metadata, geometry, tensors = read_fmadapter(path)
-        return {"kind": "adapter package", "identifier": metadata.identifier, "rank": metadata.rank,
-                "author": metadata.author, "description": metadata.description,
-                "layers": [geometry.ordinary_layers, geometry.reuse_layers], **_summary(tensors)}
+        return {
+            "kind": "adapter package",
+            "identifier": metadata.identifier,
+            "rank": metadata.rank,
+            "author": metadata.author,
+            "description": metadata.description,
+            "layers": [geometry.ordinary_layers, geometry.reuse_layers],
+            **_summary(tensors),
+        }
     if (path / ADAPTER_CONFIG).is_file():
         adapter = read_adapter(path)
-        return {"kind": "MLX adapter folder", "rank": adapter.config.rank, "scale": adapter.config.scale,
-                "targets": list(adapter.config.targets), **_summary(adapter.weights)}
+        return {
+            "kind": "MLX adapter folder",
+            "rank": adapter.config.rank,
+            "scale": adapter.config.scale,
+            "targets": list(adapter.config.targets),
+            **_summary(adapter.weights),
+        }
     if (path / "config.json").is_file():
         return _model_folder(path)
     if any((folder / f"{stem}.pt").is_file() for folder in (path, path / "assets") for stem in STEMS):
         files = find_toolkit_files(path)
         config = parse_toolkit_config(read_json(files.config), where=files.config)
-        return {"kind": "toolkit folder", "model": config.model.to_dict(),
-                "adapter": config.adapter.name if config.adapter else None,
-                "tokenizer": files.tokenizer is not None, **_summary(read_torch(files.weights))}
+        return {
+            "kind": "toolkit folder",
+            "model": config.model.to_dict(),
+            "adapter": config.adapter.name if config.adapter else None,
+            "tokenizer": files.tokenizer is not None,
+            **_summary(read_torch(files.weights)),
+        }
     if any(path.glob("*.jsonl")):
         lines = {file.name: _file(file)["lines"] for file in sorted(path.glob("*.jsonl"))}
         return {"kind": "training data folder", "lines": lines}
-    raise FormatError("an unknown kind of folder", where=path,
-                      expected="a toolkit, model, adapter or data folder, or a .fmadapter")
+    raise FormatError(
+        "an unknown kind of folder", where=path, expected="a toolkit, model, adapter or data folder, or a .fmadapter"
+    )
 
 
 def _model_folder(path: Path) -> dict[str, Any]:

@@ -119,10 +119,14 @@ def start_adapter(model: Model, folder: Path, lora: LoRAConfig, *, seed: int) ->
     base = base_adapter(folder)
     if base is None or (base.config.rank, base.config.scale) != (lora.rank, lora.scale):
         if base is not None and not is_zero(base):
-            advice = "Train with its rank and scale, or fuse it into the base first: mlx-afm fuse --model M --save-path F"
+            advice = (
+                "Train with its rank and scale, or fuse it into the base first: mlx-afm fuse --model M --save-path F"
+            )
             expected = f"rank {base.config.rank}, scale {base.config.scale}"
             found = f"rank {lora.rank}, scale {lora.scale}"
-            raise ConfigError("the base model has an active adapter", where=folder, expected=expected, found=found, advice=advice)
+            raise ConfigError(
+                "the base model has an active adapter", where=folder, expected=expected, found=found, advice=advice
+            )
         add_adapter(model, lora, seed=seed)
         return lora
     form = LoRAConfig(rank=lora.rank, scale=lora.scale, dropout=lora.dropout)
@@ -199,7 +203,9 @@ def read_split(data: Path, split: str, tokenizer: AFMTokenizer, max_tokens: int)
 def _require_folder(path: Path) -> None:
     if path.suffix in (".pt", ".fmadapter") or (path.exists() and not path.is_dir()):
         advice = "Choose another --adapter-path; .pt and .fmadapter are made from the folder: mlx-afm adapter convert"
-        raise ConfigError("cannot train into this", where=path, expected="a folder, new or of an earlier run", advice=advice)
+        raise ConfigError(
+            "cannot train into this", where=path, expected="a folder, new or of an earlier run", advice=advice
+        )
 
 
 def _require_tokenizer(folder: Path) -> AFMTokenizer:

@@ -46,7 +46,8 @@ def loss_curve_svg(losses: dict[str, Points], title: str) -> str:
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * loss / highest
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        'font-family="sans-serif" font-size="12">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
         f'<text x="{LEFT}" y="20" font-size="14">{title}</text>',
     ]
@@ -60,6 +61,8 @@ def loss_curve_svg(losses: dict[str, Points], title: str) -> str:
     for number, (name, series) in enumerate(losses.items()):
         line = " ".join(f"{x(step):.1f},{y(loss):.1f}" for step, loss in series)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{COLORS[name]}" stroke-width="2"/>')
-        parts.append(f'<text x="{WIDTH - RIGHT - 90}" y="{20 + 16 * number}" fill="{COLORS[name]}">{NAMES[name]}</text>')
+        parts.append(
+            f'<text x="{WIDTH - RIGHT - 90}" y="{20 + 16 * number}" fill="{COLORS[name]}">{NAMES[name]}</text>'
+        )
     parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">step</text>')
     return "\n".join([*parts, "</svg>", ""])

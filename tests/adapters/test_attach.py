@@ -5,10 +5,9 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-import tolerances
 from mlx.utils import tree_flatten
-from tiny import random_tokens, tiny_config, tiny_model, with_adapter
 
+import tolerances
 from mlx_afm.adapters import (
     LoRAConfig,
     adapter_shapes,
@@ -20,6 +19,7 @@ from mlx_afm.adapters import (
     set_adapter_weights,
 )
 from mlx_afm.errors import AdapterError, ConfigError, TensorsError
+from tiny import random_tokens, tiny_config, tiny_model, with_adapter
 
 TOKENS = random_tokens((2, 9))
 
@@ -57,7 +57,10 @@ def test_fused_weight_is_the_sum_rounded_once():
     name = "model.layers.1.self_attn.qkv_proj"
     weights = adapter_weights(model)
     base = np.array(dict(tree_flatten(model.parameters()))[f"{name}.linear.weight"], np.float64)
-    parts = [np.array(weights[f"{name}.{part}.lora_a"], np.float64) @ np.array(weights[f"{name}.{part}.lora_b"]) for part in "qkv"]
+    parts = [
+        np.array(weights[f"{name}.{part}.lora_a"], np.float64) @ np.array(weights[f"{name}.{part}.lora_b"])
+        for part in "qkv"
+    ]
     expected = base + 0.5 * np.concatenate(parts, axis=1).T
     fuse_adapter(model)
     fused = np.array(dict(tree_flatten(model.parameters()))[f"{name}.weight"])

@@ -8,7 +8,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny import random_tokens, tiny_config, tiny_model, with_adapter
 
 from mlx_afm.adapters import (
     Adapter,
@@ -24,6 +23,7 @@ from mlx_afm.checkpoints.arrays import from_mlx
 from mlx_afm.errors import AdapterError, FormatError, TensorsError
 from mlx_afm.formats.fmadapter import Metadata
 from mlx_afm.workflows.load import attach
+from tiny import random_tokens, tiny_config, tiny_model, with_adapter
 
 BASE = tiny_config()
 # A package says nothing of the vocabulary, a .pt nothing at all.
@@ -119,7 +119,7 @@ def test_an_adapter_for_another_base_is_refused_with_the_sizes(adapter, tmp_path
     folder = write("folder", tmp_path, adapter)
     with pytest.raises(AdapterError, match="num_layers: the model has 6, the adapter was made for 5"):
         read_adapter(folder, tiny_config(num_layers=6))
-    with pytest.raises(TensorsError, match="missing: layers.segment_0.layer_3"):
+    with pytest.raises(TensorsError, match=r"missing: layers.segment_0.layer_3"):
         read_adapter(write("pt", tmp_path, adapter), tiny_config(num_layers=6))
 
 
@@ -149,7 +149,7 @@ def test_damaged_folders_are_refused(adapter, tmp_path):
         with pytest.raises(AdapterError, match=message):
             read_adapter(folder)
     config.write_text("{")
-    with pytest.raises(FormatError, match="adapter_config.json: not JSON"):
+    with pytest.raises(FormatError, match=r"adapter_config.json: not JSON"):
         read_adapter(folder)
     (folder / "adapters.safetensors").unlink()
     with pytest.raises(AdapterError, match="no adapter here"):

@@ -43,7 +43,10 @@ def test_a_cast_rounds_to_nearest_even_and_spares_quantisers_and_adapters(dtype,
     assert tokenizer is None
     original = read_torch(ORACLES / "default" / "base-model.pt")
     weights = dict(tree_flatten(model.parameters()))
-    ours, theirs = "model.layers.1.mlp.up_proj.weight", "layers.segment_0.layer_1.feed_forward.hidden_transform.linear_1"
+    ours, theirs = (
+        "model.layers.1.mlp.up_proj.weight",
+        "layers.segment_0.layer_1.feed_forward.hidden_transform.linear_1",
+    )
     expected = mx.array(original[f"{theirs}.wrapped.weight"].read()).astype(getattr(mx, dtype))
     assert mx.array_equal(weights[ours], expected)
     assert weights["model.layers.0.self_attn.quant_key_scale"].dtype == mx.float32
@@ -69,7 +72,10 @@ def test_an_active_base_adapter_stays_active(tmp_path):
     """A base whose own adapter is not zero computes with it, and starts training from it."""
     source, config = tmp_path / "source", "base-model-config.json"
     source.mkdir()
-    tensors = {**read_torch(ORACLES / "default" / "base-model.pt"), **read_torch(ORACLES / "default" / "adapter-final.pt")}
+    tensors = {
+        **read_torch(ORACLES / "default" / "base-model.pt"),
+        **read_torch(ORACLES / "default" / "adapter-final.pt"),
+    }
     tensors.pop("output_transform.weight")
     write_torch(source / "base-model.pt", tensors, aliases={"output_transform.weight": "embedding.weight"})
     (source / config).write_bytes((ORACLES / "default" / config).read_bytes())
@@ -126,7 +132,7 @@ def test_a_head_of_its_own_is_refused(tmp_path):
     def change(tensors):
         tensors["output_transform.weight"] = LazyTensor.of(tensors["embedding.weight"].read() + np.float32(1))
 
-    with pytest.raises(TensorsError, match="output_transform.weight is not embedding.weight"):
+    with pytest.raises(TensorsError, match=r"output_transform.weight is not embedding.weight"):
         convert(damaged(tmp_path, change), tmp_path / "mlx", no_tokenizer=True)
 
 
@@ -137,7 +143,7 @@ def test_what_stands_in_the_way_is_refused_and_left_alone(tmp_path):
     with pytest.raises(ConfigError, match="exists already"):
         convert(ORACLES / "default", target, no_tokenizer=True)
     assert (target / "precious.txt").read_text() == "mine"
-    with pytest.raises(FormatError, match="missing tokenizer.model"):
+    with pytest.raises(FormatError, match=r"missing tokenizer.model"):
         convert(ORACLES / "default", tmp_path / "other")
     assert not (tmp_path / "other").exists()
 

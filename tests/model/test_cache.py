@@ -5,10 +5,10 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-import tolerances
-from tiny import random_tokens, tiny_model
 
+import tolerances
 from mlx_afm.model import KVCache
+from tiny import random_tokens, tiny_model
 
 LENGTHS = [3, 7, 1, 5]
 

@@ -6,14 +6,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-import tolerances
 from mlx.utils import tree_flatten
-from reference import attention_loop
-from tiny import random_tokens, tiny_config, tiny_model, with_adapter
 
+import tolerances
 from mlx_afm.errors import ConfigError
 from mlx_afm.model import Model
 from mlx_afm.model.layers import fake_quantize, rotary_frequencies, rotary_tables, rotate
+from reference import attention_loop
+from tiny import random_tokens, tiny_config, tiny_model, with_adapter
 
 
 def most(a: mx.array, b: mx.array) -> float:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from oracle import Oracle, load_oracle
 
 COMMITTED = Path(__file__).parent.parent / "fixtures" / "oracle"

@@ -6,13 +6,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-import tolerances
 from mlx.utils import tree_flatten
-from oracle import Oracle
 
+import tolerances
 from mlx_afm.data import Batch
 from mlx_afm.model import Model
 from mlx_afm.training.step import batch_loss
+from oracle import Oracle
 
 
 def limit(oracle: Oracle) -> float:

@@ -54,8 +54,10 @@ def logits(weights: dict[str, np.ndarray], config, tokens: list[int]) -> np.ndar
             for position, row in enumerate(rows):
                 flat = row[heads * width :].reshape(2, kv_heads, width)
                 scale = weights.get(f"{attention}.quant_key_scale"), weights.get(f"{attention}.quant_value_scale")
-                turned = [rms_norm(rotate(k, position, config.rope_theta), weights[f"{attention}.k_norm.weight"], eps)
-                          for k in flat[0]]
+                turned = [
+                    rms_norm(rotate(k, position, config.rope_theta), weights[f"{attention}.k_norm.weight"], eps)
+                    for k in flat[0]
+                ]
                 keys.append([quantize(k, scale[0]) for k in turned])
                 values.append([quantize(v, scale[1]) for v in flat[1]])
             queries = [row[: heads * width] for row in rows]
@@ -67,7 +69,9 @@ def logits(weights: dict[str, np.ndarray], config, tokens: list[int]) -> np.ndar
                 q = rotate(query.reshape(heads, width)[head], position, config.rope_theta)
                 q = rms_norm(q, weights[f"{attention}.q_norm.weight"], eps)
                 shared = head // (heads // kv_heads)
-                parts.append(attend(q, [k[shared] for k in keys[: position + 1]], [v[shared] for v in values[: position + 1]]))
+                parts.append(
+                    attend(q, [k[shared] for k in keys[: position + 1]], [v[shared] for v in values[: position + 1]])
+                )
             xs[position] = xs[position] + weights[f"{attention}.out_proj.weight"] @ np.concatenate(parts)
         for position, x in enumerate(xs):
             normed_x = rms_norm(x, weights[f"{name}.post_attention_layernorm.weight"], eps)

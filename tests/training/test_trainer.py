@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from mlx.optimizers import SGD
 from mlx.utils import tree_flatten
-from tiny import tiny_model, with_adapter
 
 from mlx_afm.adapters import LoRAConfig, adapter_weights, add_adapter, train_only
 from mlx_afm.data import Tokens, make_batch
@@ -18,6 +17,7 @@ from mlx_afm.errors import ConfigError
 from mlx_afm.training import Evaluated, StepsReported, TrainConfig, TrainingFinished, TrainingStarted, to_record, train
 from mlx_afm.training.schedule import learning_rate
 from mlx_afm.training.step import batch_loss, evaluate, train_step
+from tiny import tiny_model, with_adapter
 
 
 def examples(count: int, seed: int = 0) -> list[Tokens]:
@@ -116,7 +116,9 @@ def test_only_chosen_targets_move():
     train_only(model, ("k", "down"))
     before = {name: np.array(array) for name, array in adapter_weights(model).items()}
     train(model, examples(8), [], TrainConfig(iters=2))
-    moved = {name for name, array in adapter_weights(model).items() if not np.array_equal(before[name], np.array(array))}
+    moved = {
+        name for name, array in adapter_weights(model).items() if not np.array_equal(before[name], np.array(array))
+    }
     assert moved == {name for name in before if ".k." in name or "down_proj" in name}
 
 

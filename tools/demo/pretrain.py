@@ -84,7 +84,10 @@ def pretrain(model: Model, train: list[Tokens], valid: list[Tokens], config: Tra
             result = train_step(model, optimizer, [make_batch([train[i] for i in indices])], clip_norm=1.0)
             step += 1
             if step % 100 == 0:
-                print(f"step {step} loss {result.loss / result.tokens:.4f} {(time.time() - started) / step:.3f} s/step", flush=True)
+                print(
+                    f"step {step} loss {result.loss / result.tokens:.4f} {(time.time() - started) / step:.3f} s/step",
+                    flush=True,
+                )
             if step % config.steps_per_eval == 0 or step == total:
                 loss, tokens = evaluate_data(model, valid, 64)
                 print(f"step {step} valid {loss / tokens:.4f}", flush=True)
@@ -122,8 +125,13 @@ def main() -> None:
     set_quantizer_steps(model, *([[FIRST_RANGE] * len(model.model.layers)] * 2))
     print(f"{sum(a.size for _, a in tree_flatten(model.parameters())):,} parameters")
     config = TrainConfig(
-        iters=options.steps, batch_size=options.batch_size, learning_rate=options.learning_rate, warmup=0.02,
-        steps_per_eval=250, seed=options.seed, weight_decay=0.05,
+        iters=options.steps,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        warmup=0.02,
+        steps_per_eval=250,
+        seed=options.seed,
+        weight_decay=0.05,
     )
     pretrain(model, train, valid, config)
 

@@ -1,0 +1,97 @@
+"""export, adapter convert, check, fuse: adapters on their way out."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mlx_afm.adapters import read_adapter
+from mlx_afm.checkpoints.model_folder import read_config
+
+
+def values(path, base):
+    adapter = read_adapter(path, base)
+    return {name: np.asarray(tensor.read(), np.float32).tobytes() for name, tensor in adapter.weights.items()}
+
+
+def test_export_writes_a_package_and_checks_it(adapter_forms, model_folder, tmp_path, cli):
+    ran = cli("export", "--adapter-path", adapter_forms["folder"], "--name", "tidy_1", "--author", "Me",
+              "--output-dir", tmp_path / "out", "--json")  # fmt: skip
+    told, package = ran.json, tmp_path / "out" / "tidy_1.fmadapter"
+    assert (told["package"], told["ok"], told["fits_device"]) == (str(package), True, False)
+    assert [finding["rule"] for finding in told["findings"]] == ["G1"]
+    assert {file.name for file in package.iterdir()} == {"metadata.json", "adapter_weights.bin"}
+    metadata = json.loads((package / "metadata.json").read_text())
+    assert (metadata["adapterIdentifier"], metadata["author"]) == ("fmadapter-tidy_1-9799725", "Me")
+    base = read_config(model_folder)
+    assert values(package, base) == values(adapter_forms["folder"], base)
+    assert "Signature of toolkit 26.0.0" in ran.err
+
+
+def test_export_again_replaces_the_package(adapter_forms, tmp_path, cli):
+    for author in ("first", "second"):
+        ran = cli("export", "--adapter-path", adapter_forms["fmadapter"], "--name", "box", "--output-dir", tmp_path,
+                  "--author", author)  # fmt: skip
+        assert ran.code == 0
+    assert json.loads((tmp_path / "box.fmadapter" / "metadata.json").read_text())["author"] == "second"
+
+
+def test_adapter_convert_goes_round_without_loss(adapter_forms, model_folder, tmp_path, cli):
+    base = read_config(model_folder)
+    wanted, source = values(adapter_forms["folder"], base), adapter_forms["folder"]
+    for name in ("a.pt", "b.fmadapter", "c", "d.pt", "e"):
+        model = ("--model", model_folder) if source.suffix == ".pt" else ()
+        told = cli("adapter", "convert", source, tmp_path / name, *model, "--json").json
+        assert told == {"adapter": str(tmp_path / name)}
+        source = tmp_path / name
+        assert values(source, base) == wanted
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "d.pt").read_bytes() == adapter_forms["pt"].read_bytes()
+
+
+def test_fused_says_what_the_adapter_says(adapter_forms, model_folder, tmp_path, cli, say):
+    fused = tmp_path / "fused"
+    told = cli(
+        "fuse", "--model", model_folder, "--adapter-path", adapter_forms["pt"], "--save-path", fused, "--json"
+    ).json
+    assert told == {"folder": str(fused)}
+    assert say(model=fused) == say("--adapter-path", adapter_forms["pt"])
+    look = cli("inspect", fused, "--json").json
+    assert (look["base_adapter"], look["toolkit_config"], look["tokenizer"]) == (False, False, True)
+
+
+def test_check_passes_a_good_package(adapter_forms, cli):
+    ran = cli("check", adapter_forms["fmadapter"])
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.splitlines()[-1] == f"{adapter_forms['fmadapter']}: OK as a file, but not for a device"
+    told = cli("check", adapter_forms["fmadapter"], "--json").json
+    assert told["ok"] is True
+    assert told["geometry"]["hidden"] == 96
+
+
+def test_check_can_ask_for_a_signature(adapter_forms, cli):
+    assert cli("check", adapter_forms["fmadapter"], "--signature", "9799725").code == 0
+    ran = cli("check", adapter_forms["fmadapter"], "--signature", "0123456")
+    assert ran.code == 3
+    assert "FAIL M6" in ran.out
+    assert ran.out.splitlines()[-1].endswith("INVALID, broken rules M6")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_check_lists_every_broken_rule_and_exits_3(as_json, adapter_forms, copy_of, edit_json, cli):
+    package = copy_of(adapter_forms["fmadapter"])
+    edit_json(package / "metadata.json", baseModelSignature="xyz", adapterIdentifier="fmadapter-a-b-c")
+    weights = package / "adapter_weights.bin"
+    weights.write_bytes(weights.read_bytes()[:-64])
+    ran = cli("check", package, *(["--json"] if as_json else []))
+    assert (ran.code, ran.err) == (3, "")
+    broken = {"M5", "M7", "A1", "A7"}
+    if as_json:
+        told = json.loads(ran.out)
+        assert told["ok"] is False
+        assert broken <= {finding["rule"] for finding in told["findings"] if finding["severity"] == "fail"}
+        assert {finding["file"] for finding in told["findings"]} <= {"metadata.json", "adapter_weights.bin", None}
+    else:
+        verdict = ran.out.splitlines()[-1].split()
+        assert "INVALID," in verdict
+        assert broken <= set(verdict)
+        assert all(f"FAIL {rule} " in ran.out for rule in broken)

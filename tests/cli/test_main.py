@@ -1,0 +1,105 @@
+import json
+import subprocess
+import sys
+from importlib import import_module
+
+import click
+import pytest
+
+from mlx_afm import __version__
+from mlx_afm_cli.main import COMMANDS, group, main
+
+
+def leaves(command, name):
+    """Commands that do something, by their full name."""
+    if isinstance(command, click.Group):
+        for inner in command.list_commands(click.Context(command)):
+            yield from leaves(command.get_command(click.Context(command), inner), f"{name} {inner}".strip())
+    else:
+        yield name, command
+
+
+LEAVES = dict(leaves(group, ""))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_lives_in_the_module_of_its_name(name):
+    assert import_module(f"mlx_afm_cli.{name}_command").command.name == name
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_every_command_has_json_and_described_options(name, cli):
+    ran = cli(*name.split(), "--help")
+    assert ran.code == 0
+    assert "--json" in ran.out
+    assert ran.err == ""
+    assert LEAVES[name].help
+
+
+def test_version(cli):
+    assert cli("--version").out.strip() == f"mlx-afm, version {__version__}"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["convert"],
+        ["convert", "--hf-path", "x", "--bits", "4"],
+        ["convert", "--hf-path", "x", "--to", "coreml"],
+        ["convert", "--hf-path", "x", "--dtype", "int8"],
+        ["generate", "--model", "x", "--prompt", "y", "--max-tokens", "many"],
+        ["inspect"],
+        ["lora", "--model", "x", "--data", "y"],
+        ["lora", "--train"],
+        ["lora", "--train", "--model", "x", "--data", "y", "--schedule", "steep"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_2_and_says_how_it_goes(arguments, cli):
+    ran = cli(*arguments)
+    assert ran.code == 2
+    assert ran.out == ""
+    assert "Usage: " in ran.err
+    assert "Error: " in ran.err
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (BrokenPipeError, 0)])
+def test_an_interruption_is_no_traceback(error, code, monkeypatch, capsys):
+    def interrupt(*arguments, **settings):
+        raise error
+
+    monkeypatch.setattr(group, "main", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == code
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def python_m(*arguments, stdin=b""):
+    command = [sys.executable, "-m", "mlx_afm", *map(str, arguments)]
+    return subprocess.run(command, input=stdin, capture_output=True, timeout=120)
+
+
+def test_as_a_program_results_and_progress_are_apart(toolkit_folder, tmp_path):
+    ran = python_m("convert", "--hf-path", toolkit_folder, "--mlx-path", tmp_path / "out", "--json")
+    assert ran.returncode == 0
+    assert json.loads(ran.stdout)["folder"] == str(tmp_path / "out")
+    assert ran.stdout.count(b"\n") == 1
+    assert b"writing weights" in ran.stderr
+
+
+def test_as_a_program_an_error_is_one_message(tmp_path):
+    ran = python_m("inspect", tmp_path / "nothing")
+    assert (ran.returncode, ran.stdout) == (1, b"")
+    assert ran.stderr.decode() == f"mlx-afm: {tmp_path / 'nothing'}: no such file or folder\n"
+
+
+def test_as_a_program_it_reads_stdin_and_answers(model_folder, adapter_forms, say):
+    adapter = ("--adapter-path", adapter_forms["fmadapter"])
+    ran = python_m(
+        "generate", "--model", model_folder, "--prompt", "-", "-m", 8, *adapter, stdin="größer\nals".encode()
+    )
+    assert ran.returncode == 0
+    assert ran.stdout.decode() == say(*adapter, prompt="größer\nals")["text"] + "\n"
+    assert ran.stderr == b""
