@@ -26,7 +26,7 @@ def read_stdin() -> str:
         DataError: other bytes.
     """
     try:
-        return str(click.get_binary_stream("stdin").read(), "utf-8")  # type: ignore[operator]
+        return str(sys.stdin.buffer.read(), "utf-8")  # type: ignore[operator]
     except UnicodeDecodeError as error:
         raise DataError("not UTF-8 text", where=f"stdin, byte {error.start + 1}") from error
 

@@ -86,16 +86,25 @@ def is_module(name):
     return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
 
 
+def full_module(node, file):
+    """The module that `from MODULE import` names; relative ones are resolved."""
+    if not node.level:
+        return node.module
+    package = ["mlx_afm_cli" if part == "cli" else part for part in file.parent.relative_to(ROOT).parts]
+    package = package[: len(package) - node.level + 1]
+    return ".".join([*package, *([node.module] if node.module else [])])
+
+
 def imports_of(file):
     found = []
 
     def walk(node, inner, typing):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            assert not getattr(node, "level", 0), f"{file}:{node.lineno}: a relative import"
             for alias in node.names:
                 name = alias.name
                 if isinstance(node, ast.ImportFrom):
-                    name = f"{node.module}.{name}" if is_module(f"{node.module}.{name}") else node.module
+                    module = full_module(node, file)
+                    name = f"{module}.{name}" if is_module(f"{module}.{name}") else module
                 found.append(Import(file, node.lineno, name, inner, typing))
         inner = inner or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
@@ -201,9 +210,7 @@ def test_the_library_does_not_print():
 
 def test_no_path_leads_out_of_the_package():
     """Neither to test or parity scripts nor into anyone's home: what is installed must stand alone."""
-    outward = re.compile(
-        r"(^|[\"'\s])(/home/|/Users/|/root/|/work/|\.\./|tools/|benchmarks/|tests/parity)|parity/|shared/"
-    )
+    outward = re.compile(r"(^|[\"'\s])(/(home|Users|root|opt|mnt|tmp)/|\.\./|tools/|benchmarks/|tests/parity)|parity/")
     found = []
     for file in source_files():
         with file.open("rb") as handle:

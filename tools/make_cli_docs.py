@@ -23,7 +23,9 @@ expected, found, what to do), 2 wrong usage, 3 a check failed. `python -m mlx_af
 
 
 def pages(command: click.Command, path: str) -> Iterator[str]:
-    context = click.Context(command, info_name=path, terminal_width=100, max_content_width=100)
+    # A command keeps the help option of the first context it meets, so both names are given here too.
+    names = group.context_settings["help_option_names"]
+    context = click.Context(command, info_name=path, terminal_width=100, max_content_width=100, help_option_names=names)
     yield f"\n## {path}\n\n```\n{command.get_help(context).rstrip()}\n```\n"
     if isinstance(command, click.Group):
         for name in command.list_commands(context):

@@ -68,7 +68,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 where = f"{path} line {number}, byte {error.start + 1}"
                 raise FormatError("not UTF-8 text", where=where, advice="Save the file as UTF-8.") from error
             if line.strip():
-                yield number, line
+                yield number, line.rstrip("\r\n")  # with it, a fault at the end would be at column 1
 
 
 def parse_line(line: str, special_pieces: Sequence[str], *, where: str) -> Example:

@@ -39,13 +39,13 @@ def test_export_again_replaces_the_package(adapter_forms, tmp_path, cli):
 def test_adapter_convert_goes_round_without_loss(adapter_forms, model_folder, tmp_path, cli):
     base = read_config(model_folder)
     wanted, source = values(adapter_forms["folder"], base), adapter_forms["folder"]
-    for name in ("a.pt", "b.fmadapter", "c", "d.pt", "e"):
+    for name in ("one/adapter.pt", "b.fmadapter", "c", "d.pt", "e"):
         model = ("--model", model_folder) if source.suffix == ".pt" else ()
         told = cli("adapter", "convert", source, tmp_path / name, *model, "--json").json
         assert told == {"adapter": str(tmp_path / name)}
         source = tmp_path / name
         assert values(source, base) == wanted
-    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "d.pt").read_bytes() == adapter_forms["pt"].read_bytes()
+    assert (tmp_path / "one" / "adapter.pt").read_bytes() == adapter_forms["pt"].read_bytes()
 
 
 def test_fused_says_what_the_adapter_says(adapter_forms, model_folder, tmp_path, cli, say):

@@ -74,8 +74,8 @@ def test_the_adapter_says_how_it_was_made(run, model_folder, data_folder):
 
 
 def test_train_and_test_in_one_go(model_folder, data_folder, tmp_path, cli):
-    ran = cli("lora", "--train", "--test", "--model", model_folder, "--data", data_folder, "--adapter-path", tmp_path / "a",
-              "--iters", 3, "--json")  # fmt: skip
+    ran = cli("lora", "--train", "--test", "--model", model_folder, "--data", data_folder,
+              "--adapter-path", tmp_path / "a", "--iters", 3, "--json")  # fmt: skip
     told = ran.json
     assert (told["steps"], told["test_examples"], told["adapter"]) == (3, 4, True)
     base = cli("lora", "--test", "--model", model_folder, "--data", data_folder, "--adapter-path", tmp_path / "none",
@@ -95,8 +95,9 @@ def test_one_file_is_trained_on_and_there_is_no_best(model_folder, data_folder, 
 
 
 def test_epochs_count_the_data(model_folder, data_folder, tmp_path, cli):
-    told = cli("lora", "--train", "--model", model_folder, "--data", data_folder / "valid.jsonl", "--adapter-path",
-               tmp_path / "a", "--epochs", 2, "--batch-size", 2, "--grad-accumulation-steps", 2, "--json").json  # fmt: skip
+    told = cli("lora", "--train", "--model", model_folder, "--data", data_folder / "valid.jsonl",
+               "--adapter-path", tmp_path / "a", "--epochs", 2, "--batch-size", 2, "--grad-accumulation-steps", 2,
+               "--json").json  # fmt: skip
     assert told["steps"] == 2
 
 
