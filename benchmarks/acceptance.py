@@ -72,7 +72,8 @@ def oracle_figures(folder: Path) -> dict:
 def command(*arguments: object, plain_blas: bool = False) -> dict:
     environment = {k: v for k, v in os.environ.items() if not (plain_blas and k == "LD_PRELOAD")}
     line = [sys.executable, "-m", "mlx_afm", *map(str, arguments), "--json"]
-    done = subprocess.run(line, capture_output=True, text=True, env=environment, check=True)
+    with tempfile.TemporaryDirectory() as here:  # no adapters folder of an earlier run beside us
+        done = subprocess.run(line, capture_output=True, text=True, env=environment, check=True, cwd=here)
     return json.loads(done.stdout)
 
 
@@ -86,10 +87,10 @@ def tldr(folder: Path) -> dict:
     data.mkdir()
     for split in ("train", "valid", "test"):
         shutil.copyfile(SHARED / "data" / f"tldr_{split}.jsonl", data / f"{split}.jsonl")
-    where = ("--model", model, "--data", data, "--adapter-path", folder / "adapter")
+    base_of, adapter = ("--model", model, "--data", data), ("--adapter-path", folder / "adapter")
     settings = ("--iters", 200, "--batch-size", 16, "--learning-rate", "2e-3", "--steps-per-eval", 100)
-    base = command("lora", "--test", *where)
-    trained = command("lora", "--train", "--test", *where, *settings)
+    base = command("lora", "--test", *base_of)
+    trained = command("lora", "--train", "--test", *base_of, *adapter, *settings)
     events = [json.loads(line) for line in (folder / "adapter" / "metrics.jsonl").read_text().splitlines()]
     evaluations = {event["step"]: event["loss"] for event in events if event["event"] == "eval"}
     return {

@@ -10,7 +10,7 @@ import click
 
 from .output import json_option, note, show
 from .progress import TrainingProgress
-from .settings import job_from
+from .settings import request_from
 
 # Training and adapter options have no defaults here: the dataclasses have, below file and flags.
 OPTIONS = [
@@ -18,8 +18,8 @@ OPTIONS = [
     click.option("--data", type=Path, help="Folder with train/valid/test.jsonl, or one file."),
     click.option("--adapter-path", type=Path, help="Folder for the adapter.  [default: adapters]"),
     click.option("--config", "-c", type=Path, help="YAML file with these options; flags win."),
-    click.option("--train", "do_train", is_flag=True, help="Train."),
-    click.option("--test", "do_test", is_flag=True, help="Score the adapter on test.jsonl."),
+    click.option("--train", is_flag=True, help="Train."),
+    click.option("--test", is_flag=True, help="Score the adapter on test.jsonl."),
     click.option("--iters", type=int, help="Optimizer steps; default: by epochs."),
     click.option("--epochs", type=int, help="Passes over the data.  [default: 2]"),
     click.option("--batch-size", type=int, help="Examples per step.  [default: 4]"),
@@ -52,34 +52,29 @@ def _with_options(function: Callable[..., None]) -> Callable[..., None]:
 @click.command("lora")
 @_with_options
 @json_option
-def command(config: Path | None, do_train: bool, do_test: bool, as_json: bool, **flags: Any) -> None:
+def command(config: Path | None, as_json: bool, **flags: Any) -> None:
     """Train a LoRA adapter (--train), score it on held-out data (--test), or both."""
     from mlx_afm.workflows.lora import score, train
 
-    job, file_train, file_test = job_from(config, flags)
-    do_train, do_test = do_train or file_train, do_test or file_test
-    if not (do_train or do_test):
+    request = request_from(config, flags)
+    job = request.job
+    if not (request.train or request.test):
         raise click.UsageError("nothing to do: give --train, --test or both")
     result: dict[str, Any] = {"adapter_path": str(job.adapter_path)}
-    if do_train:
+    if request.train:
         with TrainingProgress() as progress:
             trained = train(job, on_event=progress.handle)
         result |= {"steps": trained.steps, "best_valid_loss": trained.best_loss}
-    if do_test:
-        note("scoring")
-        has_adapter = (job.adapter_path / "adapters.safetensors").is_file() or job.adapter_path.suffix
-        scored = score(
-            job.model,
-            job.adapter_path if has_adapter else None,
-            job.data,
-            batch_size=job.train.batch_size,
-            max_tokens=job.max_tokens,
-        )
+    if request.test:
+        has_adapter = request.train or request.adapter_given or job.adapter_path.exists()
+        note("scoring" if has_adapter else "scoring the base model: no --adapter-path")
+        adapter = job.adapter_path if has_adapter else None
+        scored = score(job.model, adapter, job.data, batch_size=job.train.batch_size, max_tokens=job.max_tokens)
         result |= {
             "test_loss": scored.loss,
             "test_perplexity": scored.perplexity,
             "test_tokens": scored.tokens,
             "test_examples": scored.examples,
-            "adapter": bool(has_adapter),
+            "adapter": has_adapter,
         }
     show(result, as_json)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +36,25 @@ TYPES = {
 }
 
 
-def job_from(file: Path | None, flags: Mapping[str, Any]) -> tuple[LoRAJob, bool, bool]:
-    """The job, and whether the file asks to train and to test.
+@dataclass(frozen=True)
+class Request:
+    """What `mlx-afm lora` is asked to do: train, test or both; and whether an adapter path was given."""
+
+    job: LoRAJob
+    train: bool
+    test: bool
+    adapter_given: bool
+
+
+def request_from(file: Path | None, flags: Mapping[str, Any]) -> Request:
+    """What file and flags ask for together.
 
     Raises:
         ConfigError: a file that cannot be read or keys we do not know. UsageError: no model or no data.
     """
     values = {} if file is None else read_settings(file)
-    switches = [bool(values.pop(name, False)) for name in ("train", "test")]
-    values |= {name: value for name, value in flags.items() if value is not None}
+    switches = {name: bool(values.pop(name, False) or flags.get(name)) for name in SWITCHES}
+    values |= {name: value for name, value in flags.items() if value is not None and name not in SWITCHES}
     missing = [f"--{name}" for name in ("model", "data") if not values.get(name)]
     if missing:
         raise click.UsageError(f"missing {' and '.join(missing)}")
@@ -61,9 +71,10 @@ def job_from(file: Path | None, flags: Mapping[str, Any]) -> tuple[LoRAJob, bool
         lora=LoRAConfig(**{name: values[name] for name in LORA_KEYS & values.keys()}),
         train=TrainConfig(**{name: values[name] for name in TRAIN_KEYS & values.keys()}),
         name=values.get("name"),
+        test=switches["test"],
         **({"max_tokens": values["max_seq_length"]} if "max_seq_length" in values else {}),
     )
-    return job, switches[0], switches[1]
+    return Request(job, switches["train"], switches["test"], "adapter_path" in values)
 
 
 def read_settings(file: Path) -> dict[str, Any]:

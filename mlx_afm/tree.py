@@ -18,19 +18,16 @@ def require_same_tensors(
     Raises:
         TensorsError: lists what is missing, what is surplus and what has another shape.
     """
-    faults = [
-        *(f"missing: {name}, shape {expected[name]}" for name in expected if name not in found),
-        *(f"surplus: {name}, shape {found[name]}" for name in found if name not in expected),
-        *(
-            f"wrong shape: {name}: expected {expected[name]}, found {found[name]}"
-            for name in expected
-            if name in found and tuple(expected[name]) != tuple(found[name])
-        ),
+    missing = [f"missing: {name}, shape {expected[name]}" for name in expected if name not in found]
+    surplus = [f"surplus: {name}, shape {found[name]}" for name in found if name not in expected]
+    misshaped = [
+        f"wrong shape: {name}: expected {expected[name]}, found {found[name]}"
+        for name in expected
+        if name in found and tuple(expected[name]) != tuple(found[name])
     ]
-    if faults:
-        raise TensorsError(
-            "the tensors are not those of the model", where=where, advice=advice, details=shorten(faults)
-        )
+    if missing or surplus or misshaped:
+        details = [line for kind in (missing, surplus, misshaped) for line in shorten(kind, SHOWN // 2)]
+        raise TensorsError("the tensors are not those of the model", where=where, advice=advice, details=details)
 
 
 def shorten(lines: Iterable[str], shown: int = SHOWN) -> list[str]:

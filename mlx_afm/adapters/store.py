@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_afm.adapters.config import DEFAULT_SCALE, LoRAConfig, parse_adapter_json, to_adapter_json
+from mlx_afm.checkpoints.arrays import cast
 from mlx_afm.checkpoints.names import (
     DEFAULT_ADAPTER,
     TARGETS,
@@ -166,7 +167,9 @@ def _read_package(path: Path) -> Adapter:
         hidden_dim_scale_factor=geometry.feed_forward / geometry.hidden,
     )
     config = LoRAConfig(rank=metadata.rank, scale=DEFAULT_SCALE)
-    return Adapter(config, base, {entry.ours: tensors[entry.toolkit] for entry in _entries(base, config)})
+    # Adapters are float32 everywhere else; fp16 widens exactly.
+    weights = {entry.ours: cast(tensors[entry.toolkit], "float32") for entry in _entries(base, config)}
+    return Adapter(config, base, weights)
 
 
 def write_adapter_folder(folder: Path, adapter: Adapter) -> None:

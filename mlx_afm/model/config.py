@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -10,6 +11,14 @@ from typing import Any
 from mlx_afm.errors import ConfigError
 
 MODEL_TYPE = "afm7"  # mlx-lm's name of the architecture
+# Far above any model of this kind; a damaged file must not make us plan for billions of layers.
+LIMITS = {
+    "vocab_size": 1 << 24,
+    "hidden_dim": 1 << 20,
+    "num_layers": 1000,
+    "num_heads": 1 << 16,
+    "num_kv_heads": 1 << 16,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +66,13 @@ class AFMConfig:
             if field.name != "kv_quant" and (isinstance(value, bool) or not isinstance(value, wanted)):
                 yield f"{field.name}: expected a number, found {value!r}"
                 return
-        for name in ("vocab_size", "hidden_dim", "num_layers", "num_heads", "num_kv_heads"):
-            if getattr(self, name) < 1:
-                yield f"{name}: expected at least 1, found {getattr(self, name)}"
+        for name, highest in LIMITS.items():
+            if not 1 <= getattr(self, name) <= highest:
+                yield f"{name}: expected from 1 to {highest}, found {getattr(self, name)}"
+                return
+        for name in ("hidden_dim_scale_factor", "rope_theta", "rms_norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                yield f"{name}: expected a finite number above 0, found {getattr(self, name)}"
                 return
         if not 0 <= self.num_kv_reuse_layers < self.num_layers:
             yield f"num_kv_reuse_layers: expected 0 to {self.num_layers - 1}, found {self.num_kv_reuse_layers}"
@@ -69,8 +82,8 @@ class AFMConfig:
             yield f"head width hidden_dim / num_heads: expected an even number from 4 on, found {self.head_dim}"
         if self.num_heads % self.num_kv_heads:
             yield f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
-        if self.feed_forward_dim < 1 or self.rope_theta <= 0 or self.rms_norm_eps <= 0:
-            yield "hidden_dim_scale_factor, rope_theta and rms_norm_eps must be positive"
+        if not 1 <= self.feed_forward_dim <= LIMITS["hidden_dim"]:
+            yield f"feed-forward width hidden_dim * hidden_dim_scale_factor: found {self.feed_forward_dim}"
 
     @property
     def model_type(self) -> str:

@@ -8,6 +8,7 @@ and kept with the original text; whatever would change it and is not supported h
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -171,6 +172,7 @@ def _parse_adapter(document: Mapping[str, Any], where: object) -> AdapterSpec | 
     rank = item.get("rank", 8)
     alpha = item.get("alpha")
     alpha = rank if alpha is None else alpha
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
+    whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+    if not whole or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
         raise ConfigError("rank and alpha must be positive numbers", where=where, found=f"rank {rank}, alpha {alpha}")
     return AdapterSpec(name=name, rank=rank, alpha=alpha)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -57,12 +58,16 @@ class TrainConfig:
         for name in (*counts, *(("epochs",) if self.iters is None else ("iters",))):
             if getattr(self, name) < 1:
                 yield f"{name}: expected at least 1, found {getattr(self, name)}"
-        if not self.learning_rate > 0:
-            yield f"learning_rate: expected more than 0, found {self.learning_rate}"
+        if not 0 < self.learning_rate < math.inf:
+            yield f"learning_rate: expected a finite number above 0, found {self.learning_rate}"
         if not 0 <= self.warmup <= 1:
             yield f"warmup: expected a share from 0 to 1, found {self.warmup}"
-        for name in ("weight_decay", "clip_grad_norm", "seed"):
-            if getattr(self, name) < 0:
-                yield f"{name}: expected at least 0, found {getattr(self, name)}"
+        for name in ("weight_decay", "clip_grad_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                yield f"{name}: expected a finite number from 0 on, found {getattr(self, name)}"
+        if not 0 <= self.seed < 1 << 63:
+            yield f"seed: expected from 0 to 2^63 - 1, found {self.seed}"
+        if self.val_batches < 1 and self.val_batches != -1:
+            yield f"val_batches: expected at least 1, or -1 for all, found {self.val_batches}"
         if self.schedule not in SCHEDULES:
             yield f"schedule: expected one of {', '.join(SCHEDULES)}, found {self.schedule}"

@@ -19,7 +19,7 @@ from mlx_afm.formats.mlx_folder import read_shards
 from mlx_afm.formats.safetensors_file import read_safetensors
 from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.formats.torch_file import read_torch
-from mlx_afm.model import parse_toolkit_config
+from mlx_afm.model import AFMConfig, parse_toolkit_config
 from mlx_afm.text.tokenizer import AFMTokenizer
 
 AFM_BASE_PARAMETERS = 3_111_368_064
@@ -60,7 +60,10 @@ def _file(path: Path) -> dict[str, Any]:
             "special_pieces": list(tokenizer.special_pieces),
         }
     if path.suffix == ".json":
-        config = parse_toolkit_config(read_json(path), where=path)
+        values = read_json(path)
+        if isinstance(values, dict) and "model_type" in values:
+            return {"kind": "MLX model configuration", "model": AFMConfig.from_dict(values).to_dict()}
+        config = parse_toolkit_config(values, where=path)
         return {"kind": "toolkit model configuration", "model": config.model.to_dict()}
     if path.suffix == ".jsonl":
         with path.open("rb") as handle:

@@ -43,6 +43,7 @@ class LoRAJob:
         train: how long and how fast.
         max_tokens: longest example allowed.
         name: name of a package to be exported later; checked before training.
+        test: the adapter will be scored on the test split afterwards, so that is checked first too.
     """
 
     model: Path
@@ -52,6 +53,7 @@ class LoRAJob:
     train: TrainConfig = field(default_factory=TrainConfig)
     max_tokens: int = CONTEXT_TOKENS
     name: str | None = None
+    test: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ def train(job: LoRAJob, on_event: EventHandler = lambda event: None) -> Trained:
     tokenizer = _require_tokenizer(job.model)
     read_config(job.model)
     train_data = read_split(job.data, "train", tokenizer, job.max_tokens)
+    if job.test:
+        read_split(job.data, "test", tokenizer, job.max_tokens)
     valid_data = read_split(job.data, "valid", tokenizer, job.max_tokens) if has_split(job.data, "valid") else []
     model = load_model(job.model)
     form = start_adapter(model, job.model, job.lora, seed=job.train.seed)

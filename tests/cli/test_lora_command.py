@@ -73,13 +73,13 @@ def test_the_adapter_says_how_it_was_made(run, model_folder, data_folder):
     assert wanted.items() <= config["train"].items()
 
 
-def test_train_and_test_in_one_go(model_folder, data_folder, tmp_path, cli):
+def test_train_and_test_in_one_go(model_folder, data_folder, tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where there is no folder `adapters`
     ran = cli("lora", "--train", "--test", "--model", model_folder, "--data", data_folder,
               "--adapter-path", tmp_path / "a", "--iters", 3, "--json")  # fmt: skip
     told = ran.json
     assert (told["steps"], told["test_examples"], told["adapter"]) == (3, 4, True)
-    base = cli("lora", "--test", "--model", model_folder, "--data", data_folder, "--adapter-path", tmp_path / "none",
-               "--json").json  # fmt: skip
+    base = cli("lora", "--test", "--model", model_folder, "--data", data_folder, "--json").json
     assert base["adapter"] is False
     assert told["test_loss"] < base["test_loss"]
     assert "training 345,600 parameters on 20 examples, 3 steps" in ran.err
@@ -123,3 +123,18 @@ def test_a_config_file_trains_and_flags_win(model_folder, data_folder, tmp_path,
     assert config["lora_parameters"] == {"rank": 8, "scale": 2.0, "dropout": 0.0}
     wanted = {"iters": 1, "batch_size": 2, "learning_rate": 2e-4, "val_batches": 1, "schedule": "cosine"}
     assert wanted.items() <= config["train"].items()
+
+
+def test_an_adapter_that_is_not_there_is_not_scored_as_the_base(model_folder, data_folder, tmp_path, cli):
+    ran = cli("lora", "--test", "--model", model_folder, "--data", data_folder, "--adapter-path", tmp_path / "typo")
+    assert ran.code == 1
+    assert "no adapter here" in ran.err
+
+
+def test_what_will_be_scored_is_checked_before_training(model_folder, data_folder, tmp_path, cli, copy_of):
+    data = copy_of(data_folder)
+    (data / "test.jsonl").unlink()
+    ran = cli("lora", "--train", "--test", "--model", model_folder, "--data", data, "--adapter-path", tmp_path / "a")
+    assert ran.code == 1
+    assert "test.jsonl: no such file" in ran.err
+    assert not (tmp_path / "a").exists()

@@ -7,7 +7,7 @@ import pytest
 from mlx_afm.adapters import LoRAConfig
 from mlx_afm.errors import ConfigError
 from mlx_afm.training import TrainConfig
-from mlx_afm_cli.settings import KNOWN, TYPES, job_from, read_settings
+from mlx_afm_cli.settings import KNOWN, TYPES, read_settings, request_from
 
 PLACES = {"model": Path("m"), "data": Path("d")}
 
@@ -27,49 +27,52 @@ def test_every_option_has_a_type():
 
 
 def test_defaults_are_the_dataclasses():
-    job, do_train, do_test = job_from(None, {**PLACES, "iters": None, "rank": None})
+    request = request_from(None, {**PLACES, "iters": None, "rank": None})
+    job = request.job
     assert (job.lora, job.train) == (LoRAConfig(), TrainConfig())
     assert (job.adapter_path, job.name, job.max_tokens) == (Path("adapters"), None, 4096)
-    assert not do_train
-    assert not do_test
+    assert (request.train, request.test, request.adapter_given) == (False, False, False)
 
 
 def test_defaults_then_file_then_flags(yaml_file):
     file = yaml_file("model: m\ndata: d\niters: 7\nseed: 3\nmax_seq_length: 99\nname: tidy\ntest: true\n")
-    job, do_train, do_test = job_from(file, {"iters": 2, "data": Path("elsewhere"), "seed": None})
+    request = request_from(file, {"iters": 2, "data": Path("elsewhere"), "seed": None})
+    job = request.job
     assert (job.train.iters, job.train.seed, job.train.batch_size) == (2, 3, TrainConfig().batch_size)
     assert (job.model, job.data, job.max_tokens, job.name) == (Path("m"), Path("elsewhere"), 99, "tidy")
-    assert (do_train, do_test) == (False, True)
+    assert (request.train, request.test, job.test) == (False, True, True)
 
 
 def test_epochs_as_a_flag_beat_iters_in_the_file(yaml_file):
-    job, _, _ = job_from(yaml_file("iters: 7\n"), {**PLACES, "epochs": 3})
+    job = request_from(yaml_file("iters: 7\n"), {**PLACES, "epochs": 3}).job
     assert (job.train.iters, job.train.epochs) == (None, 3)
 
 
 def test_mlx_lms_block(yaml_file):
-    job, _, _ = job_from(yaml_file("lora_parameters: {rank: 8, scale: 20.0, dropout: 0.1}\n"), {**PLACES, "rank": 4})
+    job = request_from(yaml_file("lora_parameters: {rank: 8, scale: 20.0, dropout: 0.1}\n"), {**PLACES, "rank": 4}).job
     assert asdict(job.lora) == {**asdict(LoRAConfig()), "rank": 4, "scale": 20.0, "dropout": 0.1}
 
 
 @pytest.mark.parametrize("text", ["targets: [q, v]", "targets: q,v", 'targets: " q , v,"'])
 def test_targets_as_list_or_text(text, yaml_file):
-    assert job_from(yaml_file(text), PLACES)[0].lora.targets == ("q", "v")
+    assert request_from(yaml_file(text), PLACES).job.lora.targets == ("q", "v")
 
 
 @pytest.mark.parametrize(("text", "value"), [("1e-3", 0.001), ("2E-5", 2e-5), ("1.5e-4", 1.5e-4), ("1", 1.0)])
 def test_rates_are_numbers_however_yaml_reads_them(text, value, yaml_file):
-    assert job_from(yaml_file(f"learning_rate: {text}"), PLACES)[0].train.learning_rate == value
+    assert request_from(yaml_file(f"learning_rate: {text}"), PLACES).job.train.learning_rate == value
 
 
 def test_null_is_left_out(yaml_file):
-    assert job_from(yaml_file("iters: null\nlora_parameters: null\nseed: 2"), PLACES)[0].train == TrainConfig(seed=2)
+    assert request_from(yaml_file("iters: null\nlora_parameters: null\nseed: 2"), PLACES).job.train == TrainConfig(
+        seed=2
+    )
 
 
 @pytest.mark.parametrize(("flags", "missing"), [({}, "--model and --data"), ({"model": Path("m")}, "--data")])
 def test_model_and_data_are_needed(flags, missing):
     with pytest.raises(click.UsageError, match=f"missing {missing}$"):
-        job_from(None, flags)
+        request_from(None, flags)
 
 
 @pytest.mark.parametrize(
