@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from .output import json_option, note, show
-from .progress import TrainingProgress
+from .progress import show_event
 
 
 @click.command("demo")
@@ -18,8 +18,7 @@ def command(out: Path, as_json: bool) -> None:
     """Convert, train, score, fuse, generate and export a tiny model, in minutes and without any download."""
     from mlx_afm.workflows.demo import run_demo
 
-    with TrainingProgress() as progress:
-        result = run_demo(out, on_step=lambda text: note(f"* {text}"), on_event=progress.handle)
+    result = run_demo(out, on_step=lambda text: note(f"* {text}"), on_event=show_event)
     values = asdict(result)
     if not as_json:
         for name in ("exact_match_before", "exact_match_after", "exact_match_fused"):

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from .output import json_option, note, show
-from .progress import TrainingProgress
+from .progress import show_event
 from .settings import request_from
 
 # Training and adapter options have no defaults here: the dataclasses have, below file and flags.
@@ -62,8 +62,7 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> None:
         raise click.UsageError("nothing to do: give --train, --test or both")
     result: dict[str, Any] = {"adapter_path": str(job.adapter_path)}
     if request.train:
-        with TrainingProgress() as progress:
-            trained = train(job, on_event=progress.handle)
+        trained = train(job, on_event=show_event)
         result |= {"steps": trained.steps, "best_valid_loss": trained.best_loss}
     if request.test:
         has_adapter = request.train or request.adapter_given or job.adapter_path.exists()

@@ -1,28 +1,15 @@
-"""Training events as lines on stderr, and a progress bar where a person watches."""
+"""Training events as lines on stderr."""
 
 from __future__ import annotations
-
-from types import TracebackType
 
 from mlx_afm.training import Evaluated, Event, StepsReported, TrainingFinished, TrainingStarted
 
 from .output import note
 
 
-class TrainingProgress:
-    """Renders events; use it as a context manager."""
-
-    def __enter__(self) -> TrainingProgress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
-
-    def handle(self, event: Event) -> None:
-        """Prints one event."""
-        note(_line(event))
+def show_event(event: Event) -> None:
+    """Prints one event."""
+    note(_line(event))
 
 
 def _line(event: Event) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 from mlx_afm.checkpoints.names import Kind, adapter_ids, count_layers, plan_adapter, plan_names, target_of
 from mlx_afm.files import read_json
+from mlx_afm.formats.fmadapter import plan_records
 from mlx_afm.formats.torch_file import read_torch
 from mlx_afm.model import AdapterSpec, AFMConfig, ToolkitConfig, parse_toolkit_config
 
@@ -31,6 +32,11 @@ def test_the_700_adapter_names_have_the_published_digest():
     names = [entry.toolkit for entry in plan_adapter(AFMConfig(), ADAPTER)]
     digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
     assert (len(names), digest) == (700, "3ff872aafa733f56e1d82573d11b8fc5a2bd0ec59fb797b237140d3291a0d6e6")
+
+
+def test_a_package_holds_them_in_the_same_order():
+    entries = plan_adapter(AFMConfig(), ADAPTER)
+    assert [(entry.toolkit, entry.shape) for entry in entries] == [(r.name, r.shape) for r in plan_records()]
 
 
 @pytest.mark.parametrize("name", ["default", "default-plain", "heads", "uniform", "uniform-plain"])
