@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
 from .output import json_option, note, show
+from .progress import BytesProgress
 
 
 @click.command("convert")
@@ -16,7 +19,7 @@ from .output import json_option, note, show
     "source",
     type=Path,
     required=True,
-    help="Toolkit folder, its assets, a .pt beside its JSON, or (with --to torch) an MLX folder.",
+    help="Toolkit folder, its assets, a .pt beside its JSON, an MLX folder, or the hub id of one.",
 )
 @click.option(
     "--mlx-path", "--out", "target", type=Path, default=Path("mlx_model"), show_default=True, help="Folder to write."
@@ -29,18 +32,16 @@ from .output import json_option, note, show
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="Cast the weights; bfloat16 halves a float32 model. Default: as they are, so that the way back is exact.",
 )
+@click.option("--config", type=Path, help="The JSON of a lone .pt, if it does not lie beside it.")
+@click.option("--verify", is_flag=True, help="Read everything back and compare it with the source.")
 @click.option("--no-tokenizer", is_flag=True, help="Convert a folder without tokenizer.model.")
 @json_option
-def command(source: Path, target: Path, to: str, dtype: str | None, no_tokenizer: bool, as_json: bool) -> None:
+def command(source: Path, target: Path, as_json: bool, **options: Any) -> None:
     """Convert a toolkit checkpoint to an MLX folder, or back with --to torch."""
     from mlx_afm.workflows.convert import convert
 
-    done = convert(
-        source, target, to=to, dtype=dtype, no_tokenizer=no_tokenizer, on_file=lambda name: note(f"writing {name}")
-    )
+    with BytesProgress("converting") as progress:
+        done = convert(source, target, on_progress=progress.handle, **options)
     if done.base_adapter == "active" and done.form == "mlx":
         note("The base model carries an adapter that is not zero. mlx-afm applies it, stock mlx-lm would not: fuse.")
-    show(
-        {"folder": str(done.folder), "form": done.form, "tensors": done.tensors, "base_adapter": done.base_adapter},
-        as_json,
-    )
+    show(asdict(done), as_json)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mlx_afm.errors import FormatError
+from mlx_afm.errors import ConfigError, FormatError
 
 
 @contextmanager
@@ -51,6 +51,22 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def require_space(target: Path, wanted_bytes: int) -> None:
+    """Checks that a folder about to be written fits on its disk.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    place = target.absolute()
+    while not place.exists():
+        place = place.parent
+    free_bytes = shutil.disk_usage(place).free
+    if free_bytes < wanted_bytes:
+        expected, found = f"{wanted_bytes / 1e9:.2f} GB free", f"{free_bytes / 1e9:.2f} GB"
+        advice = "Free some space, or choose a target on another disk."
+        raise ConfigError("not enough disk space", where=target, expected=expected, found=found, advice=advice)
 
 
 def _umask() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -15,10 +16,13 @@ FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
 def to_mlx(tensor: LazyTensor) -> mx.array:
     """The values as an MLX array of the same dtype; one copy (float64 becomes float32: Metal has none)."""
-    values = np.ascontiguousarray(tensor.read()).reshape(tensor.shape)  # it makes scalars 1-D
-    if tensor.dtype == "bfloat16":
+    return _as_mlx(np.ascontiguousarray(tensor.read()).reshape(tensor.shape), tensor.dtype)  # it makes scalars 1-D
+
+
+def _as_mlx(values: npt.NDArray[Any], dtype: str) -> mx.array:
+    if dtype == "bfloat16":
         return mx.array(values).view(mx.bfloat16)
-    return mx.array(values.astype(np.float32) if tensor.dtype == "float64" else values)
+    return mx.array(values.astype(np.float32) if dtype == "float64" else values)
 
 
 def from_mlx(array: mx.array) -> LazyTensor:
@@ -36,4 +40,9 @@ def cast(tensor: LazyTensor, dtype: str | None) -> LazyTensor:
     if dtype is None or dtype == tensor.dtype or tensor.dtype not in (*FLOAT_DTYPES, "float64"):
         return tensor
     wanted = getattr(mx, dtype)
-    return LazyTensor(dtype, tensor.shape, lambda: _to_numpy(to_mlx(tensor).astype(wanted)))
+
+    def in_blocks() -> Iterator[npt.NDArray[Any]]:
+        for block in tensor.blocks():
+            yield _to_numpy(_as_mlx(block, tensor.dtype).astype(wanted))
+
+    return LazyTensor(dtype, tensor.shape, lambda: _to_numpy(to_mlx(tensor).astype(wanted)), in_blocks)

@@ -24,7 +24,7 @@ from mlx_afm.errors import ConfigError, FormatError
 from mlx_afm.files import read_json, write_json
 from mlx_afm.formats.mlx_folder import read_shards, shard_files, write_shards
 from mlx_afm.formats.safetensors_file import read_safetensors, write_safetensors
-from mlx_afm.formats.tensors import LazyTensor
+from mlx_afm.formats.tensors import LazyTensor, OnBytes, ignore_bytes
 from mlx_afm.formats.torch_file import write_torch
 from mlx_afm.model import AFMConfig, Model, ToolkitConfig, parse_toolkit_config, to_toolkit_config
 from mlx_afm.tree import require_same_tensors
@@ -32,6 +32,9 @@ from mlx_afm.tree import require_same_tensors
 TOOLKIT_CONFIG = Path("toolkit", "base-model-config.json")
 OBSERVERS = Path("toolkit", "observers.safetensors")
 BASE_ADAPTER = "base_adapter"
+# What goes along when a folder is fused or cast: the tokenizer, and settings other programs read.
+KEPT_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+KEPT_KEYS = ("eos_token_id", "pad_token_id", "torch_dtype")
 
 
 def read_config(folder: Path) -> AFMConfig:
@@ -75,10 +78,27 @@ def model_tensors(checkpoint: ToolkitCheckpoint, dtype: str | None) -> dict[str,
     return tensors
 
 
-def write_model_folder(folder: Path, config: AFMConfig, tensors: Mapping[str, LazyTensor], **extra: Any) -> None:
-    """Writes `config.json` (with `extra` keys) and the weights into an existing folder."""
-    write_json(folder / "config.json", {**config.to_dict(), "tie_word_embeddings": True, **extra})
-    write_shards(folder, tensors)
+def write_model_folder(
+    folder: Path,
+    config: AFMConfig,
+    tensors: Mapping[str, LazyTensor],
+    settings: Mapping[str, Any],
+    on_bytes: OnBytes = ignore_bytes,
+) -> None:
+    """Writes the weights and `config.json` (with further `settings`) into an existing folder."""
+    write_shards(folder, tensors, on_bytes=on_bytes)
+    write_json(folder / "config.json", {**config.to_dict(), "tie_word_embeddings": True, **settings})
+
+
+def kept_settings(folder: Path) -> dict[str, Any]:
+    """What `config.json` says beside the architecture and must go where the model goes."""
+    values = _read_config_json(folder)
+    return {key: values[key] for key in KEPT_KEYS if key in values}
+
+
+def toolkit_parts(folder: Path) -> list[str]:
+    """Relative paths of what the toolkit's side needs, as far as a folder has it."""
+    return [str(part) for part in (TOOLKIT_CONFIG, OBSERVERS) if (folder / part).is_file()]
 
 
 def write_toolkit_parts(folder: Path, checkpoint: ToolkitCheckpoint) -> None:
@@ -122,16 +142,15 @@ def read_toolkit_config(folder: Path) -> ToolkitConfig:
     return ToolkitConfig(model=read_config(folder), adapter=None)
 
 
-def write_torch_checkpoint(
-    source: Path, target: Path, adapter: Mapping[str, LazyTensor], dtype: str | None = None
-) -> ToolkitConfig:
-    """Writes an MLX folder as `target`/base-model.pt and its JSON.
+def state_dict_of(
+    source: Path, adapter: Mapping[str, LazyTensor], dtype: str | None
+) -> tuple[ToolkitConfig, dict[str, LazyTensor]]:
+    """An MLX folder as the toolkit's state dict, without the head's alias; values are still on disk.
 
     Args:
         source: the MLX folder.
-        target: an existing folder.
         adapter: the base adapter by our names; needed if the toolkit's JSON names one.
-        dtype: cast weights to this on the way; None keeps them.
+        dtype: cast weights to this when they are read; None keeps them.
 
     Raises:
         TensorsError: the folder lacks a tensor the configuration asks for.
@@ -143,13 +162,19 @@ def write_torch_checkpoint(
     wanted = {e.ours: e.shape for e in entries if e.kind in (Kind.WEIGHT, Kind.ADAPTER)}
     scales: dict[str, tuple[int, ...]] = {e.ours: () for e in entries if e.kind is Kind.RANGE}
     require_same_tensors({**wanted, **scales}, {name: tensor.shape for name, tensor in ours.items()}, where=source)
-    state = {e.toolkit: _state_value(e, ours, observers, dtype) for e in entries if e.kind is not Kind.ALIAS}
-    write_torch(target / "base-model.pt", state, aliases={"output_transform.weight": "embedding.weight"})
+    return config, {e.toolkit: _state_value(e, ours, observers, dtype) for e in entries if e.kind is not Kind.ALIAS}
+
+
+def write_torch_checkpoint(
+    source: Path, target: Path, config: ToolkitConfig, state: Mapping[str, LazyTensor], on_bytes: OnBytes
+) -> None:
+    """Writes `base-model.pt` and its JSON, the one the folder `source` came with if there is one."""
+    aliases = {"output_transform.weight": "embedding.weight"}
+    write_torch(target / "base-model.pt", state, aliases=aliases, on_bytes=on_bytes)
     if (source / TOOLKIT_CONFIG).is_file():
         (target / "base-model-config.json").write_bytes((source / TOOLKIT_CONFIG).read_bytes())
     else:
         write_json(target / "base-model-config.json", to_toolkit_config(config))
-    return config
 
 
 def _state_value(

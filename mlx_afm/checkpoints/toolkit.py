@@ -51,8 +51,13 @@ class ToolkitCheckpoint:
     tensors: Mapping[str, LazyTensor]
 
 
-def find_toolkit_files(source: Path) -> ToolkitFiles:
+def find_toolkit_files(source: Path, config: Path | None = None) -> ToolkitFiles:
     """The files of a toolkit folder, of its `assets`, or around a lone `.pt`.
+
+    Args:
+        source: folder or `.pt`. In a folder with both models, the base model; the draft model is
+            reached by its own `.pt`.
+        config: the JSON, if it does not lie beside the weights.
 
     Raises:
         FormatError: nothing there, or a part missing; every missing part is named.
@@ -72,7 +77,7 @@ def find_toolkit_files(source: Path) -> ToolkitFiles:
                 advice="Give the toolkit's folder, its assets folder, or the .pt itself.",
             )
         weights = present[0]
-    config = weights.with_name(f"{weights.stem}-config.json")
+    config = config or weights.with_name(f"{weights.stem}-config.json")
     missing = [path.name for path in (weights, config) if not path.is_file()]
     if missing:
         raise FormatError(

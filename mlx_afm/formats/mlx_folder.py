@@ -12,7 +12,7 @@ from pathlib import Path
 from mlx_afm.errors import FormatError
 from mlx_afm.files import write_json
 from mlx_afm.formats.safetensors_file import read_safetensors, write_safetensors
-from mlx_afm.formats.tensors import LazyTensor
+from mlx_afm.formats.tensors import LazyTensor, OnBytes, ignore_bytes
 
 MAX_SHARD_BYTES = 5 << 30
 
@@ -30,13 +30,18 @@ def plan_shards(sizes: Mapping[str, int], max_shard_bytes: int = MAX_SHARD_BYTES
     return shards
 
 
-def write_shards(folder: Path, tensors: Mapping[str, LazyTensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Writes shards and index into a folder, one tensor in memory at a time."""
+def write_shards(
+    folder: Path,
+    tensors: Mapping[str, LazyTensor],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    on_bytes: OnBytes = ignore_bytes,
+) -> None:
+    """Writes shards and index into a folder; `on_bytes` is told how many bytes were just written."""
     shards = plan_shards({name: tensor.nbytes for name, tensor in tensors.items()}, max_shard_bytes)
     weight_map = {}
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        write_safetensors(folder / file, {name: tensors[name] for name in names}, {"format": "mlx"})
+        write_safetensors(folder / file, {name: tensors[name] for name in names}, {"format": "mlx"}, on_bytes)
         weight_map.update(dict.fromkeys(names, file))
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from mlx_afm.errors import FormatError
 from mlx_afm.files import atomic_file
-from mlx_afm.formats.tensors import STORAGE_DTYPES, LazyTensor
+from mlx_afm.formats.tensors import STORAGE_DTYPES, LazyTensor, OnBytes, ignore_bytes, told
 
 MAX_HEADER_BYTES = 100_000_000
 CODES = {
@@ -94,10 +94,15 @@ def _view(data: mmap.mmap, dtype: str, shape: tuple[int, ...], offset: int) -> n
     return np.frombuffer(data, STORAGE_DTYPES[dtype], count, offset).reshape(shape)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a file atomically, reading one tensor at a time. Same tensors, same bytes.
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, LazyTensor],
+    metadata: Mapping[str, str] | None = None,
+    on_bytes: OnBytes = ignore_bytes,
+) -> None:
+    """Writes a file atomically, one block of a tensor at a time. Same tensors, same bytes.
 
-    Cost: memory for one tensor.
+    `on_bytes` is told how many bytes of values were just written.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -110,6 +115,6 @@ def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], metadata: M
     with atomic_file(path) as partial_path, partial_path.open("wb") as handle:
         handle.write(struct.pack("<Q", len(raw)))
         handle.write(raw)
-        for tensor in tensors.values():
-            values = np.ascontiguousarray(tensor.read(), dtype=STORAGE_DTYPES[tensor.dtype])
-            handle.write(values.reshape(-1).view(np.uint8).data)
+        for name, tensor in tensors.items():
+            for piece in told(tensor.iter_bytes(f"{path}, tensor {name}"), on_bytes):
+                handle.write(piece)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from mlx_afm.errors import TensorsError
+
+BLOCK_BYTES = 1 << 26  # what one read, cast or write handles at a time
 
 # Name of a dtype -> NumPy dtype of its values. NumPy has no bfloat16: its bit patterns travel as uint16.
 STORAGE_DTYPES: dict[str, np.dtype[Any]] = {
@@ -28,6 +32,20 @@ STORAGE_DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 
+OnBytes = Callable[[int], None]
+
+
+def ignore_bytes(count: int) -> None:
+    """Nobody is told."""
+
+
+def told(pieces: Iterator[memoryview], on_bytes: OnBytes) -> Iterator[memoryview]:
+    """The pieces; each is reported once it was taken and the next is asked for."""
+    for piece in pieces:
+        yield piece
+        on_bytes(len(piece))
+
+
 @dataclass(frozen=True)
 class LazyTensor:
     """A tensor of a file read, or of a file about to be written.
@@ -38,16 +56,53 @@ class LazyTensor:
         read: gives the values, of dtype `STORAGE_DTYPES[dtype]` and this shape. For tensors of a
             file it is a view of the memory map, so calling it costs no memory until the values are
             touched. Not necessarily contiguous.
+        stream: gives the same values flat, in row-major order, a block at a time, for tensors that are
+            computed while they are written; None if `read` is cheap.
     """
 
     dtype: str
     shape: tuple[int, ...]
     read: Callable[[], npt.NDArray[Any]]
+    stream: Callable[[], Iterator[npt.NDArray[Any]]] | None = None
 
     @classmethod
     def of(cls, array: npt.NDArray[Any]) -> LazyTensor:
         """Wraps an array in memory (for bfloat16 use the constructor: NumPy cannot name it)."""
         return cls(array.dtype.name, array.shape, lambda: array)
+
+    def blocks(self) -> Iterator[npt.NDArray[Any]]:
+        """The values flat, in row-major order, at most `BLOCK_BYTES` at a time.
+
+        Cost: a copy only of tensors that are not contiguous.
+        """
+        if self.stream is not None:
+            yield from self.stream()
+            return
+        flat = np.ascontiguousarray(self.read()).reshape(-1)
+        step = BLOCK_BYTES // STORAGE_DTYPES[self.dtype].itemsize
+        for start in range(0, flat.size, step):
+            yield flat[start : start + step]
+
+    def iter_bytes(self, where: object) -> Iterator[memoryview]:
+        """The bytes of the values as a file holds them.
+
+        Raises:
+            TensorsError: the values are not of the promised dtype or number.
+        """
+        written = 0
+        for block in self.blocks():
+            if block.dtype != STORAGE_DTYPES[self.dtype]:
+                raise TensorsError(
+                    "not the promised tensor",
+                    where=where,
+                    expected=STORAGE_DTYPES[self.dtype],
+                    found=block.dtype,
+                )
+            written += block.nbytes
+            yield block.view(np.uint8).data
+        if written != self.nbytes:
+            expected, found = f"{self.nbytes} bytes", f"{written} bytes"
+            raise TensorsError("not the promised tensor", where=where, expected=expected, found=found)
 
     @property
     def size(self) -> int:

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,7 @@ import numpy.typing as npt
 
 from mlx_afm.errors import FormatError, TensorsError
 from mlx_afm.files import atomic_file
-from mlx_afm.formats.tensors import STORAGE_DTYPES, LazyTensor
+from mlx_afm.formats.tensors import STORAGE_DTYPES, LazyTensor, OnBytes, ignore_bytes, told
 from mlx_afm.formats.torch_names import MAX_DIMENSIONS, short
 from mlx_afm.formats.torch_opcodes import MAX_PICKLE_BYTES, MAX_TEXT_BYTES
 from mlx_afm.formats.torch_pickle import (
@@ -56,7 +56,6 @@ from mlx_afm.formats.zip_writer import ZipWriter
 
 MAX_VERSION = 10
 MAX_EXPANDED_BYTES = 64 << 20
-_PIECE_BYTES = 8 << 20
 _ZIP_START = b"PK\3\4"
 # Protocol 2, then the ten-byte integer 0x1950a86a20f9469cfc6c.
 _LEGACY_START = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
@@ -171,13 +170,20 @@ def _view(data: mmap.mmap, member: Member, spec: TensorSpec) -> npt.NDArray[Any]
     return np.ndarray(spec.shape, dtype, buffer=storage, offset=spec.offset * dtype.itemsize, strides=strides)
 
 
-def write_torch(path: Path, tensors: Mapping[str, LazyTensor], *, aliases: Mapping[str, str] = _NO_ALIASES) -> None:
+def write_torch(
+    path: Path,
+    tensors: Mapping[str, LazyTensor],
+    *,
+    aliases: Mapping[str, str] = _NO_ALIASES,
+    on_bytes: OnBytes = ignore_bytes,
+) -> None:
     """Writes a checkpoint that `torch.load(path, weights_only=True)` reads.
 
     Args:
         path: the file; its stem names the folder inside.
         tensors: by name, in the state dict's order. Each is read once, in order, and let go.
         aliases: further name -> name in `tensors`; both name one storage, as tied weights do. They come last.
+        on_bytes: told how many bytes of values were just written.
 
     Raises:
         TensorsError: names or dtypes that the form cannot hold; `read` gave other than promised.
@@ -195,7 +201,8 @@ def write_torch(path: Path, tensors: Mapping[str, LazyTensor], *, aliases: Mappi
         _add_bytes(archive, f"{folder}/.storage_alignment", b"64")
         _add_bytes(archive, f"{folder}/byteorder", b"little")
         for key, (name, tensor) in enumerate(tensors.items()):
-            archive.add(f"{folder}/data/{key}", tensor.nbytes, _iter_pieces(name, tensor, path))
+            place = f"{path}, tensor {short(name)}"
+            archive.add(f"{folder}/data/{key}", tensor.nbytes, told(tensor.iter_bytes(place), on_bytes))
         _add_bytes(archive, f"{folder}/version", b"3\n")
         _add_bytes(archive, f"{folder}/.data/serialization_id", _serialization_id(archive))
         archive.finish()
@@ -237,17 +244,6 @@ def _fresh_spec(key: str, tensor: LazyTensor) -> TensorSpec:
 
 def _add_bytes(archive: ZipWriter, name: str, content: bytes) -> None:
     archive.add(name, len(content), [content])
-
-
-def _iter_pieces(name: str, tensor: LazyTensor, path: Path) -> Iterator[memoryview]:
-    array = tensor.read()
-    expected = (STORAGE_DTYPES[tensor.dtype], tensor.shape)
-    if (array.dtype, array.shape) != expected:
-        place = f"{path}, tensor {short(name)}"
-        raise TensorsError("not the promised tensor", where=place, expected=expected, found=(array.dtype, array.shape))
-    raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    for start in range(0, raw.size, _PIECE_BYTES):
-        yield raw[start : start + _PIECE_BYTES].data
 
 
 def _serialization_id(archive: ZipWriter) -> bytes:

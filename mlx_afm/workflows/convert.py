@@ -1,28 +1,45 @@
-"""Toolkit folder -> MLX folder, and back."""
+"""Toolkit folder -> MLX folder, and back; MLX folder -> MLX folder of another dtype.
+
+Each direction is the same walk: open and check the source, plan the target, see that it fits on the
+disk, stream tensor by tensor into a temporary folder, verify if asked, rename.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_afm.adapters import Adapter, LoRAConfig, write_adapter_folder
-from mlx_afm.checkpoints.arrays import FLOAT_DTYPES
+from mlx_afm.adapters import Adapter, LoRAConfig, is_zero, write_adapter_folder
+from mlx_afm.checkpoints.arrays import FLOAT_DTYPES, cast
+from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.checkpoints.model_folder import (
     BASE_ADAPTER,
+    KEPT_FILES,
+    kept_settings,
     model_tensors,
     read_config,
+    state_dict_of,
+    toolkit_parts,
     write_model_folder,
     write_toolkit_parts,
     write_torch_checkpoint,
 )
 from mlx_afm.checkpoints.names import Kind, plan_names
-from mlx_afm.checkpoints.toolkit import ToolkitCheckpoint, ToolkitFiles, find_toolkit_files, read_toolkit_checkpoint
+from mlx_afm.checkpoints.toolkit import ToolkitCheckpoint, find_toolkit_files, read_toolkit_checkpoint
+from mlx_afm.checkpoints.verify import require_same_values
 from mlx_afm.errors import ConfigError, FormatError
-from mlx_afm.files import atomic_folder
+from mlx_afm.files import atomic_folder, require_space
+from mlx_afm.formats.mlx_folder import read_shards
+from mlx_afm.formats.tensors import LazyTensor
+from mlx_afm.formats.torch_file import read_torch
 from mlx_afm.text.hf_tokenizer import write_hf_tokenizer
 from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.workflows.load import base_adapter
+
+OnProgress = Callable[[int, int], None]  # bytes done, bytes in all
+SPARE_BYTES = 64 << 20  # for headers, tokenizer, JSON
 
 
 @dataclass(frozen=True)
@@ -33,13 +50,26 @@ class Converted:
         folder: where the result is.
         form: "mlx" or "torch".
         tensors: tensors written (the head's alias not counted).
+        bytes: of their values.
         base_adapter: "none", "zero" or "active": whether the base carries an adapter that does something.
+        verified: whether every value was read back and compared.
     """
 
     folder: Path
     form: str
     tensors: int
+    bytes: int
     base_adapter: str
+    verified: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    dtype: str | None
+    config: Path | None
+    no_tokenizer: bool
+    verify: bool
+    on_progress: OnProgress
 
 
 def convert(
@@ -48,80 +78,138 @@ def convert(
     *,
     to: str = "mlx",
     dtype: str | None = None,
+    config: str | Path | None = None,
     no_tokenizer: bool = False,
-    on_file: Callable[[str], None] = lambda name: None,
+    verify: bool = False,
+    on_progress: OnProgress = lambda done, total: None,
 ) -> Converted:
     """Converts a model between the toolkit's form and MLX's.
 
     Args:
-        source: a toolkit folder, its `assets`, or a `.pt` beside its JSON (for "mlx"); an MLX folder
-            (for "torch").
+        source: for "mlx" a toolkit folder, its `assets`, a `.pt`, an MLX folder, or the hub id of one;
+            for "torch" an MLX folder or hub id.
         target: the folder to write; it must not exist yet, or be empty.
         to: "mlx" or "torch".
         dtype: float32, bfloat16 or float16 for the weights; None keeps the source's. Adapters and
             quantiser steps stay float32.
+        config: the JSON of a lone `.pt`, if it does not lie beside it.
         no_tokenizer: convert a folder that lacks `tokenizer.model`.
-        on_file: told what is being written.
+        verify: read everything back and compare it with the source before the target appears.
+        on_progress: told of bytes written, and of all there are.
 
     Raises:
-        FormatError: a part missing or damaged. ConfigError: a model that is not AFM text v7, an
-            unknown setting, or a target in the way. TensorsError: tensors of another model.
+        FormatError: a part missing or damaged. ConfigError: a model that is not AFM text v7, an unknown
+            setting, a target in the way, or too little disk. TensorsError: tensors of another model.
+
+    Cost: some 64 MB blocks in memory, whatever the model's size.
 
     The target appears when it is complete, or not at all.
     """
-    source, target = Path(source), Path(target)
+    source, target = resolve(source), Path(target)
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise ConfigError("unknown dtype", expected=" or ".join(FLOAT_DTYPES), found=dtype)
     if to not in ("mlx", "torch"):
         raise ConfigError("unknown form", where="to", expected="mlx or torch", found=to)
-    _require_free(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        advice = "Remove it or choose another --mlx-path."
+        raise ConfigError("the target exists already", where=target, advice=advice)
+    options = _Options(
+        dtype=dtype,
+        config=None if config is None else Path(config),
+        no_tokenizer=no_tokenizer,
+        verify=verify,
+        on_progress=on_progress,
+    )
     if to == "torch":
-        return _to_torch(source, target, dtype, on_file)
-    if (source / "config.json").is_file() and not source.suffix == ".pt":
-        raise ConfigError(
-            "already an MLX folder", where=source, advice="Use --to torch to go back to the toolkit's form."
-        )
-    files = find_toolkit_files(source)
-    if files.tokenizer is None and not no_tokenizer:
+        return _mlx_to_torch(source, target, options)
+    if source.is_dir() and (source / "config.json").is_file():
+        return _mlx_to_mlx(source, target, options)
+    return _torch_to_mlx(source, target, options)
+
+
+def _torch_to_mlx(source: Path, target: Path, options: _Options) -> Converted:
+    files = find_toolkit_files(source, options.config)
+    if files.tokenizer is None and not options.no_tokenizer:
         advice = "Put the toolkit's tokenizer.model beside the checkpoint, or pass --no-tokenizer to go without."
         raise FormatError("missing tokenizer.model", where=files.weights.parent, advice=advice)
-    return _to_mlx(files, target, dtype, on_file)
-
-
-def _require_free(target: Path) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError("the target exists already", where=target, advice="Remove it or choose another --mlx-path.")
-
-
-def _to_mlx(files: ToolkitFiles, target: Path, dtype: str | None, on_file: Callable[[str], None]) -> Converted:
     checkpoint = read_toolkit_checkpoint(files)
-    tensors = model_tensors(checkpoint, dtype)
+    tensors = model_tensors(checkpoint, options.dtype)
     ids = {} if files.tokenizer is None else _token_ids(files.tokenizer, checkpoint)
+    adapter = _adapter_of(checkpoint)
+    count = _Counter(tensors, options.on_progress)
+    require_space(target, count.total + _adapter_bytes(adapter) + SPARE_BYTES)
     with atomic_folder(target) as partial:
-        on_file("weights")
-        dtype_name = next(iter(tensors.values())).dtype
-        write_model_folder(partial, checkpoint.config.model, tensors, torch_dtype=dtype_name, **ids)
+        settings = {"torch_dtype": tensors["model.embedding.weight"].dtype, **ids}
+        write_model_folder(partial, checkpoint.config.model, tensors, settings, count.add)
         write_toolkit_parts(partial, checkpoint)
         if files.tokenizer is not None:
-            on_file("tokenizer")
             write_hf_tokenizer(files.tokenizer, partial)
-        adapter = _adapter_of(checkpoint)
         if adapter is not None:
-            on_file("base adapter")
             write_adapter_folder(partial / BASE_ADAPTER, adapter)
-    return Converted(target, "mlx", len(tensors), _activity(adapter))
+        if options.verify:
+            require_same_values(tensors, read_shards(partial), where=partial)
+    return Converted(target, "mlx", len(tensors), count.total, _activity(adapter), options.verify)
+
+
+def _mlx_to_mlx(source: Path, target: Path, options: _Options) -> Converted:
+    config = read_config(source)
+    steps = (".quant_key_scale", ".quant_value_scale")
+    tensors = {
+        name: tensor if name.endswith(steps) else cast(tensor, options.dtype)
+        for name, tensor in read_shards(source).items()
+    }
+    count = _Counter(tensors, options.on_progress)
+    adapter = base_adapter(source)
+    require_space(target, count.total + _adapter_bytes(adapter) + SPARE_BYTES)
+    with atomic_folder(target) as partial:
+        settings = {**kept_settings(source), "torch_dtype": tensors["model.embedding.weight"].dtype}
+        write_model_folder(partial, config, tensors, settings, count.add)
+        for name in (*KEPT_FILES, *toolkit_parts(source)):
+            if (source / name).is_file():
+                (partial / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(source / name, partial / name)
+        if adapter is not None:
+            write_adapter_folder(partial / BASE_ADAPTER, adapter)
+        if options.verify:
+            require_same_values(tensors, read_shards(partial), where=partial)
+    return Converted(target, "mlx", len(tensors), count.total, _activity(adapter), options.verify)
+
+
+def _mlx_to_torch(source: Path, target: Path, options: _Options) -> Converted:
+    read_config(source)
+    adapter = base_adapter(source)
+    config, state = state_dict_of(source, {} if adapter is None else adapter.weights, options.dtype)
+    count = _Counter(state, options.on_progress)
+    require_space(target, count.total + SPARE_BYTES)
+    with atomic_folder(target) as partial:
+        write_torch_checkpoint(source, partial, config, state, count.add)
+        if (source / "tokenizer.model").is_file():
+            shutil.copyfile(source / "tokenizer.model", partial / "tokenizer.model")
+        if options.verify:
+            written = read_torch(partial / "base-model.pt")
+            aliases = {"output_transform.weight": state["embedding.weight"]}
+            require_same_values({**state, **aliases}, written, where=partial)
+    return Converted(target, "torch", len(state), count.total, _activity(adapter), options.verify)
+
+
+class _Counter:
+    """Adds up bytes written for whoever watches."""
+
+    def __init__(self, tensors: Mapping[str, LazyTensor], on_progress: OnProgress) -> None:
+        self.total = sum(tensor.nbytes for tensor in tensors.values())
+        self.done, self.on_progress = 0, on_progress
+
+    def add(self, count: int) -> None:
+        self.done += count
+        self.on_progress(self.done, self.total)
 
 
 def _token_ids(file: Path, checkpoint: ToolkitCheckpoint) -> dict[str, object]:
     tokenizer = AFMTokenizer.from_file(file)
     rows = checkpoint.config.model.vocab_size
     if tokenizer.vocab_size > rows:
-        raise ConfigError(
-            "the tokenizer does not belong to this model",
-            where=file,
-            expected=f"at most {rows} pieces",
-            found=tokenizer.vocab_size,
-        )
+        expected, found = f"at most {rows} pieces", tokenizer.vocab_size
+        raise ConfigError("the tokenizer does not belong to this model", where=file, expected=expected, found=found)
     # mlx-lm stops at any of these.
     return {"eos_token_id": [tokenizer.turn_end_id, tokenizer.eos_id], "pad_token_id": tokenizer.pad_id}
 
@@ -135,19 +223,9 @@ def _adapter_of(checkpoint: ToolkitCheckpoint) -> Adapter | None:
     return Adapter(LoRAConfig(rank=spec.rank, scale=spec.scale), checkpoint.config.model, weights, spec.name)
 
 
+def _adapter_bytes(adapter: Adapter | None) -> int:
+    return 0 if adapter is None else sum(tensor.nbytes for tensor in adapter.weights.values())
+
+
 def _activity(adapter: Adapter | None) -> str:
-    from mlx_afm.adapters import is_zero
-
     return "none" if adapter is None else "zero" if is_zero(adapter) else "active"
-
-
-def _to_torch(source: Path, target: Path, dtype: str | None, on_file: Callable[[str], None]) -> Converted:
-    read_config(source)
-    adapter = base_adapter(source)
-    with atomic_folder(target) as partial:
-        on_file("base-model.pt")
-        config = write_torch_checkpoint(source, partial, {} if adapter is None else adapter.weights, dtype)
-        if (source / "tokenizer.model").is_file():
-            (partial / "tokenizer.model").write_bytes((source / "tokenizer.model").read_bytes())
-    count = sum(entry.kind is not Kind.ALIAS for entry in plan_names(config))
-    return Converted(target, "torch", count, _activity(adapter))

@@ -10,14 +10,11 @@ from mlx.utils import tree_flatten
 
 from mlx_afm.adapters import fuse_adapter, has_adapter
 from mlx_afm.checkpoints.arrays import from_mlx
-from mlx_afm.checkpoints.model_folder import OBSERVERS, write_model_folder
+from mlx_afm.checkpoints.hub import resolve
+from mlx_afm.checkpoints.model_folder import KEPT_FILES, OBSERVERS, kept_settings, write_model_folder
 from mlx_afm.errors import AdapterError, ConfigError
-from mlx_afm.files import atomic_folder, read_json
+from mlx_afm.files import atomic_folder
 from mlx_afm.workflows.load import load
-
-# What a fused folder takes over as it is; the base adapter and the toolkit's JSON no longer hold.
-KEPT_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-KEPT_KEYS = ("eos_token_id", "pad_token_id", "torch_dtype")
 
 
 def fuse(model_path: str | Path, adapter_path: str | Path | None, save_path: str | Path) -> Path:
@@ -32,7 +29,7 @@ def fuse(model_path: str | Path, adapter_path: str | Path | None, save_path: str
         AdapterError: an adapter for another model, or nothing to fuse.
         ConfigError: a target in the way.
     """
-    source, target = Path(model_path), Path(save_path)
+    source, target = resolve(model_path), Path(save_path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError("the target exists already", where=target, advice="Remove it or choose another --save-path.")
     model, _ = load(source, adapter_path)
@@ -40,14 +37,12 @@ def fuse(model_path: str | Path, adapter_path: str | Path | None, save_path: str
         raise AdapterError("nothing to fuse", where=source, advice="Give --adapter-path.")
     fuse_adapter(model)
     mx.eval(model.parameters())
-    settings = read_json(source / "config.json")
     with atomic_folder(target) as partial:
         tensors = {name: from_mlx(array) for name, array in tree_flatten(model.parameters())}
-        write_model_folder(partial, model.args, tensors, **{key: settings[key] for key in KEPT_KEYS if key in settings})
-        for name in KEPT_FILES:
+        write_model_folder(partial, model.args, tensors, kept_settings(source))
+        # The base adapter and the toolkit's JSON, which names it, no longer hold.
+        for name in (*KEPT_FILES, OBSERVERS):
             if (source / name).is_file():
+                (partial / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(source / name, partial / name)
-        if (source / OBSERVERS).is_file():
-            (partial / OBSERVERS).parent.mkdir()
-            shutil.copyfile(source / OBSERVERS, partial / OBSERVERS)
     return target

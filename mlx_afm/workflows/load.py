@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from mlx_afm.adapters import Adapter, add_adapter, is_zero, read_adapter, set_adapter_weights
 from mlx_afm.checkpoints.arrays import to_mlx
+from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.checkpoints.model_folder import BASE_ADAPTER, load_model, read_config, read_toolkit_config
 from mlx_afm.model import Model
 from mlx_afm.text.tokenizer import AFMTokenizer
@@ -19,7 +20,7 @@ def load(
     """The model of an MLX folder and its tokenizer (None if the folder has none).
 
     Args:
-        path: an MLX model folder, from `mlx-afm convert`.
+        path: an MLX model folder, from `mlx-afm convert`, or the hub id of one.
         adapter_path: an MLX adapter folder, a toolkit `.pt` or a `.fmadapter`. It takes the place of
             the folder's own `base_adapter`, which otherwise is active if it changes anything.
         lazy: leave the weights on disk until they are used.
@@ -28,7 +29,7 @@ def load(
         FormatError, ConfigError, TensorsError: the folder cannot be read.
         AdapterError: an adapter for another model.
     """
-    folder = Path(path)
+    folder = resolve(path)
     model = load_model(folder, lazy=lazy)
     adapter = base_adapter(folder) if adapter_path is None else open_adapter(folder, Path(adapter_path))
     if adapter is not None and (adapter_path is not None or not is_zero(adapter)):

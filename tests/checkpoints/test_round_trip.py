@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import mlx.core as mx
@@ -146,6 +147,99 @@ def test_what_stands_in_the_way_is_refused_and_left_alone(tmp_path):
     with pytest.raises(FormatError, match=r"missing tokenizer.model"):
         convert(ORACLES / "default", tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_an_mlx_folder_can_be_cast(tmp_path):
+    convert(ORACLES / "default", tmp_path / "wide", no_tokenizer=True)
+    convert(tmp_path / "wide", tmp_path / "narrow", dtype="bfloat16", verify=True)
+    convert(ORACLES / "default", tmp_path / "direct", dtype="bfloat16", no_tokenizer=True)
+    files = sorted(path.relative_to(tmp_path / "direct") for path in (tmp_path / "direct").rglob("*") if path.is_file())
+    assert files == sorted(p.relative_to(tmp_path / "narrow") for p in (tmp_path / "narrow").rglob("*") if p.is_file())
+    for file in files:
+        assert (tmp_path / "narrow" / file).read_bytes() == (tmp_path / "direct" / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("to", ["mlx", "torch"])
+def test_progress_counts_every_byte_and_verification_reads_back(to, tmp_path):
+    source = ORACLES / "default"
+    if to == "torch":
+        source = convert(source, tmp_path / "mlx", no_tokenizer=True).folder
+    told = []
+    done = convert(
+        source, tmp_path / "out", to=to, no_tokenizer=True, verify=True, on_progress=lambda *sizes: told.append(sizes)
+    )
+    assert done.verified
+    assert told[-1] == (done.bytes, done.bytes)
+    assert [count for count, _ in told] == sorted(count for count, _ in told)
+
+
+def test_verification_finds_a_flipped_bit(tmp_path, monkeypatch):
+    from mlx_afm.formats import mlx_folder
+
+    write = mlx_folder.write_safetensors
+
+    def write_badly(path, *arguments):
+        write(path, *arguments)
+        raw = bytearray(path.read_bytes())
+        raw[-5] ^= 1
+        path.write_bytes(raw)
+
+    monkeypatch.setattr(mlx_folder, "write_safetensors", write_badly)
+    with pytest.raises(TensorsError, match=r"not what was read.*\n  model.output_norm.weight: other"):
+        convert(ORACLES / "default", tmp_path / "out", no_tokenizer=True, verify=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    import shutil
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1000))
+    with pytest.raises(ConfigError, match=r"not enough disk space \(expected 0.07 GB free, found 0.00 GB\)"):
+        convert(ORACLES / "default", tmp_path / "out", no_tokenizer=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lone_checkpoint_with_its_json_elsewhere(tmp_path):
+    import shutil
+
+    lone, config = tmp_path / "weights.pt", tmp_path / "elsewhere.json"
+    shutil.copyfile(ORACLES / "uniform" / "base-model.pt", lone)
+    shutil.copyfile(ORACLES / "uniform" / "base-model-config.json", config)
+    with pytest.raises(FormatError, match=r"missing weights-config.json"):
+        convert(lone, tmp_path / "out", no_tokenizer=True)
+    assert convert(lone, tmp_path / "out", config=config, no_tokenizer=True).tensors > 0
+
+
+def test_a_draft_model_folder(tmp_path):
+    """The toolkit's draft model lies beside the base model, without quantisers and without adapters."""
+    from mlx_afm.checkpoints.names import plan_names
+    from mlx_afm.formats.tensors import LazyTensor
+    from mlx_afm.model import parse_toolkit_config
+
+    document = {"__tamm_type__": "models:AFMTextV7Config", "hidden_dim": 32, "hidden_dim_scale_factor": 3.0,
+                "num_heads": 4, "num_kv_heads": 4, "num_kv_reuse_layers": 0, "num_layers": 2,
+                "vocab_size": 40}  # fmt: skip
+    rng = np.random.default_rng(0)
+    entries = plan_names(parse_toolkit_config(document, where="x"))[:-1]
+    state = {e.toolkit: LazyTensor.of(rng.standard_normal(e.shape).astype(np.float32)) for e in entries}
+    folder = tmp_path / "assets"
+    folder.mkdir()
+    write_torch(folder / "draft-model.pt", state, aliases={"output_transform.weight": "embedding.weight"})
+    (folder / "draft-model-config.json").write_text(json.dumps(document))
+    done = convert(folder, tmp_path / "draft", no_tokenizer=True)
+    assert done.base_adapter == "none"
+    model, _ = load(tmp_path / "draft")
+    assert len(model.make_cache()) == len(model.layers) == 2
+    assert not model.args.kv_quant
+
+
+def test_a_hub_id_that_cannot_be_had(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FormatError, match="nobody/nothing: no such folder, and no repository"):
+        load("nobody/nothing")
 
 
 @pytest.mark.parity

@@ -41,14 +41,12 @@ def test_a_part_of_the_toolkit_folder_is_missing(file, says, tmp_path, refuses_t
     refuses_toolkit(lambda folder: (folder / file).unlink(), [tmp_path / "assets", *says])
 
 
-def test_a_source_that_is_not_there_or_already_converted(model_folder, tmp_path, refuses):
+def test_a_source_that_is_not_there(tmp_path, refuses):
     nothing = tmp_path / "nothing"
     refuses("convert", "--hf-path", nothing, "--mlx-path", tmp_path / "out", says=[nothing, "no toolkit checkpoint"])
     lone = tmp_path / "nothing.pt"
     says = [tmp_path, "missing nothing.pt and nothing-config.json"]
     refuses("convert", "--hf-path", lone, "--mlx-path", tmp_path / "out", says=says)
-    says = [model_folder, "already an MLX folder", "--to torch"]
-    refuses("convert", "--hf-path", model_folder, "--mlx-path", tmp_path / "out", says=says)
 
 
 def test_a_toolkit_folder_where_an_mlx_folder_is_needed(toolkit_folder, data_folder, tmp_path, refuses):

@@ -33,7 +33,10 @@ def test_the_model_folder_holds_the_weights_of_the_checkpoint(model_folder):
 def test_every_form_of_the_source_gives_the_same_folder(form, toolkit_folder, model_folder, tmp_path, cli):
     source = {"toolkit": toolkit_folder.parent, "assets": toolkit_folder, "pt": toolkit_folder / "base-model.pt"}[form]
     told = cli("convert", "--hf-path", source, "--mlx-path", tmp_path / "out", "--json").json
-    assert told == {"folder": str(tmp_path / "out"), "form": "mlx", "tensors": 62, "base_adapter": "zero"}
+    out = str(tmp_path / "out")
+    assert told == {
+        "folder": out, "form": "mlx", "tensors": 62, "bytes": 2948960, "base_adapter": "zero", "verified": False
+    }  # fmt: skip
     files = {path.relative_to(model_folder) for path in model_folder.rglob("*") if path.is_file()}
     assert {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*") if path.is_file()} == files
     for file in files:

@@ -86,7 +86,7 @@ def test_as_a_program_results_and_progress_are_apart(toolkit_folder, tmp_path):
     assert ran.returncode == 0
     assert json.loads(ran.stdout)["folder"] == str(tmp_path / "out")
     assert ran.stdout.count(b"\n") == 1
-    assert b"writing weights" in ran.stderr
+    assert b"converting 0.00 of 0.00 GB" in ran.stderr
 
 
 def test_as_a_program_an_error_is_one_message(tmp_path):

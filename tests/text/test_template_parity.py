@@ -7,7 +7,6 @@ import warnings
 
 import pytest
 
-from mlx_afm.errors import DataError
 from mlx_afm.text.messages import parse_messages
 from mlx_afm.text.template import encode, render
 
@@ -137,12 +136,7 @@ def test_real_records(reference, tokenizer, tldr_file):
     with tldr_file.open(encoding="utf-8") as lines:
         records = [json.loads(line) for line, _ in zip(lines, range(600), strict=False)]
     assert len(records) == 600
-    refused = []
-    for messages in records:
-        encoded = encode(render(parse_messages(messages, where="x")), tokenizer)
+    for messages in records:  # two of them spell `<n>`, a newline with tamm and with us
+        checked = parse_messages(messages, where="x", special_pieces=tokenizer.special_pieces)
+        encoded = encode(render(checked), tokenizer)
         assert (encoded.ids, shifted(encoded)) == reference(messages)
-        try:
-            parse_messages(messages, where="x", special_pieces=tokenizer.special_pieces)
-        except DataError:
-            refused.append(messages)
-    assert refused == [messages for messages in records if "<n>" in json.dumps(messages)]
