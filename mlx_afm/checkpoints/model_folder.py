@@ -22,9 +22,9 @@ from mlx_afm.checkpoints.names import Entry, Kind, plan_names
 from mlx_afm.checkpoints.toolkit import ToolkitCheckpoint, quantizer_scale, range_of_scale
 from mlx_afm.errors import ConfigError, FormatError
 from mlx_afm.files import read_json, write_json
-from mlx_afm.formats.mlx_folder import read_shards, shard_files, write_shards
+from mlx_afm.formats.mlx_folder import read_shards, shard_files
 from mlx_afm.formats.safetensors_file import read_safetensors, write_safetensors
-from mlx_afm.formats.tensors import LazyTensor, OnBytes, ignore_bytes
+from mlx_afm.formats.tensors import LazyTensor, OnBytes
 from mlx_afm.formats.torch_file import write_torch
 from mlx_afm.model import AFMConfig, Model, ToolkitConfig, parse_toolkit_config, to_toolkit_config
 from mlx_afm.tree import require_same_tensors
@@ -78,15 +78,8 @@ def model_tensors(checkpoint: ToolkitCheckpoint, dtype: str | None) -> dict[str,
     return tensors
 
 
-def write_model_folder(
-    folder: Path,
-    config: AFMConfig,
-    tensors: Mapping[str, LazyTensor],
-    settings: Mapping[str, Any],
-    on_bytes: OnBytes = ignore_bytes,
-) -> None:
-    """Writes the weights and `config.json` (with further `settings`) into an existing folder."""
-    write_shards(folder, tensors, on_bytes=on_bytes)
+def write_config(folder: Path, config: AFMConfig, settings: Mapping[str, Any]) -> None:
+    """Writes `config.json`, last of all: a folder without it is no model folder, whatever else it holds."""
     write_json(folder / "config.json", {**config.to_dict(), "tie_word_embeddings": True, **settings})
 
 

@@ -1,27 +1,16 @@
 """torch checkpoints (`.pt`): state dicts read through a memory map and written in one pass, without torch.
 
-Byte layout: an uncompressed zip archive (`zip_reader`) of one folder, named after the file (`base-model/`) or
-`archive/`, in torch's order:
+Byte layout: the zip form (`torch_zip`), written by torch since 1.6, or the legacy form (`torch_legacy`), told apart by
+their first bytes. Either holds the state dict (`torch_pickle`), alone or under one key of a larger checkpoint
+(`torch_contents`), and the storages that its tensors are views of.
 
-    data.pkl                the state dict (`torch_pickle`); tensors are named by storage key
-    .format_version "1"     .storage_alignment "64"     byteorder "little"
-    data/0, data/1, ...     raw little-endian elements of each storage, at a multiple of 64
-    version "3\\n"          .data/serialization_id, 40 digits that identify the contents
+Limits: those of the modules above. A storage must be exactly as large as the pickle says. A tensor larger than its
+storage (strides of 0) may have up to `MAX_EXPANDED_BYTES`. Reading allocates less than 64 MB, whatever the file holds.
 
-Reading needs `data.pkl` and the `data/` members it names; a `byteorder` other than little is refused, and so is a
-`version` beyond `MAX_VERSION`. Other members are ignored.
-
-Limits: those of `zip_reader`, `torch_opcodes` and `torch_pickle`. A storage must be exactly as large as the pickle
-says. A tensor larger than its storage (strides of 0) may have up to `MAX_EXPANDED_BYTES`. Reading allocates less
-than 64 MB, whatever the file holds.
-
-Versions: the zip form, written by torch since 1.6. The legacy form (five pickles, then raw storages) and TorchScript
-archives are recognised and refused.
-
-What is written equals `torch.save` (2.15) of an OrderedDict of contiguous tensors byte for byte, except for the 40
-digits of `.data/serialization_id`, which torch derives from its hash of the member names; see also
-`pickle_state_dict`. For that the file name must be ASCII and no storage that begins beyond 4 GiB may itself have 4 GiB
-(torch leaves one redundant field of its local header 0).
+Versions: both forms are read; the zip form is written. What is written equals `torch.save` (2.15) of an OrderedDict of
+contiguous tensors byte for byte, except for the 40 digits of `.data/serialization_id`, which torch derives from its
+hash of the member names; see also `pickle_state_dict`. For that the file name must be ASCII and no storage that begins
+beyond 4 GiB may itself have 4 GiB (torch leaves one redundant field of its local header 0).
 """
 
 from __future__ import annotations
@@ -29,11 +18,11 @@ from __future__ import annotations
 import hashlib
 import mmap
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -41,29 +30,50 @@ import numpy.typing as npt
 from mlx_afm.errors import FormatError, TensorsError
 from mlx_afm.files import atomic_file
 from mlx_afm.formats.tensors import STORAGE_DTYPES, LazyTensor, OnBytes, ignore_bytes, told
+from mlx_afm.formats.torch_contents import unwrap
+from mlx_afm.formats.torch_legacy import read_legacy
 from mlx_afm.formats.torch_names import MAX_DIMENSIONS, short
-from mlx_afm.formats.torch_opcodes import MAX_PICKLE_BYTES, MAX_TEXT_BYTES
+from mlx_afm.formats.torch_opcodes import MAX_TEXT_BYTES
 from mlx_afm.formats.torch_pickle import (
     MAX_TENSORS,
     TensorSpec,
     contiguous_strides,
-    parse_state_dict,
     pickle_state_dict,
     shown,
+    specs_of,
 )
-from mlx_afm.formats.zip_reader import Member, read_members
+from mlx_afm.formats.torch_zip import read_zip
+from mlx_afm.formats.zip_reader import Member, is_plain_name
 from mlx_afm.formats.zip_writer import ZipWriter
 
-MAX_VERSION = 10
 MAX_EXPANDED_BYTES = 64 << 20
 _ZIP_START = b"PK\3\4"
-# Protocol 2, then the ten-byte integer 0x1950a86a20f9469cfc6c.
-_LEGACY_START = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
+_PICKLE_START = b"\x80"
 _NO_ALIASES: Mapping[str, str] = MappingProxyType({})
 
 
+@dataclass(frozen=True)
+class TorchFile:
+    """A checkpoint that was read.
+
+    Attributes:
+        tensors: by name, in the order of the state dict.
+        wrapper_key: key of the larger checkpoint that the state dict was under; None if it stood alone.
+        form: which of torch's two file formats it has.
+    """
+
+    tensors: dict[str, LazyTensor]
+    wrapper_key: str | None
+    form: Literal["zip", "legacy"]
+
+
 def read_torch(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of a checkpoint, in the order of its state dict.
+    """The tensors of a checkpoint, in the order of its state dict; see `read_torch_checkpoint`."""
+    return read_torch_checkpoint(path).tensors
+
+
+def read_torch_checkpoint(path: Path) -> TorchFile:
+    """The tensors of a checkpoint, and how it holds them.
 
     Their arrays are read-only views of one memory map, which lives as long as any tensor or array does. Tensors
     that torch had tied are views of the same bytes. The file must not be shortened while it is in use.
@@ -71,20 +81,22 @@ def read_torch(path: Path) -> dict[str, LazyTensor]:
     Raises:
         FormatError: not a file, not a checkpoint, or one that breaks the module's rules.
 
-    Cost: the directory and `data.pkl`; values are read when touched.
+    Cost: the directory and the pickles; values are read when touched.
     """
     data = _map(path)
-    start = data[: len(_LEGACY_START)]
-    if start.startswith(_ZIP_START):
-        return _read_zip(data, path)
-    if start == _LEGACY_START:
+    form: Literal["zip", "legacy"]
+    if data[:4] == _ZIP_START:
+        form, contents = "zip", read_zip(data, path)
+    elif data[:1] == _PICKLE_START:
+        form, contents = "legacy", read_legacy(data, path)
+    else:
+        found = f"bytes {data[:4].hex()}"
         raise FormatError(
-            "a checkpoint in torch's legacy form, from before its zip files",
-            where=path,
-            expected="the zip form",
-            advice="Re-save it: torch.save(torch.load(path, weights_only=True), new_path)",
+            "not a torch checkpoint", where=path, expected="a zip archive or torch's pickles", found=found
         )
-    raise FormatError("not a torch checkpoint", where=path, expected="a zip archive", found=f"bytes {start[:4].hex()}")
+    state, wrapper_key = unwrap(contents.value, contents.where)
+    specs = specs_of(state, contents.where if wrapper_key is None else f"{contents.where}, {wrapper_key!r}")
+    return TorchFile(_tensors(data, specs, contents.storages, path), wrapper_key, form)
 
 
 def _map(path: Path) -> mmap.mmap:
@@ -99,74 +111,37 @@ def _map(path: Path) -> mmap.mmap:
         raise FormatError(f"cannot be opened: {error.strerror}", where=path) from error
 
 
-def _read_zip(data: mmap.mmap, path: Path) -> dict[str, LazyTensor]:
-    members = _members_of_folder(data, path)
-    _check_versions(data, members, path)
-    pickled = members["data.pkl"]
-    if pickled.size > MAX_PICKLE_BYTES:
-        limit = f"<= {MAX_PICKLE_BYTES} bytes"
-        raise FormatError("data.pkl is too large", where=path, expected=limit, found=pickled.size)
-    specs = parse_state_dict(data[pickled.offset : pickled.offset + pickled.size], f"{path}, data.pkl")
-    faults = [f"{short(name)}: {fault}" for name, spec in specs.items() if (fault := _storage_fault(spec, members))]
+def _tensors(
+    data: mmap.mmap, specs: dict[str, TensorSpec], storages: Mapping[str, Member], path: Path
+) -> dict[str, LazyTensor]:
+    faults = [f"{short(name)}: {fault}" for name, spec in specs.items() if (fault := _storage_fault(spec, storages))]
     if faults:
         raise FormatError("tensors without the bytes they need", where=path, details=shown(faults))
     return {
-        name: LazyTensor(spec.dtype, spec.shape, partial(_view, data, members[f"data/{spec.storage_key}"], spec))
+        name: LazyTensor(spec.dtype, spec.shape, partial(_view, data, storages[spec.storage_key], spec))
         for name, spec in specs.items()
     }
 
 
-def _members_of_folder(data: mmap.mmap, path: Path) -> dict[str, Member]:
-    """Members by their name inside the archive's one folder."""
-    members = read_members(data, path)
-    folders = {name.partition("/")[0] for name in members}
-    if len(folders) != 1:
-        raise FormatError("zip archive is not a torch checkpoint", where=path, expected="1 folder", found=len(folders))
-    inside = {name.partition("/")[2]: member for name, member in members.items()}
-    if "constants.pkl" in inside:
-        advice = "Save the weights alone: torch.save(module.state_dict(), path)"
-        raise FormatError("a TorchScript archive, which is a program", where=path, advice=advice)
-    if "data.pkl" not in inside:
-        raise FormatError("zip archive is not a torch checkpoint", where=path, expected="data.pkl in its folder")
-    return inside
-
-
-def _check_versions(data: mmap.mmap, members: dict[str, Member], path: Path) -> None:
-    order = _small_text(data, members.get("byteorder"), "little")
-    if order != "little":
-        advice = "Re-save it on a little-endian machine"
-        raise FormatError("byte order", where=f"{path}, byteorder", expected="little", found=order, advice=advice)
-    version = _small_text(data, members.get("version"), "3")
-    if version not in map(str, range(1, MAX_VERSION + 1)):
-        raise FormatError("unknown version", where=f"{path}, version", expected=f"1 to {MAX_VERSION}", found=version)
-
-
-def _small_text(data: mmap.mmap, member: Member | None, default: str) -> str:
-    if member is None:
-        return default
-    text = data[member.offset : member.offset + min(member.size, 32)].decode("ascii", errors="backslashreplace")
-    return ascii(text.rstrip("\n"))[1:-1]
-
-
-def _storage_fault(spec: TensorSpec, members: dict[str, Member]) -> str | None:
-    member = members.get(f"data/{spec.storage_key}")
-    if member is None:
-        return f"storage data/{spec.storage_key} is not in the file"
-    if member.size != spec.storage_bytes:
-        return f"storage data/{spec.storage_key} has {member.size} bytes instead of {spec.storage_bytes}"
+def _storage_fault(spec: TensorSpec, storages: Mapping[str, Member]) -> str | None:
+    storage = storages.get(spec.storage_key)
+    if storage is None:
+        return f"storage {spec.storage_key} is not in the file"
+    if storage.size != spec.storage_bytes:
+        return f"storage {spec.storage_key} has {storage.size} bytes instead of {spec.storage_bytes}"
     nbytes = spec.size * STORAGE_DTYPES[spec.dtype].itemsize
-    if nbytes > max(member.size, MAX_EXPANDED_BYTES):
-        return f"expands {member.size} bytes to {nbytes}"
+    if nbytes > max(storage.size, MAX_EXPANDED_BYTES):
+        return f"expands {storage.size} bytes to {nbytes}"
     return None
 
 
-def _view(data: mmap.mmap, member: Member, spec: TensorSpec) -> npt.NDArray[Any]:
+def _view(data: mmap.mmap, place: Member, spec: TensorSpec) -> npt.NDArray[Any]:
     dtype = STORAGE_DTYPES[spec.dtype]
     if not spec.size:
         return np.empty(spec.shape, dtype)
     # NumPy wants strides to fit into 64 bits even where no step is ever taken.
     strides = [stride * dtype.itemsize if size > 1 else 0 for size, stride in zip(spec.shape, spec.strides)]
-    storage = memoryview(data)[member.offset : member.offset + member.size]
+    storage = memoryview(data)[place.offset : place.offset + place.size]
     return np.ndarray(spec.shape, dtype, buffer=storage, offset=spec.offset * dtype.itemsize, strides=strides)
 
 
@@ -193,7 +168,7 @@ def write_torch(
     _require_writable(path, tensors, aliases)
     specs = {name: _fresh_spec(str(key), tensor) for key, (name, tensor) in enumerate(tensors.items())}
     specs |= {alias: replace(specs[name]) for alias, name in aliases.items()}
-    folder = path.stem if path.stem.isascii() else "archive"
+    folder = path.stem if path.stem.isascii() and is_plain_name(path.stem) else "archive"
     with atomic_file(path) as partial_path, partial_path.open("wb") as handle:
         archive = ZipWriter(handle)
         _add_bytes(archive, f"{folder}/data.pkl", pickle_state_dict(specs))

@@ -11,9 +11,11 @@ to `.`. Accepted opcodes:
 The only names are `torch_names.GLOBALS`: `collections.OrderedDict`, torch's three rebuild functions, its storage
 types and its dtypes. They are looked up in that table and never imported; "calling" one builds a description.
 
-Limits: `MAX_PICKLE_BYTES`, `MAX_OPCODES`, `MAX_TEXT_BYTES`, `MAX_NAME_BYTES`, `MAX_OPEN_MARKS`, `MAX_LONG_BYTES`.
-Together they keep what a pickle can allocate under 64 MB. Nothing recurses, whatever the nesting; values are told
-apart by exact type and are never hashed or compared, dictionary keys (text or integers) excepted.
+Limits: `MAX_PICKLE_BYTES`, `MAX_OPCODES`, `MAX_TEXT_BYTES`, `MAX_NAME_BYTES`, `MAX_OPEN_MARKS`, `MAX_LONG_BYTES`,
+`MAX_INTEGER_KEY`; memo numbers below `MAX_OPCODES`. Together they keep what a pickle can allocate under 64 MB, and the
+time it takes proportional to its size (integers chosen freely could all fall into one slot of a hash table). Nothing
+recurses, whatever the nesting; values are told apart by exact type and are never hashed or compared, dictionary keys
+(text or integers) excepted. Storages of one key must agree in type and size.
 Versions: another protocol, opcode or name is refused.
 """
 
@@ -21,10 +23,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from mmap import mmap
 from typing import Any, NoReturn
 
 from mlx_afm.errors import FormatError
-from mlx_afm.formats.torch_names import GLOBALS, called, kind_of, short, storage_of
+from mlx_afm.formats.torch_names import GLOBALS, RawStorage, called, kind_of, short, storage_of
 
 MAX_PICKLE_BYTES = 8 << 20
 MAX_OPCODES = 500_000  # a tensor takes about 40
@@ -32,30 +35,34 @@ MAX_TEXT_BYTES = 4096
 MAX_NAME_BYTES = 128
 MAX_OPEN_MARKS = 64
 MAX_LONG_BYTES = 16
+MAX_INTEGER_KEY = 1 << 20
 
 
-def parse_pickle(data: bytes, where: object, start: int = 0) -> tuple[object, int]:
+def parse_pickle(
+    data: bytes | mmap, where: object, start: int = 0, storages: dict[str, RawStorage] | None = None
+) -> tuple[object, int]:
     """The value of the pickle that begins at byte `start`, and the offset after it.
 
-    Values are dict, list, tuple, str, int, float, bool, None, `Global`, `RawStorage` and `RawTensor`.
+    Values are dict, list, tuple, str, int, float, bool, None, `Global`, `RawStorage` and `RawTensor`. `storages`, if
+    given, is filled with every storage the pickle names, by key.
 
     Raises:
         FormatError: anything outside the module's rules, with its byte offset.
     """
-    if len(data) - start > MAX_PICKLE_BYTES:
-        raise FormatError("pickle too large", where=where, expected=f"<= {MAX_PICKLE_BYTES} bytes", found=len(data))
-    machine = _Machine(data, where, start)
+    machine = _Machine(data, where, start, {} if storages is None else storages)
     return machine.run(), machine.at
 
 
 class _Machine:
     """Stack, marks and memo of one run; `at` is the next byte, `opcode_at` the opcode being run."""
 
-    def __init__(self, data: bytes, where: object, start: int) -> None:
+    def __init__(self, data: bytes | mmap, where: object, start: int, storages: dict[str, RawStorage]) -> None:
         self.data, self.where, self.at, self.opcode_at = data, where, start, start
+        self.end = start + MAX_PICKLE_BYTES
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
+        self.storages = storages
 
     def run(self) -> object:
         if self.take(2) != b"\x80\x02":
@@ -82,6 +89,8 @@ class _Machine:
     # Bytes.
 
     def take(self, count: int) -> bytes:
+        if self.at + count > self.end:
+            self.fault("pickle too large", expected=f"<= {MAX_PICKLE_BYTES} bytes")
         piece = self.data[self.at : self.at + count]
         if len(piece) != count:
             self.fault("pickle is cut short", expected=f"{count} bytes", found=len(piece))
@@ -152,7 +161,10 @@ class _Machine:
         self.stack.append(self.memo[index])
 
     def store(self, form: str) -> None:
-        self.memo[self.number(form)] = self.top()
+        index = self.number(form)
+        if index >= MAX_OPCODES:
+            self.fault("pickle stores under too high a number", expected=f"< {MAX_OPCODES}", found=f"memo {index}")
+        self.memo[index] = self.top()
 
     # Containers.
 
@@ -169,6 +181,8 @@ class _Machine:
         for key, value in zip(items[::2], items[1::2]):
             if type(key) not in (str, int):
                 self.fault("dictionary key is neither text nor integer", found=kind_of(key))
+            if type(key) is int and not 0 <= key <= MAX_INTEGER_KEY:
+                self.fault("dictionary key out of range", expected=f"0 to {MAX_INTEGER_KEY}", found=key)
             if key in target:
                 self.fault("dictionary key occurs twice", found=short(str(key)))
             target[key] = value
@@ -196,6 +210,8 @@ class _Machine:
         storage = storage_of(self.pop())
         if storage is None:
             self.fault("persistent id is not one of torch's storages")
+        if self.storages.setdefault(storage.key, storage) != storage:
+            self.fault("storage is named with two types or sizes", found=f"storage {storage.key}")
         self.stack.append(storage)
 
     def call(self) -> None:

@@ -114,7 +114,7 @@ def _require_tensors_only(entries: dict[object, object], where: object) -> None:
             where=where,
             expected="tensors by name and nothing else",
             found="keys " + ", ".join(short(str(key)) for key in list(entries)[:8]),
-            advice="Save the dictionary of tensors alone, such as torch.save(checkpoint['state_dict'], path)",
+            advice="Save the dictionary of tensors alone, such as torch.save(model.state_dict(), path)",
             details=shown([f"{short(str(key))}: {kind_of(value)}" for key, value in strays]),
         )
 

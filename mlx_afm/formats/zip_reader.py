@@ -15,9 +15,9 @@ Byte layout, little-endian; sizes in bytes:
 
 The directory is the truth; data begins at local offset + 30 + both lengths of the *local* header.
 
-Limits: `MAX_MEMBERS`, `MAX_DIRECTORY_BYTES`. Refused: compression, encryption, several disks, bytes before the
-first or after the last structure of the tail, a comment, names that occur twice, members that overlap, leave the
-file or differ between directory and local header. CRCs are not looked at.
+Limits: `MAX_MEMBERS`, `MAX_DIRECTORY_BYTES`, `MAX_NAME_BYTES`. Refused: compression, encryption, several disks, bytes
+before the first or after the last structure of the tail, a comment, names that occur twice or that `is_plain_name`
+refuses, members that overlap, leave the file or differ between directory and local header. CRCs are not looked at.
 Versions: the "version" fields are ignored.
 """
 
@@ -32,7 +32,8 @@ from typing import NamedTuple, NoReturn
 from mlx_afm.errors import FormatError
 
 MAX_MEMBERS = 1 << 16
-MAX_DIRECTORY_BYTES = 16 << 20
+MAX_DIRECTORY_BYTES = 8 << 20
+MAX_NAME_BYTES = 512  # of a member; file systems allow 255 to the folder in it
 _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF
 _HARMLESS_FLAGS = 0x0800 | 0x0008 | 0x0006  # UTF-8 names, data descriptor, two bits of compression level
 
@@ -92,11 +93,22 @@ def _short(name: str) -> str:
     return ascii(name[:80])
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether a member's name stays inside the archive's folder wherever it might be unpacked."""
+    parts = name.removesuffix("/").split("/")
+    return not any(part in ("", ".", "..") for part in parts) and not any(letter in name for letter in "\\\0")
+
+
 def _text(name: bytes, where: object) -> str:
+    if len(name) > MAX_NAME_BYTES:
+        _fault("member name too long", where, expected=f"<= {MAX_NAME_BYTES} bytes", found=len(name))
     try:
-        return name.decode("utf-8")
+        text = name.decode("utf-8")
     except UnicodeDecodeError as error:
         raise FormatError("member name is not UTF-8", where=where, found=ascii(name[:80])) from error
+    if not is_plain_name(text):
+        _fault("member name is a path that leads elsewhere", where, found=_short(text))
+    return text
 
 
 def _unpack(form: struct.Struct, data: bytes | mmap, at: int, end: int, signature: bytes, where: object) -> list[int]:

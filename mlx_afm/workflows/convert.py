@@ -22,7 +22,7 @@ from mlx_afm.checkpoints.model_folder import (
     read_config,
     state_dict_of,
     toolkit_parts,
-    write_model_folder,
+    write_config,
     write_toolkit_parts,
     write_torch_checkpoint,
 )
@@ -31,7 +31,7 @@ from mlx_afm.checkpoints.toolkit import ToolkitCheckpoint, find_toolkit_files, r
 from mlx_afm.checkpoints.verify import require_same_values
 from mlx_afm.errors import ConfigError, FormatError
 from mlx_afm.files import atomic_folder, require_space
-from mlx_afm.formats.mlx_folder import read_shards
+from mlx_afm.formats.mlx_folder import read_shards, write_shards
 from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.formats.torch_file import read_torch
 from mlx_afm.text.hf_tokenizer import write_hf_tokenizer
@@ -139,8 +139,7 @@ def _torch_to_mlx(source: Path, target: Path, options: _Options) -> Converted:
     count = _Counter(tensors, options.on_progress)
     require_space(target, count.total + _adapter_bytes(adapter) + SPARE_BYTES)
     with atomic_folder(target) as partial:
-        settings = {"torch_dtype": tensors["model.embedding.weight"].dtype, **ids}
-        write_model_folder(partial, checkpoint.config.model, tensors, settings, count.add)
+        write_shards(partial, tensors, on_bytes=count.add)
         write_toolkit_parts(partial, checkpoint)
         if files.tokenizer is not None:
             write_hf_tokenizer(files.tokenizer, partial)
@@ -148,7 +147,12 @@ def _torch_to_mlx(source: Path, target: Path, options: _Options) -> Converted:
             write_adapter_folder(partial / BASE_ADAPTER, adapter)
         if options.verify:
             require_same_values(tensors, read_shards(partial), where=partial)
+        write_config(partial, checkpoint.config.model, {"torch_dtype": _dtype_of(tensors), **ids})
     return Converted(target, "mlx", len(tensors), count.total, _activity(adapter), options.verify)
+
+
+def _dtype_of(tensors: Mapping[str, LazyTensor]) -> str:
+    return tensors["model.embedding.weight"].dtype
 
 
 def _mlx_to_mlx(source: Path, target: Path, options: _Options) -> Converted:
@@ -162,8 +166,7 @@ def _mlx_to_mlx(source: Path, target: Path, options: _Options) -> Converted:
     adapter = base_adapter(source)
     require_space(target, count.total + _adapter_bytes(adapter) + SPARE_BYTES)
     with atomic_folder(target) as partial:
-        settings = {**kept_settings(source), "torch_dtype": tensors["model.embedding.weight"].dtype}
-        write_model_folder(partial, config, tensors, settings, count.add)
+        write_shards(partial, tensors, on_bytes=count.add)
         for name in (*KEPT_FILES, *toolkit_parts(source)):
             if (source / name).is_file():
                 (partial / name).parent.mkdir(exist_ok=True)
@@ -172,6 +175,7 @@ def _mlx_to_mlx(source: Path, target: Path, options: _Options) -> Converted:
             write_adapter_folder(partial / BASE_ADAPTER, adapter)
         if options.verify:
             require_same_values(tensors, read_shards(partial), where=partial)
+        write_config(partial, config, {**kept_settings(source), "torch_dtype": _dtype_of(tensors)})
     return Converted(target, "mlx", len(tensors), count.total, _activity(adapter), options.verify)
 
 

@@ -11,9 +11,10 @@ from mlx.utils import tree_flatten
 from mlx_afm.adapters import fuse_adapter, has_adapter
 from mlx_afm.checkpoints.arrays import from_mlx
 from mlx_afm.checkpoints.hub import resolve
-from mlx_afm.checkpoints.model_folder import KEPT_FILES, OBSERVERS, kept_settings, write_model_folder
+from mlx_afm.checkpoints.model_folder import KEPT_FILES, OBSERVERS, kept_settings, write_config
 from mlx_afm.errors import AdapterError, ConfigError
 from mlx_afm.files import atomic_folder
+from mlx_afm.formats.mlx_folder import write_shards
 from mlx_afm.workflows.load import load
 
 
@@ -39,10 +40,11 @@ def fuse(model_path: str | Path, adapter_path: str | Path | None, save_path: str
     mx.eval(model.parameters())
     with atomic_folder(target) as partial:
         tensors = {name: from_mlx(array) for name, array in tree_flatten(model.parameters())}
-        write_model_folder(partial, model.args, tensors, kept_settings(source))
+        write_shards(partial, tensors)
         # The base adapter and the toolkit's JSON, which names it, no longer hold.
         for name in (*KEPT_FILES, OBSERVERS):
             if (source / name).is_file():
                 (partial / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(source / name, partial / name)
+        write_config(partial, model.args, kept_settings(source))
     return target

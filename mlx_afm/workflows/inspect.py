@@ -18,7 +18,7 @@ from mlx_afm.formats.fmadapter import read_fmadapter
 from mlx_afm.formats.mlx_folder import read_shards
 from mlx_afm.formats.safetensors_file import read_safetensors
 from mlx_afm.formats.tensors import LazyTensor
-from mlx_afm.formats.torch_file import read_torch
+from mlx_afm.formats.torch_file import TorchFile, read_torch_checkpoint
 from mlx_afm.model import AFMConfig, parse_toolkit_config
 from mlx_afm.text.tokenizer import AFMTokenizer
 
@@ -47,9 +47,10 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
 def _file(path: Path) -> dict[str, Any]:
     if path.suffix == ".pt":
-        tensors = read_torch(path)
-        kind = "toolkit adapter checkpoint" if all("adapter" in name for name in tensors) else "torch checkpoint"
-        return {"kind": kind, **_summary(tensors), "adapter_ids": adapter_ids(list(tensors))}
+        checkpoint = read_torch_checkpoint(path)
+        of_adapter = all("adapter" in name for name in checkpoint.tensors)
+        kind = "toolkit adapter checkpoint" if of_adapter else "torch checkpoint"
+        return {"kind": kind, **_torch_summary(checkpoint), "adapter_ids": adapter_ids(list(checkpoint.tensors))}
     if path.suffix == ".safetensors":
         return {"kind": "safetensors file", **_summary(read_safetensors(path))}
     if path.suffix == ".model":
@@ -102,7 +103,7 @@ def _folder(path: Path) -> dict[str, Any]:
             "model": config.model.to_dict(),
             "adapter": config.adapter.name if config.adapter else None,
             "tokenizer": files.tokenizer is not None,
-            **_summary(read_torch(files.weights)),
+            **_torch_summary(read_torch_checkpoint(files.weights)),
         }
     if any(path.glob("*.jsonl")):
         lines = {file.name: _file(file)["lines"] for file in sorted(path.glob("*.jsonl"))}
@@ -122,6 +123,10 @@ def _model_folder(path: Path) -> dict[str, Any]:
         "toolkit_config": (path / TOOLKIT_CONFIG).is_file(),
         **_summary(read_shards(path)),
     }
+
+
+def _torch_summary(checkpoint: TorchFile) -> dict[str, Any]:
+    return {"form": checkpoint.form, "wrapper_key": checkpoint.wrapper_key, **_summary(checkpoint.tensors)}
 
 
 def _summary(tensors: Mapping[str, LazyTensor]) -> dict[str, Any]:
