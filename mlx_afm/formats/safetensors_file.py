@@ -62,6 +62,7 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
         data = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
     header.pop("__metadata__", None)
     start = 8 + length
+    _require_apart(header, path)
     return {name: _tensor(data, start, entry, f"{path}, tensor {name}") for name, entry in header.items()}
 
 
@@ -73,6 +74,16 @@ def _parse_header(raw: bytes, path: Path) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise FormatError("the header is not a JSON object", where=path)
     return header
+
+
+def _require_apart(header: dict[str, Any], path: Path) -> None:
+    """Ranges that overlap are a trick: one byte must not be two tensors."""
+    ranges = [entry.get("data_offsets") for entry in header.values() if isinstance(entry, dict)]
+    whole = [tuple(ends) for ends in ranges if isinstance(ends, list) and len(ends) == 2]
+    ordered = sorted(ends for ends in whole if all(type(end) is int for end in ends) and ends[0] < ends[1])
+    for (_, last), (first, _) in zip(ordered, ordered[1:]):
+        if first < last:
+            raise FormatError("tensors overlap", where=f"{path}, byte {first} of the values")
 
 
 def _tensor(data: mmap.mmap, start: int, entry: Any, where: str) -> LazyTensor:
