@@ -26,6 +26,7 @@ class Batch:
         needed_BN: int32, the indices whose predictions count.
         targets_BN: int32, what should be predicted there.
         weights_BN: float32, weight of each target; 0 is padding.
+        read_tokens: how many inputs are not padding.
 
     A padded input changes nothing before it, since a token sees no later token.
 
@@ -36,6 +37,7 @@ class Batch:
     needed_BN: mx.array
     targets_BN: mx.array
     weights_BN: mx.array
+    read_tokens: int = 0
 
 
 def plan_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int) -> list[tuple[int, ...]]:
@@ -79,4 +81,6 @@ def make_batch(rows: Sequence[Tokens]) -> Batch:
         needed[index, : len(trained)] = trained
         targets[index, : len(trained)] = row.ids[trained + 1]
         weights[index, : len(trained)] = row.weights[trained + 1]
-    return Batch(mx.array(inputs), mx.array(needed), mx.array(targets), mx.array(weights))
+    return Batch(
+        mx.array(inputs), mx.array(needed), mx.array(targets), mx.array(weights), sum(map(len, rows)) - len(rows)
+    )

@@ -12,7 +12,8 @@ Byte layout, integers little-endian; pickles of protocol 2 by the rules of `torc
 Elements of untyped storages are bytes. Storages begin wherever the one before ends, so arrays of them are usually not
 aligned; NumPy and MLX read them all the same.
 
-Limits: those of `torch_opcodes` for each pickle. The keys must be those that the fourth pickle names, each once; every
+Limits: those of `torch_opcodes` for the fourth pickle, fewer for the others, so that together they cannot allocate more
+than it could alone. The keys must be those that the fourth pickle names, each once; every
 storage must have as many elements as named there; the last one must end with the file.
 Versions: 1001, little-endian. Storages that are views of others (a sixth element; torch before 0.4) and the tar
 archives of torch before 0.2 are refused.
@@ -28,11 +29,12 @@ from mlx_afm.errors import FormatError
 from mlx_afm.formats.tensors import STORAGE_DTYPES
 from mlx_afm.formats.torch_contents import Contents
 from mlx_afm.formats.torch_names import RawStorage, kind_of, short
-from mlx_afm.formats.torch_opcodes import parse_pickle
+from mlx_afm.formats.torch_opcodes import Limits, parse_pickle
 from mlx_afm.formats.zip_reader import Member
 
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
+_SMALL = Limits(1024, 100)
 _NUMEL = struct.Struct("<q")
 # Complex storages may stand beside the state dict, whose own tensors `torch_pickle` checks.
 _ITEM_BYTES = {**{name: dtype.itemsize for name, dtype in STORAGE_DTYPES.items()}, "complex64": 8, "complex128": 16}
@@ -46,22 +48,24 @@ def read_legacy(data: mmap, path: Path) -> Contents:
     """
     at = _read_header(data, path)
     where, named = f"{path}, saved object", dict[str, RawStorage]()
-    value, at = parse_pickle(data, where, at, named)
-    keys, at = parse_pickle(data, f"{path}, storage keys", at)
+    value, at = parse_pickle(data, where, at, storages=named)
+    # A key is a text of at most 20 digits that is stored in the memo: two opcodes, 30 bytes.
+    limits = Limits(1024 + 40 * len(named), 100 + 3 * len(named))
+    keys, at = parse_pickle(data, f"{path}, storage keys", at, limits=limits)
     return Contents(value, where, _places(data, at, _checked_keys(keys, named, path), path))
 
 
 def _read_header(data: mmap, path: Path) -> int:
     """Where the fourth pickle begins."""
-    magic, at = parse_pickle(data, f"{path}, magic number", 0)
+    magic, at = parse_pickle(data, f"{path}, magic number", 0, limits=_SMALL)
     if type(magic) is not int or magic != MAGIC:
         advice = "It is a bare pickle; save with torch.save"
         raise FormatError("not a torch checkpoint", where=path, expected="torch's magic number", advice=advice)
-    version, at = parse_pickle(data, f"{path}, protocol version", at)
+    version, at = parse_pickle(data, f"{path}, protocol version", at, limits=_SMALL)
     if type(version) is not int or version != PROTOCOL:
         found = version if type(version) is int else kind_of(version)
         raise FormatError("unknown version of the legacy form", where=path, expected=PROTOCOL, found=found)
-    system, at = parse_pickle(data, f"{path}, system information", at)
+    system, at = parse_pickle(data, f"{path}, system information", at, limits=_SMALL)
     if type(system) is not dict or system.get("protocol_version", PROTOCOL) != PROTOCOL:
         raise FormatError("unknown system information", where=path, expected=f"a dictionary of version {PROTOCOL}")
     if system.get("little_endian") is not True:

@@ -24,7 +24,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from mmap import mmap
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from mlx_afm.errors import FormatError
 from mlx_afm.formats.torch_names import GLOBALS, RawStorage, called, kind_of, short, storage_of
@@ -38,8 +38,23 @@ MAX_LONG_BYTES = 16
 MAX_INTEGER_KEY = 1 << 20
 
 
+class Limits(NamedTuple):
+    """How long a pickle may be."""
+
+    length_bytes: int = MAX_PICKLE_BYTES
+    opcodes: int = MAX_OPCODES
+
+
+_WIDEST = Limits()
+
+
 def parse_pickle(
-    data: bytes | mmap, where: object, start: int = 0, storages: dict[str, RawStorage] | None = None
+    data: bytes | mmap,
+    where: object,
+    start: int = 0,
+    *,
+    storages: dict[str, RawStorage] | None = None,
+    limits: Limits = _WIDEST,
 ) -> tuple[object, int]:
     """The value of the pickle that begins at byte `start`, and the offset after it.
 
@@ -49,16 +64,18 @@ def parse_pickle(
     Raises:
         FormatError: anything outside the module's rules, with its byte offset.
     """
-    machine = _Machine(data, where, start, {} if storages is None else storages)
+    machine = _Machine(data, where, start, {} if storages is None else storages, limits)
     return machine.run(), machine.at
 
 
 class _Machine:
     """Stack, marks and memo of one run; `at` is the next byte, `opcode_at` the opcode being run."""
 
-    def __init__(self, data: bytes | mmap, where: object, start: int, storages: dict[str, RawStorage]) -> None:
+    def __init__(
+        self, data: bytes | mmap, where: object, start: int, storages: dict[str, RawStorage], limits: Limits
+    ) -> None:
         self.data, self.where, self.at, self.opcode_at = data, where, start, start
-        self.end = start + MAX_PICKLE_BYTES
+        self.limits, self.end = limits, start + limits.length_bytes
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
@@ -67,7 +84,7 @@ class _Machine:
     def run(self) -> object:
         if self.take(2) != b"\x80\x02":
             self.fault("not a pickle of protocol 2", advice="Re-save it with torch.save and its default protocol")
-        for _ in range(MAX_OPCODES):
+        for _ in range(self.limits.opcodes):
             self.opcode_at = self.at
             code = self.take(1)
             if code == b".":
@@ -76,7 +93,7 @@ class _Machine:
             if step is None:
                 self.fault("pickle opcode not allowed", found=f"0x{code.hex()}")
             step(self)
-        self.fault("too many pickle opcodes", expected=f"<= {MAX_OPCODES}")
+        self.fault("too many pickle opcodes", expected=f"<= {self.limits.opcodes}")
 
     def fault(self, what: str, **facts: Any) -> NoReturn:
         raise FormatError(what, where=f"{self.where}, pickle byte {self.opcode_at}", **facts)
@@ -90,7 +107,7 @@ class _Machine:
 
     def take(self, count: int) -> bytes:
         if self.at + count > self.end:
-            self.fault("pickle too large", expected=f"<= {MAX_PICKLE_BYTES} bytes")
+            self.fault("pickle too large", expected=f"<= {self.limits.length_bytes} bytes")
         piece = self.data[self.at : self.at + count]
         if len(piece) != count:
             self.fault("pickle is cut short", expected=f"{count} bytes", found=len(piece))

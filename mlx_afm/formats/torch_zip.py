@@ -51,7 +51,8 @@ def _members_of_folder(data: mmap, path: Path) -> dict[str, Member]:
     folders = {name.partition("/")[0] for name in members}
     if len(folders) != 1:
         raise FormatError("zip archive is not a torch checkpoint", where=path, expected="1 folder", found=len(folders))
-    inside = {name.partition("/")[2]: member for name, member in members.items()}
+    # Long names would be held twice otherwise.
+    inside = {name.partition("/")[2]: members.pop(name) for name in list(members)}
     if "constants.pkl" in inside:
         advice = "Save the weights alone: torch.save(module.state_dict(), path)"
         raise FormatError("a TorchScript archive, which is a program", where=path, advice=advice)

@@ -31,8 +31,8 @@ from typing import NamedTuple, NoReturn
 
 from mlx_afm.errors import FormatError
 
-MAX_MEMBERS = 1 << 16
-MAX_DIRECTORY_BYTES = 8 << 20
+MAX_MEMBERS = 1 << 14  # a pickle of `torch_opcodes` can name no more storages
+MAX_DIRECTORY_BYTES = 4 << 20
 MAX_NAME_BYTES = 512  # of a member; file systems allow 255 to the folder in it
 _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF
 _HARMLESS_FLAGS = 0x0800 | 0x0008 | 0x0006  # UTF-8 names, data descriptor, two bits of compression level

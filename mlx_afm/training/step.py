@@ -25,7 +25,7 @@ class StepResult:
     Attributes:
         loss: sum over all targets, nats.
         tokens: sum of their weights.
-        read_tokens: tokens of the inputs that are not padding, an upper bound.
+        read_tokens: inputs that are not padding.
         gradient_norm: of the mean loss, before clipping.
         applied: False if the gradient was not finite and the step was left out.
     """
@@ -79,7 +79,7 @@ def train_step(model: Model, optimizer: Optimizer, batches: Iterable[Batch], *, 
         part, part_gradients = loss_and_grad(model, batch)
         loss, tokens = loss + part, tokens + batch.weights_BN.sum()
         gradients = part_gradients if gradients is None else tree_map(mx.add, gradients, part_gradients)
-        read_tokens += batch.inputs_BL.size
+        read_tokens += batch.read_tokens
         mx.eval(loss, tokens, gradients)
     gradients = tree_map(lambda gradient: gradient / tokens, gradients)
     gradients, norm = clip_grad_norm(gradients, clip_norm or math.inf)

@@ -115,6 +115,7 @@ class _Run:
         self.state = TrainState()
 
     def all_steps(self) -> TrainState:
+        """Runs to the end: evaluate, then step, report, save and evaluate as configured."""
         started = time.perf_counter()
         count = sum(array.size for _, array in tree_flatten(self.model.trainable_parameters()))
         self.on_event(

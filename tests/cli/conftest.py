@@ -42,7 +42,7 @@ def cli(capsys, monkeypatch):
 
 
 @pytest.fixture
-def refuses(cli, tmp_path):
+def expect_refusal(cli, tmp_path):
     """A function that runs a command line which must fail, and gives its message.
 
     Failing is: exit 1, one message on stderr (after what progress there was), nothing on stdout, and no

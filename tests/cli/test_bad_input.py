@@ -1,7 +1,7 @@
 """What users get wrong: one clear message, exit 1, nothing written.
 
 A message says what is wrong, where (file, line, tensor), what was expected and, where it is not plain,
-what to do. `refuses` checks the exit code, that there is no traceback, and that no file changed.
+what to do. `expect_refusal` checks the exit code, that there is no traceback, and that no file changed.
 """
 
 import json
@@ -18,13 +18,13 @@ LORA_CONFIG = {"__tamm_type__": "adapters:LoRAModelAdapter", "alpha": 16, "rank"
 
 
 @pytest.fixture
-def refuses_toolkit(toolkit_folder, tmp_path, copy_of, refuses):
+def expect_toolkit_refusal(toolkit_folder, tmp_path, copy_of, expect_refusal):
     """Damages a copy of the toolkit folder with a function and converts it, in vain."""
 
     def run(damage, says, *options):
         folder = copy_of(toolkit_folder)
         damage(folder)
-        return refuses("convert", "--hf-path", folder, "--mlx-path", tmp_path / "out", *options, says=says)
+        return expect_refusal("convert", "--hf-path", folder, "--mlx-path", tmp_path / "out", *options, says=says)
 
     return run
 
@@ -37,24 +37,26 @@ def refuses_toolkit(toolkit_folder, tmp_path, copy_of, refuses):
         ("tokenizer.model", ["missing tokenizer.model", "--no-tokenizer"]),
     ],
 )
-def test_a_part_of_the_toolkit_folder_is_missing(file, says, tmp_path, refuses_toolkit):
-    refuses_toolkit(lambda folder: (folder / file).unlink(), [tmp_path / "assets", *says])
+def test_a_part_of_the_toolkit_folder_is_missing(file, says, tmp_path, expect_toolkit_refusal):
+    expect_toolkit_refusal(lambda folder: (folder / file).unlink(), [tmp_path / "assets", *says])
 
 
-def test_a_source_that_is_not_there(tmp_path, refuses):
+def test_a_source_that_is_not_there(tmp_path, expect_refusal):
     nothing = tmp_path / "nothing"
-    refuses("convert", "--hf-path", nothing, "--mlx-path", tmp_path / "out", says=[nothing, "no toolkit checkpoint"])
+    expect_refusal(
+        "convert", "--hf-path", nothing, "--mlx-path", tmp_path / "out", says=[nothing, "no toolkit checkpoint"]
+    )
     lone = tmp_path / "nothing.pt"
     says = [tmp_path, "missing nothing.pt and nothing-config.json"]
-    refuses("convert", "--hf-path", lone, "--mlx-path", tmp_path / "out", says=says)
+    expect_refusal("convert", "--hf-path", lone, "--mlx-path", tmp_path / "out", says=says)
 
 
-def test_a_toolkit_folder_where_an_mlx_folder_is_needed(toolkit_folder, data_folder, tmp_path, refuses):
+def test_a_toolkit_folder_where_an_mlx_folder_is_needed(toolkit_folder, data_folder, tmp_path, expect_refusal):
     says = [toolkit_folder, "no config.json", "expected an MLX model folder", "mlx-afm convert --hf-path"]
-    refuses("convert", "--hf-path", toolkit_folder, "--to", "torch", "--out", tmp_path / "out", says=says)
-    refuses("generate", "--model", toolkit_folder, "--prompt", "a", says=says)
-    refuses("fuse", "--model", toolkit_folder, "--save-path", tmp_path / "out", says=says)
-    refuses("lora", "--train", "--model", toolkit_folder / "nothing", "--data", data_folder,
+    expect_refusal("convert", "--hf-path", toolkit_folder, "--to", "torch", "--out", tmp_path / "out", says=says)
+    expect_refusal("generate", "--model", toolkit_folder, "--prompt", "a", says=says)
+    expect_refusal("fuse", "--model", toolkit_folder, "--save-path", tmp_path / "out", says=says)
+    expect_refusal("lora", "--train", "--model", toolkit_folder / "nothing", "--data", data_folder,
             says=["nothing: no such folder", "expected an MLX model folder"])  # fmt: skip
 
 
@@ -79,9 +81,9 @@ def test_a_toolkit_folder_where_an_mlx_folder_is_needed(toolkit_folder, data_fol
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
 )
-def test_a_configuration_that_cannot_be_honoured(changes, says, tmp_path, edit_json, refuses_toolkit):
+def test_a_configuration_that_cannot_be_honoured(changes, says, tmp_path, edit_json, expect_toolkit_refusal):
     file = tmp_path / "assets" / "base-model-config.json"
-    refuses_toolkit(lambda folder: edit_json(file, **changes), [file, *says])
+    expect_toolkit_refusal(lambda folder: edit_json(file, **changes), [file, *says])
 
 
 @pytest.mark.parametrize(
@@ -96,8 +98,8 @@ def test_a_configuration_that_cannot_be_honoured(changes, says, tmp_path, edit_j
     ],
     ids=["cut", "latin", "list", "digits", "deep", "empty"],
 )
-def test_a_configuration_that_is_no_json_object(content, says, refuses_toolkit):
-    refuses_toolkit(lambda folder: (folder / "base-model-config.json").write_bytes(content), says)
+def test_a_configuration_that_is_no_json_object(content, says, expect_toolkit_refusal):
+    expect_toolkit_refusal(lambda folder: (folder / "base-model-config.json").write_bytes(content), says)
 
 
 @pytest.mark.parametrize(
@@ -112,10 +114,10 @@ def test_a_configuration_that_is_no_json_object(content, says, refuses_toolkit):
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
 )
-def test_a_configuration_of_another_checkpoint(changes, says, tmp_path, edit_json, refuses_toolkit):
+def test_a_configuration_of_another_checkpoint(changes, says, tmp_path, edit_json, expect_toolkit_refusal):
     file = tmp_path / "assets" / "base-model-config.json"
     where = [tmp_path / "assets" / "base-model.pt", "Does base-model-config.json belong to this checkpoint?"]
-    refuses_toolkit(lambda folder: edit_json(file, **changes), [*where, *says])
+    expect_toolkit_refusal(lambda folder: edit_json(file, **changes), [*where, *says])
 
 
 def _cut(folder, keep):
@@ -124,39 +126,42 @@ def _cut(folder, keep):
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.999])
-def test_a_truncated_checkpoint(keep, refuses_toolkit):
+def test_a_truncated_checkpoint(keep, expect_toolkit_refusal):
     says = ["base-model.pt: no end record at the end of the zip", "cut short", "copy or download it again"]
-    refuses_toolkit(lambda folder: _cut(folder, keep), says)
+    expect_toolkit_refusal(lambda folder: _cut(folder, keep), says)
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
         (b"", ["base-model.pt: file is empty"]),
-        (b"garbage" * 999, ["base-model.pt: not a torch checkpoint", "expected a zip archive, found bytes"]),
+        (
+            b"garbage" * 999,
+            ["base-model.pt: not a torch checkpoint", "expected a zip archive or torch's pickles, found bytes"],
+        ),
         (b"PK\x03\x04" + bytes(4096), ["base-model.pt: no end record"]),
     ],
     ids=["empty", "garbage", "zeros"],
 )
-def test_a_checkpoint_that_is_none(content, says, refuses_toolkit):
-    refuses_toolkit(lambda folder: (folder / "base-model.pt").write_bytes(content), says)
+def test_a_checkpoint_that_is_none(content, says, expect_toolkit_refusal):
+    expect_toolkit_refusal(lambda folder: (folder / "base-model.pt").write_bytes(content), says)
 
 
-def test_a_head_that_is_not_the_embedding(toolkit_folder, refuses_toolkit):
+def test_a_head_that_is_not_the_embedding(toolkit_folder, expect_toolkit_refusal):
     state = dict(read_torch(toolkit_folder / "base-model.pt"))
     state["output_transform.weight"] = type(state["embedding.weight"]).of(state["embedding.weight"].read() + 1)
     says = ["base-model.pt: output_transform.weight is not embedding.weight", "a model with its own head cannot be"]
-    refuses_toolkit(lambda folder: write_torch(folder / "base-model.pt", state), says)
+    expect_toolkit_refusal(lambda folder: write_torch(folder / "base-model.pt", state), says)
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\x0a\xff\xff\xff\x7f"])
-def test_a_tokenizer_that_is_none(content, refuses_toolkit):
+def test_a_tokenizer_that_is_none(content, expect_toolkit_refusal):
     says = ["tokenizer.model: not a SentencePiece model", "Copy the original tokenizer.model again"]
-    refuses_toolkit(lambda folder: (folder / "tokenizer.model").write_bytes(content), says)
+    expect_toolkit_refusal(lambda folder: (folder / "tokenizer.model").write_bytes(content), says)
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_a_target_in_the_way(kind, toolkit_folder, model_folder, adapter_forms, tmp_path, refuses):
+def test_a_target_in_the_way(kind, toolkit_folder, model_folder, adapter_forms, tmp_path, expect_refusal):
     target = tmp_path / "out"
     if kind == "file":
         target.write_text("mine")
@@ -164,24 +169,26 @@ def test_a_target_in_the_way(kind, toolkit_folder, model_folder, adapter_forms, 
         target.mkdir()
         (target / "mine").write_text("mine")
     says = [f"{target}: the target exists already. Remove it or choose another"]
-    refuses("convert", "--hf-path", toolkit_folder, "--mlx-path", target, says=says)
-    refuses("convert", "--hf-path", model_folder, "--to", "torch", "--out", target, says=says)
-    refuses("fuse", "--model", model_folder, "--adapter-path", adapter_forms["pt"], "--save-path", target, says=says)
-    refuses("adapter", "convert", adapter_forms["folder"], target, says=says)
+    expect_refusal("convert", "--hf-path", toolkit_folder, "--mlx-path", target, says=says)
+    expect_refusal("convert", "--hf-path", model_folder, "--to", "torch", "--out", target, says=says)
+    expect_refusal(
+        "fuse", "--model", model_folder, "--adapter-path", adapter_forms["pt"], "--save-path", target, says=says
+    )
+    expect_refusal("adapter", "convert", adapter_forms["folder"], target, says=says)
 
 
-def test_a_file_where_a_package_should_go(adapter_forms, tmp_path, refuses):
+def test_a_file_where_a_package_should_go(adapter_forms, tmp_path, expect_refusal):
     (tmp_path / "box.fmadapter").write_text("mine")
-    refuses("export", "--adapter-path", adapter_forms["pt"], "--name", "box", "--output-dir", tmp_path,
+    expect_refusal("export", "--adapter-path", adapter_forms["pt"], "--name", "box", "--output-dir", tmp_path,
             says=["cannot tell which model", "Give the base model with --model"])  # fmt: skip
-    refuses("export", "--adapter-path", adapter_forms["folder"], "--name", "box", "--output-dir", tmp_path,
+    expect_refusal("export", "--adapter-path", adapter_forms["folder"], "--name", "box", "--output-dir", tmp_path,
             says=[tmp_path / "box.fmadapter", "in the way: not a folder"])  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["file", "run.pt", "run.fmadapter"])
-def test_a_run_needs_a_folder(name, model_folder, data_folder, tmp_path, refuses):
+def test_a_run_needs_a_folder(name, model_folder, data_folder, tmp_path, expect_refusal):
     (tmp_path / "file").write_text("mine")
-    refuses("lora", "--train", "--model", model_folder, "--data", data_folder, "--adapter-path", tmp_path / name,
+    expect_refusal("lora", "--train", "--model", model_folder, "--data", data_folder, "--adapter-path", tmp_path / name,
             says=[tmp_path / name, "expected a folder", "Choose another --adapter-path"])  # fmt: skip
 
 
@@ -200,10 +207,10 @@ def test_a_run_needs_a_folder(name, model_folder, data_folder, tmp_path, refuses
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
 )
-def test_a_model_folder_with_another_config(changes, says, model_folder, copy_of, edit_json, refuses):
+def test_a_model_folder_with_another_config(changes, says, model_folder, copy_of, edit_json, expect_refusal):
     folder = copy_of(model_folder)
     edit_json(folder / "config.json", **changes)
-    refuses("generate", "--model", folder, "--prompt", "a", says=[folder, *says])
+    expect_refusal("generate", "--model", folder, "--prompt", "a", says=[folder, *says])
 
 
 @pytest.mark.parametrize(
@@ -217,27 +224,27 @@ def test_a_model_folder_with_another_config(changes, says, model_folder, copy_of
     ],
     ids=["cut", "garbage", "missing", "config", "tokenizer"],
 )
-def test_a_damaged_model_folder(damage, says, model_folder, copy_of, refuses):
+def test_a_damaged_model_folder(damage, says, model_folder, copy_of, expect_refusal):
     folder = copy_of(model_folder)
     damage(folder / "model.safetensors")
-    refuses("generate", "--model", folder, "--prompt", "a", says=[folder, *says])
+    expect_refusal("generate", "--model", folder, "--prompt", "a", says=[folder, *says])
 
 
-def test_a_tensor_of_the_model_is_missing(model_folder, copy_of, refuses):
+def test_a_tensor_of_the_model_is_missing(model_folder, copy_of, expect_refusal):
     file = copy_of(model_folder) / "model.safetensors"
     tensors = {name: tensor for name, tensor in read_safetensors(file).items() if "layers.2.mlp.up" not in name}
     file.unlink()
     write_safetensors(file, tensors)
-    refuses("generate", "--model", file.parent, "--prompt", "a",
+    expect_refusal("generate", "--model", file.parent, "--prompt", "a",
             says=[file.parent, "missing: model.layers.2.mlp.up_proj.weight, shape (312, 96)"])  # fmt: skip
 
 
-def test_words_need_a_tokenizer(model_folder, data_folder, copy_of, refuses):
+def test_words_need_a_tokenizer(model_folder, data_folder, copy_of, expect_refusal):
     folder = copy_of(model_folder)
     (folder / "tokenizer.model").unlink()
     says = ["the model folder has no tokenizer", "Convert again with tokenizer.model in place"]
-    refuses("generate", "--model", folder, "--prompt", "a", says=says)
-    refuses("lora", "--train", "--model", folder, "--data", data_folder, says=[folder, *says])
+    expect_refusal("generate", "--model", folder, "--prompt", "a", says=says)
+    expect_refusal("lora", "--train", "--model", folder, "--data", data_folder, says=[folder, *says])
 
 
 @pytest.mark.parametrize(
@@ -247,8 +254,8 @@ def test_words_need_a_tokenizer(model_folder, data_folder, copy_of, refuses):
         (b"caf\xe9", ["stdin, byte 4: not UTF-8 text"]),
     ],
 )
-def test_a_prompt_that_is_no_text(prompt, says, model_folder, refuses):
-    refuses("generate", "--model", model_folder, "--prompt", "-", says=says, stdin=prompt)
+def test_a_prompt_that_is_no_text(prompt, says, model_folder, expect_refusal):
+    expect_refusal("generate", "--model", model_folder, "--prompt", "-", says=says, stdin=prompt)
 
 
 # Training data --------------------------------------------------------------------------------------
@@ -260,19 +267,20 @@ def line(*turns):
 
 
 @pytest.fixture
-def refuses_data(model_folder, tmp_path, refuses):
+def expect_data_refusal(model_folder, tmp_path, expect_refusal):
     """Trains on the given lines, in vain."""
 
     def run(content, says, *options):
         file = tmp_path / "train.jsonl"
         file.write_bytes(content if isinstance(content, bytes) else ("\n".join(content) + "\n").encode())
-        return refuses("lora", "--train", "--model", model_folder, "--data", file, "--adapter-path", tmp_path / "run",
+        return expect_refusal("lora", "--train", "--model", model_folder, "--data", file,
+                       "--adapter-path", tmp_path / "run",
                        *options, says=says)  # fmt: skip
 
     return run
 
 
-def test_all_faulty_lines_come_in_one_message(tmp_path, refuses_data):
+def test_all_faulty_lines_come_in_one_message(tmp_path, expect_data_refusal):
     faults = {
         1: ('[{"role": "user"', "column 17: not JSON"),
         3: ('[{"role": "robot", "content": "a"}]', "message 0: unknown role (expected one of system, user, assistant"),
@@ -292,7 +300,9 @@ def test_all_faulty_lines_come_in_one_message(tmp_path, refuses_data):
         15: ("[" * 100_000, "JSON nested too deeply"),
     }
     lines = [faults[number][0] if number in faults else ["", line("a", "b")][number % 2] for number in range(1, 16)]
-    message = refuses_data(lines, [tmp_path / "train.jsonl", f"{len(faults)} faulty line(s)", "correct the lines"])
+    message = expect_data_refusal(
+        lines, [tmp_path / "train.jsonl", f"{len(faults)} faulty line(s)", "correct the lines"]
+    )
     found = message.splitlines()[1:]
     assert len(found) == len(faults)
     for (number, (_, reason)), text in zip(faults.items(), found):
@@ -300,48 +310,54 @@ def test_all_faulty_lines_come_in_one_message(tmp_path, refuses_data):
         assert reason in text
 
 
-def test_of_very_many_faults_twenty_are_shown(refuses_data):
-    message = refuses_data(["{}"] * 33, ["33 faulty line(s)", "line 20:", "... and 13 more"])
+def test_of_very_many_faults_twenty_are_shown(expect_data_refusal):
+    message = expect_data_refusal(["{}"] * 33, ["33 faulty line(s)", "line 20:", "... and 13 more"])
     assert "line 21" not in message
 
 
-def test_examples_that_are_too_long(refuses_data):
+def test_examples_that_are_too_long(expect_data_refusal):
     lines = [line("a", "b"), line("word " * 90, "b"), line("a", "b"), line("a", "word " * 90)]
-    message = refuses_data(lines, ["2 example(s) longer than 60 tokens", "--max-seq-length"], "--max-seq-length", 60)
+    message = expect_data_refusal(
+        lines, ["2 example(s) longer than 60 tokens", "--max-seq-length"], "--max-seq-length", 60
+    )
     assert [text.partition(":")[0].strip() for text in message.splitlines()[1:]] == [
         "train.jsonl line 2",
         "train.jsonl line 4",
     ]
 
 
-def test_half_a_surrogate_pair(refuses_data):
+def test_half_a_surrogate_pair(expect_data_refusal):
     says = ["1 example(s) that cannot be encoded", "train.jsonl line 2", "half of a surrogate pair (found '\\ud83d')"]
-    refuses_data(
+    expect_data_refusal(
         [line("a", "b"), '[{"role": "user", "content": "\\ud83d"}, {"role": "assistant", "content": "b"}]'], says
     )
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n"])
-def test_no_examples(content, tmp_path, refuses_data):
-    refuses_data(content, [tmp_path / "train.jsonl", "no examples", "expected at least one line"])
+def test_no_examples(content, tmp_path, expect_data_refusal):
+    expect_data_refusal(content, [tmp_path / "train.jsonl", "no examples", "expected at least one line"])
 
 
-def test_text_that_is_not_utf_8(tmp_path, refuses_data):
+def test_text_that_is_not_utf_8(tmp_path, expect_data_refusal):
     content = line("a", "b").encode() + b"\n" + line("caf", "b").encode().replace(b"caf", b"caf\xe9") + b"\n"
     position = content.splitlines()[1].index(b"\xe9") + 1
-    refuses_data(
+    expect_data_refusal(
         content, [f"{tmp_path / 'train.jsonl'} line 2, byte {position}: not UTF-8 text", "Save the file as UTF-8"]
     )
 
 
-def test_data_that_is_not_there(model_folder, data_folder, tmp_path, refuses):
+def test_data_that_is_not_there(model_folder, data_folder, tmp_path, expect_refusal):
     run = ("lora", "--train", "--model", model_folder, "--adapter-path", tmp_path / "run", "--data")
-    refuses(*run, tmp_path / "nothing", says=[tmp_path / "nothing", "no such file or folder", "expected training data"])
+    expect_refusal(
+        *run, tmp_path / "nothing", says=[tmp_path / "nothing", "no such file or folder", "expected training data"]
+    )
     (tmp_path / "data").mkdir()
-    refuses(*run, tmp_path / "data", says=[tmp_path / "data" / "train.jsonl", "no such file", "one JSON value a line"])
+    expect_refusal(
+        *run, tmp_path / "data", says=[tmp_path / "data" / "train.jsonl", "no such file", "one JSON value a line"]
+    )
     (tmp_path / "data" / "train.jsonl").write_bytes((data_folder / "train.jsonl").read_bytes())
     (tmp_path / "data" / "valid.jsonl").write_text("{}\n")
-    refuses(*run, tmp_path / "data", says=[tmp_path / "data" / "valid.jsonl", "valid.jsonl line 1: no messages"])
+    expect_refusal(*run, tmp_path / "data", says=[tmp_path / "data" / "valid.jsonl", "valid.jsonl line 1: no messages"])
 
 
 # Settings -------------------------------------------------------------------------------------------
@@ -366,19 +382,22 @@ def test_data_that_is_not_there(model_folder, data_folder, tmp_path, refuses):
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
 )
-def test_training_settings_out_of_range(options, says, model_folder, data_folder, tmp_path, refuses):
-    refuses("lora", "--train", "--model", model_folder, "--data", data_folder, "--adapter-path", tmp_path / "run",
+def test_training_settings_out_of_range(options, says, model_folder, data_folder, tmp_path, expect_refusal):
+    expect_refusal("lora", "--train", "--model", model_folder, "--data", data_folder,
+            "--adapter-path", tmp_path / "run",
             *options, says=says)  # fmt: skip
 
 
-def test_a_config_file_with_unknown_options(tmp_path, refuses):
+def test_a_config_file_with_unknown_options(tmp_path, expect_refusal):
     (tmp_path / "run.yaml").write_text("model: m\ndata: d\nlerning_rate: 1\nlora_layers: 3\n")
     says = [tmp_path / "run.yaml", "unknown options", "lerning_rate: is it 'learning_rate'?", "lora_layers"]
-    refuses("lora", "--train", "-c", tmp_path / "run.yaml", says=says)
+    expect_refusal("lora", "--train", "-c", tmp_path / "run.yaml", says=says)
 
 
 @pytest.mark.parametrize("name", ["my-adapter", "a b", "", "a.b", "ü"])
-def test_a_name_devices_refuse_is_found_before_anything_is_read(name, model_folder, tmp_path, refuses, monkeypatch):
+def test_a_name_devices_refuse_is_found_before_anything_is_read(
+    name, model_folder, tmp_path, expect_refusal, monkeypatch
+):
     def read(*arguments, **settings):
         raise AssertionError("something was read")
 
@@ -386,18 +405,21 @@ def test_a_name_devices_refuse_is_found_before_anything_is_read(name, model_fold
         monkeypatch.setattr(f"mlx_afm.workflows.lora.{place}", read)
     monkeypatch.setattr("mlx_afm.workflows.export.read_adapter", read)
     says = ["not a name that devices accept", "expected ASCII letters, digits and underscores", repr(name)]
-    refuses("lora", "--train", "--model", model_folder, "--data", tmp_path, "--adapter-path", tmp_path / "run",
+    expect_refusal("lora", "--train", "--model", model_folder, "--data", tmp_path, "--adapter-path", tmp_path / "run",
             "--name", name, says=says)  # fmt: skip
-    refuses("export", "--adapter-path", tmp_path / "any", "--name", name, "--output-dir", tmp_path / "out", says=says)
+    expect_refusal(
+        "export", "--adapter-path", tmp_path / "any", "--name", name, "--output-dir", tmp_path / "out", says=says
+    )
 
 
-def test_a_name_with_a_hyphen_comes_with_a_better_one(adapter_forms, tmp_path, refuses):
-    refuses("adapter", "convert", adapter_forms["folder"], tmp_path / "my-box.fmadapter",
+def test_a_name_with_a_hyphen_comes_with_a_better_one(adapter_forms, tmp_path, expect_refusal):
+    expect_refusal("adapter", "convert", adapter_forms["folder"], tmp_path / "my-box.fmadapter",
             says=["found 'my-box'", "Hyphens", "use e.g. my_box"])  # fmt: skip
 
 
-def test_a_signature_must_be_one(adapter_forms, tmp_path, refuses):
-    refuses("export", "--adapter-path", adapter_forms["folder"], "--name", "box", "--output-dir", tmp_path / "out",
+def test_a_signature_must_be_one(adapter_forms, tmp_path, expect_refusal):
+    expect_refusal("export", "--adapter-path", adapter_forms["folder"], "--name", "box",
+            "--output-dir", tmp_path / "out",
             "--signature", "12ab", says=["signature must be 40 lower-case hex digits, not '12ab'"])  # fmt: skip
 
 
@@ -405,7 +427,7 @@ def test_a_signature_must_be_one(adapter_forms, tmp_path, refuses):
 
 
 @pytest.mark.parametrize("form", ["folder", "pt", "fmadapter"])
-def test_an_adapter_for_another_base(form, other_adapter, model_folder, data_folder, tmp_path, cli, refuses):
+def test_an_adapter_for_another_base(form, other_adapter, model_folder, data_folder, tmp_path, cli, expect_refusal):
     adapter = other_adapter
     if form != "folder":
         adapter = tmp_path / f"other.{form}"
@@ -413,24 +435,26 @@ def test_an_adapter_for_another_base(form, other_adapter, model_folder, data_fol
     sizes = ["hidden_dim: the model has 96, the adapter was made for 64", "num_layers: the model has 6", "Use it with"]
     tensors = ["wrong shape: layers.segment_0.layer_0.attention.qkv_transform.adapters.base_adapter.lora_0.a_transpose"]
     says = [adapter, *(["expected (96, 32), found (64, 32)", *tensors] if form == "pt" else sizes)]
-    refuses("generate", "--model", model_folder, "--prompt", "a", "--adapter-path", adapter, says=says)
-    refuses("fuse", "--model", model_folder, "--adapter-path", adapter, "--save-path", tmp_path / "out", says=says)
-    refuses("lora", "--test", "--model", model_folder, "--data", data_folder, "--adapter-path", other_adapter,
+    expect_refusal("generate", "--model", model_folder, "--prompt", "a", "--adapter-path", adapter, says=says)
+    expect_refusal(
+        "fuse", "--model", model_folder, "--adapter-path", adapter, "--save-path", tmp_path / "out", says=says
+    )
+    expect_refusal("lora", "--test", "--model", model_folder, "--data", data_folder, "--adapter-path", other_adapter,
             says=[other_adapter, *sizes])  # fmt: skip
 
 
-def test_an_adapter_that_is_not_there(model_folder, tmp_path, refuses):
+def test_an_adapter_that_is_not_there(model_folder, tmp_path, expect_refusal):
     nothing = tmp_path / "nothing"
     expected = "expected a folder with adapters.safetensors and adapter_config.json, a .pt or a .fmadapter"
     ask = ("generate", "--model", model_folder, "--prompt", "a", "--adapter-path")
-    refuses(*ask, nothing, says=[nothing, "no adapter here", expected])
-    refuses(*ask, f"{nothing}.pt", says=[f"{nothing}.pt: no such file"])
-    refuses(*ask, f"{nothing}.fmadapter", says=[f"{nothing}.fmadapter: no such package folder"])
+    expect_refusal(*ask, nothing, says=[nothing, "no adapter here", expected])
+    expect_refusal(*ask, f"{nothing}.pt", says=[f"{nothing}.pt: no such file"])
+    expect_refusal(*ask, f"{nothing}.fmadapter", says=[f"{nothing}.fmadapter: no such package folder"])
     says = [nothing, "no such adapter", "expected an adapter folder, a .pt or a .fmadapter"]
-    refuses("adapter", "convert", nothing, tmp_path / "out", says=says)
+    expect_refusal("adapter", "convert", nothing, tmp_path / "out", says=says)
 
 
-def test_a_tensor_of_the_adapter_is_missing(adapter_forms, model_folder, tmp_path, copy_of, refuses):
+def test_a_tensor_of_the_adapter_is_missing(adapter_forms, model_folder, tmp_path, copy_of, expect_refusal):
     folder = copy_of(adapter_forms["folder"])
     tensors = dict(read_safetensors(folder / "adapters.safetensors"))
     name = "model.layers.3.self_attn.qkv_proj.k.lora_b"
@@ -438,8 +462,10 @@ def test_a_tensor_of_the_adapter_is_missing(adapter_forms, model_folder, tmp_pat
     (folder / "adapters.safetensors").unlink()
     write_safetensors(folder / "adapters.safetensors", tensors)
     says = [folder, f"missing: {name}, shape (32, 48)", "another base model?"]
-    refuses("generate", "--model", model_folder, "--prompt", "a", "--adapter-path", folder, says=says)
-    refuses("fuse", "--model", model_folder, "--adapter-path", folder, "--save-path", tmp_path / "out", says=says)
+    expect_refusal("generate", "--model", model_folder, "--prompt", "a", "--adapter-path", folder, says=says)
+    expect_refusal(
+        "fuse", "--model", model_folder, "--adapter-path", folder, "--save-path", tmp_path / "out", says=says
+    )
 
 
 @pytest.mark.parametrize(
@@ -457,29 +483,29 @@ def test_a_tensor_of_the_adapter_is_missing(adapter_forms, model_folder, tmp_pat
     ids=str,
 )
 def test_an_adapter_configuration_that_cannot_be_used(changes, says, adapter_forms, model_folder, copy_of, edit_json,
-                                                      refuses):  # fmt: skip
+                                                      expect_refusal):  # fmt: skip
     folder = copy_of(adapter_forms["folder"])
     edit_json(folder / "adapter_config.json", **changes)
-    refuses("generate", "--model", model_folder, "--prompt", "a", "--adapter-path", folder,
+    expect_refusal("generate", "--model", model_folder, "--prompt", "a", "--adapter-path", folder,
             says=[folder / "adapter_config.json", *says])  # fmt: skip
 
 
-def test_what_a_form_cannot_hold_is_not_written(adapter_forms, tmp_path, copy_of, edit_json, refuses):
+def test_what_a_form_cannot_hold_is_not_written(adapter_forms, tmp_path, copy_of, edit_json, expect_refusal):
     folder = copy_of(adapter_forms["folder"])
     edit_json(folder / "adapter_config.json", lora_parameters={"rank": 32, "scale": 2.0, "dropout": 0.0})
     advice = ["found 2.0", "Train with scale 0.5"]
-    refuses("adapter", "convert", folder, tmp_path / "a.pt", says=["a toolkit .pt implies scale 0.5", *advice])
-    refuses("export", "--adapter-path", folder, "--name", "box", "--output-dir", tmp_path / "out",
+    expect_refusal("adapter", "convert", folder, tmp_path / "a.pt", says=["a toolkit .pt implies scale 0.5", *advice])
+    expect_refusal("export", "--adapter-path", folder, "--name", "box", "--output-dir", tmp_path / "out",
             says=["a .fmadapter implies scale 0.5", *advice])  # fmt: skip
     config = read_json(folder / "adapter_config.json")
     config["lora_parameters"] = {"rank": 32, "scale": 0.5, "dropout": 0.0, "targets": ["q"]}
     edit_json(folder / "adapter_config.json", **config)
-    refuses("export", "--adapter-path", folder, "--name", "box", "--output-dir", tmp_path / "out",
+    expect_refusal("export", "--adapter-path", folder, "--name", "box", "--output-dir", tmp_path / "out",
             says=["holds every projection", "without k,v,o,gate,up,down", "Train on all seven"])  # fmt: skip
 
 
-def test_nothing_to_fuse(model_folder, tmp_path, refuses):
-    refuses("fuse", "--model", model_folder, "--save-path", tmp_path / "out",
+def test_nothing_to_fuse(model_folder, tmp_path, expect_refusal):
+    expect_refusal("fuse", "--model", model_folder, "--save-path", tmp_path / "out",
             says=[model_folder, "nothing to fuse", "Give --adapter-path"])  # fmt: skip
 
 
@@ -500,7 +526,7 @@ def _cut_weights(package):
     ],
     ids=["weights-cut", "weights-missing", "metadata-missing", "metadata-cut", "metadata-empty"],
 )  # fmt: skip
-def test_a_damaged_package(damage, rule, says, adapter_forms, model_folder, copy_of, cli, refuses):
+def test_a_damaged_package(damage, rule, says, adapter_forms, model_folder, copy_of, cli, expect_refusal):
     package = copy_of(adapter_forms["fmadapter"])
     damage(package)
     ran = cli("check", package)
@@ -508,10 +534,12 @@ def test_a_damaged_package(damage, rule, says, adapter_forms, model_folder, copy
     assert f"FAIL {rule} " in ran.out
     assert ran.err == ""
     ask = ("generate", "--model", model_folder, "--prompt", "a", "--adapter-path", package)
-    refuses(*ask, says=[package, *says])
+    expect_refusal(*ask, says=[package, *says])
 
 
-def test_check_needs_something_to_check(tmp_path, model_folder, cli, refuses):
-    refuses("check", tmp_path / "nothing.fmadapter", says=["nothing.fmadapter: no such package", "a .fmadapter folder"])
+def test_check_needs_something_to_check(tmp_path, model_folder, cli, expect_refusal):
+    expect_refusal(
+        "check", tmp_path / "nothing.fmadapter", says=["nothing.fmadapter: no such package", "a .fmadapter folder"]
+    )
     assert cli("check", model_folder).code == 3
     assert cli("check", model_folder / "config.json").code == 3

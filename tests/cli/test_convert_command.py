@@ -62,10 +62,12 @@ def test_an_empty_target_is_used(toolkit_folder, tmp_path, cli):
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_without_a_tokenizer_only_on_request_and_then_it_is_none(toolkit_folder, tmp_path, copy_of, refuses, cli):
+def test_without_a_tokenizer_only_on_request_and_then_it_is_none(
+    toolkit_folder, tmp_path, copy_of, expect_refusal, cli
+):
     source = copy_of(toolkit_folder)
     (source / "tokenizer.model").unlink()
-    refuses("convert", "--hf-path", source, "--mlx-path", tmp_path / "out",
+    expect_refusal("convert", "--hf-path", source, "--mlx-path", tmp_path / "out",
             says=[source, "missing tokenizer.model", "--no-tokenizer"])  # fmt: skip
     assert cli("convert", "--hf-path", source, "--mlx-path", tmp_path / "out", "--no-tokenizer").code == 0
     model, tokenizer = load(tmp_path / "out")

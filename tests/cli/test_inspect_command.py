@@ -1,5 +1,8 @@
+from pathlib import Path
+
 import pytest
 
+FIXTURES = Path(__file__).parents[1] / "formats" / "fixtures"
 SIZES = {"vocab_size": 512, "hidden_dim": 96, "num_layers": 6, "num_kv_reuse_layers": 2, "num_heads": 4}
 # Counted by hand from the sizes: 6 layers of 96, heads of 24, feed-forward of 312, two of them without K and V.
 WEIGHTS = (
@@ -37,6 +40,16 @@ def test_torch_checkpoint(toolkit_folder, look):
     assert told["parameters"] == WEIGHTS + ADAPTER
     assert told["adapter_ids"] == ["base_adapter"]
     assert told["dtypes"] == {"float32": 138, "int64": 8}
+    assert (told["form"], told["wrapper_key"]) == ("zip", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "key"),
+    [("wrapped", "zip", "state_dict"), ("legacy", "legacy", None), ("legacy_training", "legacy", "model")],
+)
+def test_other_forms_of_checkpoints(name, form, key, look):
+    told = look(FIXTURES / f"{name}.pt")
+    assert (told["kind"], told["form"], told["wrapper_key"]) == ("torch checkpoint", form, key)
 
 
 def test_adapter_checkpoint(adapter_forms, look):
@@ -103,7 +116,7 @@ def test_for_people(adapter_forms, cli):
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "folder", "nothing"])
-def test_unknown(name, tmp_path, refuses):
+def test_unknown(name, tmp_path, expect_refusal):
     (tmp_path / "notes.txt").write_text("hello")
     (tmp_path / "folder").mkdir()
     reasons = {
@@ -111,4 +124,4 @@ def test_unknown(name, tmp_path, refuses):
         "folder": ["an unknown kind of folder", "expected a toolkit, model, adapter or data folder"],
         "nothing": ["no such file or folder"],
     }
-    refuses("inspect", tmp_path / name, "--json", says=[tmp_path / name, *reasons[name]])
+    expect_refusal("inspect", tmp_path / name, "--json", says=[tmp_path / name, *reasons[name]])

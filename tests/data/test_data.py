@@ -105,6 +105,7 @@ def test_a_batch_shifts_by_one_and_keeps_what_is_needed():
     assert batch.targets_BN.tolist() == [[12, 13], [11, 15], [0, 0]]
     # The first token is nobody's target, whatever its weight.
     assert batch.weights_BN.tolist() == [[1, 1], [0.5, 1], [0, 0]]
+    assert batch.read_tokens == 3 + 5 + 1
 
 
 @pytest.mark.parametrize("count", [1, 7, 64, 1000])

@@ -1,5 +1,6 @@
 """The interpreter: what it accepts, and that nothing else runs, recurses or fills memory."""
 
+import mmap
 import pickle
 import tracemalloc
 from collections import OrderedDict
@@ -9,11 +10,7 @@ import pytest
 from mlx_afm.errors import FormatError
 from mlx_afm.formats.torch_names import GLOBALS, Global, RawStorage, RawTensor
 from mlx_afm.formats.torch_opcodes import MAX_OPCODES, MAX_PICKLE_BYTES, parse_pickle
-
-START = b"\x80\x02"
-STORAGE = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0" + b"7X\3\0\0\0cpuK\x06tQ"
-HOOKS = b"ccollections\nOrderedDict\n)R"
-TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + b"K\1K\2K\3\x86K\3K\1\x86\x89" + HOOKS + b"tR"
+from torch_builders import HOOKS, START, STORAGE, TENSOR
 
 
 def parse(body):
@@ -188,9 +185,39 @@ def test_every_prefix_of_a_pickle_is_refused():
             parse_pickle(whole[:length], "x")
 
 
-def test_a_pickle_beyond_the_limit_is_not_started():
+def test_a_pickle_beyond_the_limit_is_not_finished():
+    text = b"X\0\x10\0\0" + b"a" * 4096
     with pytest.raises(FormatError, match="pickle too large"):
-        parse_pickle(bytes(MAX_PICKLE_BYTES + 1), "x")
+        parse(text * (MAX_PICKLE_BYTES // len(text) + 1))
+
+
+def test_pickles_are_read_from_a_map(tmp_path):
+    (tmp_path / "a").write_bytes(b"..." + START + TENSOR + b".")
+    with (tmp_path / "a").open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        value, end = parse_pickle(data, "x", 3)
+    assert (value, end) == (parse(TENSOR + b"."), 6 + len(TENSOR))
+
+
+def test_storages_are_told_by_key():
+    storages = {}
+    body = b"(" + TENSOR + TENSOR + STORAGE.replace(b"7X", b"8X") + b"t."
+    parse_pickle(START + body, "x", storages=storages)
+    assert storages == {key: RawStorage("float32", key, 6) for key in "78"}
+
+
+@pytest.mark.parametrize("change", [(b"FloatStorage", b"IntStorage"), (b"K\x06tQ", b"K\x07tQ")])
+def test_a_storage_of_two_types_or_sizes_is_refused(change):
+    with pytest.raises(FormatError, match=r"two types or sizes.*storage 7"):
+        parse(b"(" + TENSOR + TENSOR.replace(*change) + b"t.")
+
+
+def test_keys_and_memo_numbers_cannot_be_made_to_collide():
+    """All these keys have the hash 0 in CPython; a table of them takes time by their number squared."""
+    keys = b"".join(b"\x8a\x10" + (number * (2**61 - 1)).to_bytes(16, "little") + b"N" for number in range(1, 9))
+    with pytest.raises(FormatError, match="dictionary key out of range"):
+        parse(b"}(" + keys + b"u.")
+    with pytest.raises(FormatError, match=r"too high a number .*memo 500000"):
+        parse(b"Nr" + MAX_OPCODES.to_bytes(4, "little") + b".")
 
 
 WIDE_TEXT = "\U0001d11e".encode() + b"a" * 4092  # four bytes a letter in memory

@@ -1,6 +1,5 @@
 """Finding members, and refusing every archive that contradicts itself."""
 
-import io
 import mmap
 import struct
 import zipfile
@@ -10,40 +9,21 @@ import pytest
 from mlx_afm.errors import FormatError
 from mlx_afm.formats.zip_reader import read_members
 from mlx_afm.formats.zip_writer import Written, descriptor, directory_entry, end_records, local_header
-
-# Offsets of fields in a directory entry and in a local header.
-FLAGS, METHOD, PACKED, SIZE, DISK, HEADER = 8, 10, 20, 24, 34, 42
-LOCAL_FLAGS, LOCAL_METHOD, LOCAL_SIZE, LOCAL_NAMES = 6, 8, 22, 26
-
-
-def archive(*members, change=None, change_entry=None, between=b""):
-    """An archive of (name, content); the changes edit a member's local header and directory entry as bytearrays."""
-    out, entries = b"", []
-    for name, content in members:
-        member = Written(name, 0, len(content), len(out))
-        header = bytearray(local_header(name, len(content), len(out)))
-        entry = bytearray(directory_entry(member))
-        if change:
-            change(header)
-        if change_entry:
-            change_entry(entry)
-        out += bytes(header) + content + descriptor(member)
-        entries.append(bytes(entry))
-    start, directory = len(out), b"".join(entries)
-    return out + directory + between + end_records(len(entries), start, len(directory))
-
-
-def put(offset, form, value):
-    return lambda record: struct.pack_into(form, record, offset, value)
-
-
-def standard(members, **options):
-    handle = io.BytesIO()
-    with zipfile.ZipFile(handle, "w", **options) as opened:
-        for name, content in members:
-            opened.writestr(name, content)
-    return handle.getvalue()
-
+from torch_builders import (
+    DISK,
+    FLAGS,
+    HEADER,
+    LOCAL_METHOD,
+    LOCAL_NAMES,
+    LOCAL_SIZE,
+    PACKED,
+    SIZE,
+    archive,
+    overlapping,
+    put,
+    rewrite_end,
+    standard,
+)
 
 PLAIN = [(b"x/a", b"abc"), (b"x/b", b"defgh")]
 
@@ -86,12 +66,6 @@ def test_a_member_of_more_than_4_gib_is_found(tmp_path):
             assert read_members(data, "x") == {"x/large": (len(header), size)}
 
 
-def rewrite_end(data, offset, form, value):
-    changed = bytearray(data)
-    struct.pack_into(form, changed, len(data) + offset, value)
-    return bytes(changed)
-
-
 WHOLE = archive(*PLAIN)
 HOSTILE = {
     "nothing": (b"", "no end record"),
@@ -99,25 +73,25 @@ HOSTILE = {
     "cut short": (WHOLE[:-1], "cut short"),
     "bytes appended": (WHOLE + b"\0", "no end record"),
     "bytes before": (b"\0" * 64 + WHOLE, "zip64 end record is not before its locator"),
-    "comment": (rewrite_end(WHOLE, -2, "<H", 1), "comment"),
-    "second disk": (rewrite_end(WHOLE, -18, "<H", 1), "several disks"),
-    "counts differ": (rewrite_end(WHOLE, -14, "<H", 1), "several disks"),
-    "zip64 differs": (rewrite_end(WHOLE, -6, "<I", 7), "zip64 and plain end records differ"),
-    "locator elsewhere": (rewrite_end(WHOLE, -34, "<Q", 1 << 62), "not before its locator"),
-    "locator of two disks": (rewrite_end(WHOLE, -26, "<I", 2), "several disks"),
-    "zip64 record of other length": (rewrite_end(WHOLE, -98 + 4, "<Q", 45), "unknown length"),
-    "zip64 without its signature": (rewrite_end(WHOLE, -98, "<I", 0), "no zip record"),
+    "comment": (rewrite_end(WHOLE, (-2, "<H", 1)), "comment"),
+    "second disk": (rewrite_end(WHOLE, (-18, "<H", 1)), "several disks"),
+    "counts differ": (rewrite_end(WHOLE, (-14, "<H", 1)), "several disks"),
+    "zip64 differs": (rewrite_end(WHOLE, (-6, "<I", 7)), "zip64 and plain end records differ"),
+    "locator elsewhere": (rewrite_end(WHOLE, (-34, "<Q", 1 << 62)), "not before its locator"),
+    "locator of two disks": (rewrite_end(WHOLE, (-26, "<I", 2)), "several disks"),
+    "zip64 record of other length": (rewrite_end(WHOLE, (-98 + 4, "<Q", 45)), "unknown length"),
+    "zip64 without its signature": (rewrite_end(WHOLE, (-98, "<I", 0)), "no zip record"),
     "gap before the end": (archive(*PLAIN, between=b"\0" * 8), "not before its locator"),
     "gap before the zip64 end": (
-        rewrite_end(rewrite_end(WHOLE, -98 + 40, "<Q", 90), -10, "<I", 90),
+        rewrite_end(WHOLE, (-98 + 40, "<Q", 90), (-10, "<I", 90)),
         "directory does not end",
     ),
     "directory beyond the file": (
-        rewrite_end(rewrite_end(WHOLE, -98 + 48, "<Q", (1 << 64) - 1), -6, "<I", 0xFFFFFFFF),
+        rewrite_end(WHOLE, (-98 + 48, "<Q", (1 << 64) - 1), (-6, "<I", 0xFFFFFFFF)),
         "directory does not end",
     ),
     "more members than it holds": (
-        rewrite_end(rewrite_end(rewrite_end(WHOLE, -98 + 24, "<Q", 3), -98 + 32, "<Q", 3), -14, "<I", 0x30003),
+        rewrite_end(WHOLE, (-98 + 24, "<Q", 3), (-98 + 32, "<Q", 3), (-14, "<I", 0x30003)),
         "reaches outside",
     ),
     "a billion members": (end_records(10**9, 0, 0), "too large"),
@@ -127,6 +101,12 @@ HOSTILE = {
     "encrypted": (archive(*PLAIN, change_entry=put(FLAGS, "<H", 0x0809)), "encrypted"),
     "on a second disk": (archive(*PLAIN, change_entry=put(DISK, "<H", 1)), "unknown form"),
     "name twice": (archive((b"x/a", b"abc"), (b"x/a", b"abd")), "occurs twice"),
+    "name too long": (archive((b"x/" + b"a" * 511, b"abc")), "too long"),
+    "name to the parent": (archive((b"x/../../a", b"abc")), "leads elsewhere"),
+    "name from the root": (archive((b"/x/a", b"abc")), "leads elsewhere"),
+    "name without a folder's name": (archive((b"x//a", b"abc")), "leads elsewhere"),
+    "name with a backslash": (archive((b"x\\..\\a", b"abc")), "leads elsewhere"),
+    "name with NUL": (archive((b"x/a\0b", b"abc")), "leads elsewhere"),
     "name not UTF-8": (archive((b"x/\xff", b"abc")), "not UTF-8"),
     "name differs": (archive(*PLAIN, change=put(32, "<B", ord("z"))), "differ"),
     "name longer than the file": (archive(*PLAIN, change=put(LOCAL_NAMES, "<H", 65535)), "differ"),
@@ -152,14 +132,8 @@ def test_contradictions_are_refused_with_their_place(case):
 
 
 def test_overlapping_members_are_refused():
-    inner = local_header(b"x/inner", 3, 64) + b"abc" + descriptor(Written(b"x/inner", 0, 3, 64))
-    outer = local_header(b"x/outer", len(inner), 0)
-    assert len(outer) == 64
-    start = 64 + len(inner) + 16
-    entries = directory_entry(Written(b"x/outer", 0, len(inner), 0)) + directory_entry(Written(b"x/inner", 0, 3, 64))
-    data = outer + inner + bytes(16) + entries + end_records(2, start, len(entries))
     with pytest.raises(FormatError, match="'x/outer' and 'x/inner' overlap"):
-        read_members(data, "some.zip")
+        read_members(overlapping(), "some.zip")
 
 
 def test_every_shortened_archive_is_refused():
