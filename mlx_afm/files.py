@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mlx_afm.errors import ConfigError, FormatError
 
@@ -51,6 +52,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def map_file(handle: BinaryIO) -> mmap.mmap:
+    """A read-only memory map of an open file that is not empty, read ahead as files are mostly read: in order."""
+    data = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_SEQUENTIAL"):
+        data.madvise(mmap.MADV_SEQUENTIAL)
+    return data
 
 
 def require_space(target: Path, wanted_bytes: int) -> None:

@@ -15,6 +15,7 @@ import mmap
 import struct
 from collections.abc import Mapping
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_afm.errors import FormatError
-from mlx_afm.files import atomic_file
+from mlx_afm.files import atomic_file, map_file
 from mlx_afm.formats.tensors import STORAGE_DTYPES, LazyTensor, OnBytes, ignore_bytes, told
 
 MAX_HEADER_BYTES = 100_000_000
@@ -59,7 +60,7 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
             raise FormatError("not a safetensors file", where=path, expected="a header length", found=length)
         header = _parse_header(handle.read(length), path)
-        data = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+        data = map_file(handle)
     header.pop("__metadata__", None)
     start = 8 + length
     _require_apart(header, path)
@@ -81,7 +82,7 @@ def _require_apart(header: dict[str, Any], path: Path) -> None:
     ranges = [entry.get("data_offsets") for entry in header.values() if isinstance(entry, dict)]
     whole = [tuple(ends) for ends in ranges if isinstance(ends, list) and len(ends) == 2]
     ordered = sorted(ends for ends in whole if all(type(end) is int for end in ends) and ends[0] < ends[1])
-    for (_, last), (first, _) in zip(ordered, ordered[1:]):
+    for (_, last), (first, _) in pairwise(ordered):
         if first < last:
             raise FormatError("tensors overlap", where=f"{path}, byte {first} of the values")
 

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_afm.errors import FormatError, TensorsError
-from mlx_afm.files import atomic_file
+from mlx_afm.files import atomic_file, map_file
 from mlx_afm.formats.tensors import STORAGE_DTYPES, LazyTensor, OnBytes, ignore_bytes, told
 from mlx_afm.formats.torch_contents import unwrap
 from mlx_afm.formats.torch_legacy import read_legacy
@@ -106,7 +106,7 @@ def _map(path: Path) -> mmap.mmap:
         if not path.stat().st_size:
             raise FormatError("file is empty", where=path, expected="a torch checkpoint")
         with path.open("rb") as handle:
-            return mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+            return map_file(handle)
     except OSError as error:
         raise FormatError(f"cannot be opened: {error.strerror}", where=path) from error
 

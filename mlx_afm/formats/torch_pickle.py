@@ -24,7 +24,6 @@ from math import prod
 from mlx_afm.errors import FormatError
 from mlx_afm.formats.tensors import STORAGE_DTYPES
 from mlx_afm.formats.torch_names import STORAGE_TYPES, RawTensor, kind_of, short
-from mlx_afm.formats.torch_opcodes import parse_pickle
 
 MAX_TENSORS = 10_000
 MAX_ELEMENTS = 1 << 48
@@ -68,20 +67,12 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(prod(max(size, 1) for size in shape[axis + 1 :]) for axis in range(len(shape)))
 
 
-def parse_state_dict(data: bytes, where: object) -> dict[str, TensorSpec]:
-    """The tensors of a pickled state dict, in its order.
+def specs_of(value: object, where: object) -> dict[str, TensorSpec]:
+    """The tensors of a parsed state dict, in its order.
 
     Raises:
-        FormatError: not such a pickle; with the byte, or with all tensors at fault.
+        FormatError: not a state dict; with all tensors at fault.
     """
-    value, end = parse_pickle(data, where)
-    if end != len(data):
-        raise FormatError("bytes after the end of the pickle", where=f"{where}, pickle byte {end}")
-    return specs_of(value, where)
-
-
-def specs_of(value: object, where: object) -> dict[str, TensorSpec]:
-    """Checks a parsed value as a state dict; see `parse_state_dict`."""
     if type(value) is not dict:
         raise FormatError("not a state dict", where=where, expected="tensors by name", found=kind_of(value))
     _require_tensors_only(value, where)
@@ -152,7 +143,7 @@ _TYPE_NAMES = {dtype: name for name, dtype in STORAGE_TYPES.items() if dtype in 
 
 
 def pickle_state_dict(specs: Mapping[str, TensorSpec]) -> bytes:
-    """The inverse of `parse_state_dict`, deterministic.
+    """The inverse of `parse_pickle` and `specs_of`, deterministic.
 
     Byte for byte what `torch.save` pickles for an OrderedDict of such tensors, except where CPython happens to
     hold a name and a storage key of two digits or more as one object.

@@ -54,7 +54,7 @@ def test_integers_and_equal_dtypes_are_left_alone():
 
 def test_a_tensor_that_is_not_what_it_promised_is_refused():
     short = LazyTensor("float32", (4,), lambda: np.ones(3, np.float32))
-    with pytest.raises(TensorsError, match="here: not the promised tensor .expected 16 bytes, found 12 bytes"):
+    with pytest.raises(TensorsError, match=r"here: not the promised tensor \(expected 16 bytes, found 12 bytes"):
         list(short.iter_bytes("here"))
     other = LazyTensor("float32", (3,), lambda: np.ones(3, np.float64))
     with pytest.raises(TensorsError, match="expected float32, found float64"):
