@@ -42,6 +42,8 @@ def command(source: Path, target: Path, as_json: bool, **options: Any) -> None:
 
     with BytesProgress("converting") as progress:
         done = convert(source, target, on_progress=progress.handle, **options)
+    if done.wrapper_key is not None:
+        note(f"The state dict was under the key {done.wrapper_key!r} of a larger checkpoint; the rest was left alone.")
     if done.base_adapter == "active" and done.form == "mlx":
         note("The base model carries an adapter that is not zero. mlx-afm applies it, stock mlx-lm would not: fuse.")
     show(asdict(done), as_json)

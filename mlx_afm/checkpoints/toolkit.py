@@ -14,7 +14,7 @@ from mlx_afm.checkpoints.names import Kind, plan_names
 from mlx_afm.errors import ConfigError, FormatError, TensorsError
 from mlx_afm.files import read_json
 from mlx_afm.formats.tensors import LazyTensor
-from mlx_afm.formats.torch_file import read_torch
+from mlx_afm.formats.torch_file import read_torch_checkpoint
 from mlx_afm.model import ToolkitConfig, parse_toolkit_config
 from mlx_afm.tree import require_same_tensors
 
@@ -44,11 +44,13 @@ class ToolkitCheckpoint:
         config: what the JSON says.
         config_text: its bytes, kept for the way back.
         tensors: the state dict by the toolkit's names.
+        wrapper_key: the key of a larger checkpoint that the state dict was found under, or None.
     """
 
     config: ToolkitConfig
     config_text: bytes
     tensors: Mapping[str, LazyTensor]
+    wrapper_key: str | None = None
 
 
 def find_toolkit_files(source: Path, config: Path | None = None) -> ToolkitFiles:
@@ -97,7 +99,8 @@ def read_toolkit_checkpoint(files: ToolkitFiles) -> ToolkitCheckpoint:
         TensorsError: missing, surplus or misshaped tensors, all listed; or a head that is not the embedding.
     """
     config = parse_toolkit_config(read_json(files.config), where=files.config)
-    tensors = read_torch(files.weights)
+    file = read_torch_checkpoint(files.weights)
+    tensors = file.tensors
     entries = plan_names(config)
     expected = {entry.toolkit: entry.shape for entry in entries}
     found = {name: tensor.shape for name, tensor in tensors.items()}
@@ -106,7 +109,7 @@ def read_toolkit_checkpoint(files: ToolkitFiles) -> ToolkitCheckpoint:
     for entry in entries:
         if entry.kind is Kind.ALIAS:
             _require_same_values(tensors["embedding.weight"], tensors[entry.toolkit], entry.toolkit, files.weights)
-    return ToolkitCheckpoint(config, files.config.read_bytes(), tensors)
+    return ToolkitCheckpoint(config, files.config.read_bytes(), tensors, file.wrapper_key)
 
 
 def _require_same_values(embedding: LazyTensor, head: LazyTensor, name: str, where: Path) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_afm.errors import FormatError
-from mlx_afm.files import atomic_file, map_file
-from mlx_afm.formats.tensors import STORAGE_DTYPES, LazyTensor, OnBytes, ignore_bytes, told
+from mlx_afm.files import atomic_file, map_file, start_writing
+from mlx_afm.formats.tensors import STORAGE_DTYPES, LazyTensor, OnBytes, ignore_bytes, read_ahead
 
 MAX_HEADER_BYTES = 100_000_000
 CODES = {
@@ -127,6 +127,12 @@ def write_safetensors(
     with atomic_file(path) as partial_path, partial_path.open("wb") as handle:
         handle.write(struct.pack("<Q", len(raw)))
         handle.write(raw)
-        for name, tensor in tensors.items():
-            for piece in told(tensor.iter_bytes(f"{path}, tensor {name}"), on_bytes):
-                handle.write(piece)
+        for piece in read_ahead(_pieces(tensors, path)):
+            handle.write(piece)
+            start_writing(handle)
+            on_bytes(len(piece))
+
+
+def _pieces(tensors: Mapping[str, LazyTensor], path: Path) -> Iterator[memoryview]:
+    for name, tensor in tensors.items():
+        yield from tensor.iter_bytes(f"{path}, tensor {name}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -44,6 +45,18 @@ def told(pieces: Iterator[memoryview], on_bytes: OnBytes) -> Iterator[memoryview
     for piece in pieces:
         yield piece
         on_bytes(len(piece))
+
+
+def read_ahead(pieces: Iterator[memoryview]) -> Iterator[memoryview]:
+    """The pieces, each made in a thread of its own while the one before is written.
+
+    Cost: one piece more in memory.
+    """
+    with ThreadPoolExecutor(1) as worker:
+        upcoming = worker.submit(next, pieces, None)
+        while (piece := upcoming.result()) is not None:
+            upcoming = worker.submit(next, pieces, None)
+            yield piece
 
 
 @dataclass(frozen=True)

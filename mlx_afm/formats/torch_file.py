@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_afm.errors import FormatError, TensorsError
-from mlx_afm.files import atomic_file, map_file
+from mlx_afm.files import atomic_file, map_file, start_writing
 from mlx_afm.formats.tensors import STORAGE_DTYPES, LazyTensor, OnBytes, ignore_bytes, told
 from mlx_afm.formats.torch_contents import unwrap
 from mlx_afm.formats.torch_legacy import read_legacy
@@ -178,6 +178,7 @@ def write_torch(
         for key, (name, tensor) in enumerate(tensors.items()):
             place = f"{path}, tensor {short(name)}"
             archive.add(f"{folder}/data/{key}", tensor.nbytes, told(tensor.iter_bytes(place), on_bytes))
+            start_writing(handle)
         _add_bytes(archive, f"{folder}/version", b"3\n")
         _add_bytes(archive, f"{folder}/.data/serialization_id", _serialization_id(archive))
         archive.finish()

@@ -53,6 +53,7 @@ class Converted:
         bytes: of their values.
         base_adapter: "none", "zero" or "active": whether the base carries an adapter that does something.
         verified: whether every value was read back and compared.
+        wrapper_key: the key of a larger `.pt` that the state dict was found under, or None.
     """
 
     folder: Path
@@ -61,6 +62,7 @@ class Converted:
     bytes: int
     base_adapter: str
     verified: bool
+    wrapper_key: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +150,8 @@ def _torch_to_mlx(source: Path, target: Path, options: _Options) -> Converted:
         if options.verify:
             require_same_values(tensors, read_shards(partial), where=partial)
         write_config(partial, checkpoint.config.model, {"torch_dtype": _dtype_of(tensors), **ids})
-    return Converted(target, "mlx", len(tensors), count.total, _activity(adapter), options.verify)
+    key = checkpoint.wrapper_key
+    return Converted(target, "mlx", len(tensors), count.total, _activity(adapter), options.verify, key)
 
 
 def _dtype_of(tensors: Mapping[str, LazyTensor]) -> str:

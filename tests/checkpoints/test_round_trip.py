@@ -261,3 +261,19 @@ def test_the_reference_loads_what_comes_back_strictly(name, tmp_path):
         wanted = arrays["logits_base"]
         logits = model(torch.from_numpy(arrays["input_ids"])).logits.numpy()
     assert np.abs(logits - wanted).max() < 1e-6  # its own adapter has B = 0
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_a_state_dict_in_a_larger_checkpoint_of_either_form(legacy, tmp_path):
+    torch = pytest.importorskip("torch", reason="the parity extra is not installed")
+    name = "base-model-config.json"
+    state = torch.load(ORACLES / "default" / "base-model.pt", weights_only=True)
+    larger = {"state_dict": state, "epoch": 3, "optimizer": {"lr": 0.1, "state": {}}}
+    source = tmp_path / "source"
+    source.mkdir()
+    torch.save(larger, source / "base-model.pt", _use_new_zipfile_serialization=not legacy)
+    (source / name).write_bytes((ORACLES / "default" / name).read_bytes())
+    assert convert(source, tmp_path / "mlx", no_tokenizer=True).wrapper_key == "state_dict"
+    convert(tmp_path / "mlx", tmp_path / "torch", to="torch")
+    same_tensors(ORACLES / "default" / "base-model.pt", tmp_path / "torch" / "base-model.pt")

@@ -35,7 +35,8 @@ def test_every_form_of_the_source_gives_the_same_folder(form, toolkit_folder, mo
     told = cli("convert", "--hf-path", source, "--mlx-path", tmp_path / "out", "--json").json
     out = str(tmp_path / "out")
     assert told == {
-        "folder": out, "form": "mlx", "tensors": 62, "bytes": 2948960, "base_adapter": "zero", "verified": False
+        "folder": out, "form": "mlx", "tensors": 62, "bytes": 2948960, "base_adapter": "zero", "verified": False,
+        "wrapper_key": None,
     }  # fmt: skip
     files = {path.relative_to(model_folder) for path in model_folder.rglob("*") if path.is_file()}
     assert {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*") if path.is_file()} == files
