@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 
 from mlx_afm.errors import ConfigError, FormatError
 
+WRITE_OUT_BYTES = 1 << 27
+
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
@@ -62,14 +64,22 @@ def map_file(handle: BinaryIO) -> mmap.mmap:
     return data
 
 
-def start_writing(handle: BinaryIO) -> None:
-    """Asks the system to start writing to disk what was written so far, without waiting for it.
+class WriteOut:
+    """Asks the system every 128 MB to start writing to disk what a file has got, without waiting for it.
 
     Without that it gathers gigabytes first, and the final sync waits for all of them.
     """
-    if hasattr(os, "posix_fadvise"):
-        handle.flush()
-        os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def __init__(self, handle: BinaryIO) -> None:
+        self.handle, self.waiting_bytes = handle, 0
+
+    def add(self, count: int) -> None:
+        """Told how many bytes were just written."""
+        self.waiting_bytes += count
+        if self.waiting_bytes >= WRITE_OUT_BYTES and hasattr(os, "posix_fadvise"):
+            self.handle.flush()
+            os.posix_fadvise(self.handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            self.waiting_bytes = 0
 
 
 def require_space(target: Path, wanted_bytes: int) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_afm.errors import FormatError
-from mlx_afm.files import atomic_file, map_file, start_writing
+from mlx_afm.files import WriteOut, atomic_file, map_file
 from mlx_afm.formats.tensors import STORAGE_DTYPES, LazyTensor, OnBytes, ignore_bytes, read_ahead
 
 MAX_HEADER_BYTES = 100_000_000
@@ -125,11 +125,12 @@ def write_safetensors(
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     with atomic_file(path) as partial_path, partial_path.open("wb") as handle:
+        write_out = WriteOut(handle)
         handle.write(struct.pack("<Q", len(raw)))
         handle.write(raw)
         for piece in read_ahead(_pieces(tensors, path)):
             handle.write(piece)
-            start_writing(handle)
+            write_out.add(len(piece))
             on_bytes(len(piece))
 
 

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_afm.errors import FormatError, TensorsError
-from mlx_afm.files import atomic_file, map_file, start_writing
+from mlx_afm.files import WriteOut, atomic_file, map_file
 from mlx_afm.formats.tensors import STORAGE_DTYPES, LazyTensor, OnBytes, ignore_bytes, told
 from mlx_afm.formats.torch_contents import unwrap
 from mlx_afm.formats.torch_legacy import read_legacy
@@ -170,7 +170,7 @@ def write_torch(
     specs |= {alias: replace(specs[name]) for alias, name in aliases.items()}
     folder = path.stem if path.stem.isascii() and is_plain_name(path.stem) else "archive"
     with atomic_file(path) as partial_path, partial_path.open("wb") as handle:
-        archive = ZipWriter(handle)
+        archive, write_out = ZipWriter(handle), WriteOut(handle)
         _add_bytes(archive, f"{folder}/data.pkl", pickle_state_dict(specs))
         _add_bytes(archive, f"{folder}/.format_version", b"1")
         _add_bytes(archive, f"{folder}/.storage_alignment", b"64")
@@ -178,7 +178,7 @@ def write_torch(
         for key, (name, tensor) in enumerate(tensors.items()):
             place = f"{path}, tensor {short(name)}"
             archive.add(f"{folder}/data/{key}", tensor.nbytes, told(tensor.iter_bytes(place), on_bytes))
-            start_writing(handle)
+            write_out.add(tensor.nbytes)
         _add_bytes(archive, f"{folder}/version", b"3\n")
         _add_bytes(archive, f"{folder}/.data/serialization_id", _serialization_id(archive))
         archive.finish()
