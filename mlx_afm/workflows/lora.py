@@ -6,13 +6,14 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from mlx_afm.adapters import Adapter, LoRAConfig, adapter_weights, add_adapter, is_zero, train_only
 from mlx_afm.adapters.config import to_adapter_json
 from mlx_afm.adapters.store import CONFIG, WEIGHTS, write_adapter_weights
 from mlx_afm.checkpoints.arrays import from_mlx
+from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.checkpoints.model_folder import load_model, read_config, read_toolkit_config
 from mlx_afm.checkpoints.names import DEFAULT_ADAPTER
 from mlx_afm.data import Tokens, encode_examples, read_examples
@@ -36,7 +37,7 @@ class LoRAJob:
     """A training run.
 
     Attributes:
-        model: MLX model folder.
+        model: MLX model folder, or the hub id of one.
         data: a folder with train.jsonl and perhaps valid.jsonl and test.jsonl, or one file to train on.
         adapter_path: folder for the adapter and its records.
         lora: form of the adapter.
@@ -93,6 +94,7 @@ def train(job: LoRAJob, on_event: EventHandler = lambda event: None) -> Trained:
     """
     if job.name is not None:
         require_adapter_name(job.name)
+    job = replace(job, model=resolve(job.model))
     _require_folder(job.adapter_path)
     tokenizer = _require_tokenizer(job.model)
     read_config(job.model)
@@ -179,6 +181,7 @@ def score(
     model_path: Path, adapter_path: Path | None, data: Path, *, batch_size: int = 4, max_tokens: int = CONTEXT_TOKENS
 ) -> Score:
     """Loss of a model with an adapter on `test.jsonl` (or on `data` itself if it is a file)."""
+    model_path = resolve(model_path)
     tokenizer = _require_tokenizer(model_path)
     examples = read_split(data, "test", tokenizer, max_tokens)
     model, _ = load(model_path, adapter_path)
