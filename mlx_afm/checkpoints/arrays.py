@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_afm.formats.tensors import LazyTensor
+from mlx_afm.formats.tensors import STORAGE_DTYPES, LazyTensor
 
 CACHED_VALUES = 1 << 16
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
@@ -26,30 +26,38 @@ def _as_mlx(values: npt.NDArray[Any], dtype: str) -> mx.array:
 
 
 def from_mlx(array: mx.array) -> LazyTensor:
-    """An MLX array as a tensor to be written."""
+    """An MLX array as a tensor to be written; evaluated now, since MLX's streams belong to their thread."""
     dtype = str(array.dtype).removeprefix("mlx.core.").removesuffix("_")
-    return LazyTensor(dtype, tuple(array.shape), lambda: _to_numpy(array))
-
-
-def _to_numpy(array: mx.array) -> npt.NDArray[Any]:
-    return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
+    values = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+    mx.eval(values)
+    return LazyTensor(dtype, tuple(array.shape), lambda: np.array(values))
 
 
 def cast(tensor: LazyTensor, dtype: str | None) -> LazyTensor:
     """The tensor in another floating dtype, rounded to nearest even when read; others as they are."""
     if dtype is None or dtype == tensor.dtype or tensor.dtype not in (*FLOAT_DTYPES, "float64"):
         return tensor
-    wanted = getattr(mx, dtype)
 
-    def cast_values(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        if (tensor.dtype, dtype) == ("float32", "bfloat16"):
-            return to_bfloat16(values)
-        return _to_numpy(_as_mlx(values, tensor.dtype).astype(wanted))
+    def cast_values(values_N: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return _from_float32(_to_float32(values_N, tensor.dtype), dtype)
 
     def whole() -> npt.NDArray[Any]:
         return cast_values(np.ascontiguousarray(tensor.read()).reshape(-1)).reshape(tensor.shape)
 
     return LazyTensor(dtype, tensor.shape, whole, lambda: map(cast_values, tensor.blocks()))
+
+
+def _to_float32(values_N: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
+    if dtype == "bfloat16":
+        return (values_N.astype(np.uint32) << 16).view(np.float32)
+    return values_N.astype(np.float32, copy=False)
+
+
+def _from_float32(values_N: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[Any]:
+    if dtype == "bfloat16":
+        return to_bfloat16(values_N)
+    with np.errstate(over="ignore"):  # beyond float16's range there is infinity
+        return values_N.astype(STORAGE_DTYPES[dtype], copy=False)
 
 
 def to_bfloat16(values_N: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:

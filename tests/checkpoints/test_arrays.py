@@ -9,6 +9,7 @@ import pytest
 from mlx_afm.checkpoints.arrays import cast, from_mlx, to_bfloat16, to_mlx
 from mlx_afm.errors import TensorsError
 from mlx_afm.formats import tensors as tensors_module
+from mlx_afm.formats.safetensors_file import write_safetensors
 from mlx_afm.formats.tensors import LazyTensor
 
 
@@ -59,3 +60,13 @@ def test_a_tensor_that_is_not_what_it_promised_is_refused():
     other = LazyTensor("float32", (3,), lambda: np.ones(3, np.float64))
     with pytest.raises(TensorsError, match="expected float32, found float64"):
         list(other.iter_bytes("here"))
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16, mx.int32], ids=str)
+def test_arrays_not_yet_evaluated_are_written(dtype, tmp_path):
+    """Files are written with a thread that reads ahead, and MLX's streams belong to the thread that made them."""
+    for turn in range(5):
+        arrays = {f"t{index}": (mx.random.normal((64, 64)) * (turn + 1)).astype(dtype) for index in range(5)}
+        write_safetensors(tmp_path / "x.safetensors", {name: from_mlx(array) for name, array in arrays.items()})
+        back = mx.load(str(tmp_path / "x.safetensors"))
+        assert all(mx.array_equal(back[name], array) for name, array in arrays.items())
