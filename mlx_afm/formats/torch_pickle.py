@@ -224,6 +224,7 @@ class _Pickler:
         self.out += b"Q"
 
     def tensor(self, spec: TensorSpec) -> None:
+        """Adds the call that rebuilds one tensor."""
         typed = spec.dtype in _TYPE_NAMES
         self.name("torch._utils", "_rebuild_tensor_v2" if typed else "_rebuild_tensor_v3")
         self.out += b"("
