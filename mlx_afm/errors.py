@@ -15,6 +15,7 @@ what to do about it. Several faults of one kind travel in one error, a line each
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class AFMError(Exception):
@@ -67,7 +68,27 @@ class TensorsError(AFMError, ValueError):
 
 
 class DataError(AFMError, ValueError):
-    """A training record that would teach something wrong or nothing."""
+    """A training record that would teach something wrong or nothing.
+
+    Args:
+        what, facts: see `AFMError`.
+        kind: short name of the sort of fault, such as `unknown-role`; what reports group by.
+        column: place in the line, counted from 1, if it is known.
+        faults: the single faults, if this error stands for several.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        kind: str = "wrong-record",
+        column: int | None = None,
+        faults: Sequence[DataError] = (),
+        **facts: Any,
+    ) -> None:
+        self.kind, self.column = kind, column
+        self.faults: tuple[DataError, ...] = tuple(single for fault in faults for single in fault.faults) or (self,)
+        super().__init__(what, **facts)
 
 
 class AdapterError(AFMError, ValueError):

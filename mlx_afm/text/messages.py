@@ -22,6 +22,7 @@ _KEYS = {
     "assistant": ("role", "content", "tool_calls"),
     "tool": ("role", "content", "response_format", "name", "tool_call_id"),  # the last two are not rendered
 }
+_KIND_OF = {"tool_calls": "wrong-tool-call", "response_format": "wrong-response-format"}
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,13 @@ def parse_messages(value: object, *, where: object, special_pieces: Sequence[str
         DataError: every faulty message, a line each; or an order of roles that the model never saw.
     """
     if not isinstance(value, (list, tuple)):
-        raise DataError("not a conversation", where=where, expected="a list of messages", found=_kind(value))
+        raise DataError(
+            "not a conversation", kind="no-messages", where=where, expected="a list of messages", found=_kind(value)
+        )
     messages: list[Message] = []
     faults: list[DataError] = []
     for index, item in enumerate(value):
-        place = f"{where}, message {index}"
+        place = at(where, f"message {index}")
         try:
             messages.append(_parse_message(item, place))
             refuse_special(messages[-1], special_pieces, place)
@@ -71,7 +74,8 @@ def parse_messages(value: object, *, where: object, special_pieces: Sequence[str
     if len(faults) == 1:
         raise faults[0]
     if faults:
-        raise DataError(f"{len(faults)} faults in a conversation", where=where, details=[str(e) for e in faults])
+        details = [str(fault) for fault in faults]
+        raise DataError(f"{len(faults)} faults in a conversation", where=where, details=details, faults=faults)
     return tuple(messages)
 
 
@@ -91,13 +95,15 @@ def require_trainable(messages: Sequence[Message], where: object) -> None:
     if not any(message.role == "assistant" for message in messages):
         raise DataError(
             "nothing to learn from: no assistant message",
+            kind="no-answer",
             where=where,
             advice="Add the answer to be learned",
         )
     if messages[-1].role != "assistant":
         raise DataError(
             "the conversation does not end with an answer",
-            where=f"{where}, message {len(messages) - 1}",
+            kind="no-final-answer",
+            where=at(where, f"message {len(messages) - 1}"),
             expected="role 'assistant'",
             found=f"role {messages[-1].role!r}",
             advice="Add the answer or drop the messages after the last one",
@@ -106,7 +112,8 @@ def require_trainable(messages: Sequence[Message], where: object) -> None:
         if message.role == "assistant" and not message.tool_calls and not str(message.content).strip():
             raise DataError(
                 "an empty answer teaches the model to say nothing",
-                where=f"{where}, message {index}",
+                kind="empty-answer",
+                where=at(where, f"message {index}"),
                 advice="Write the answer or drop the conversation",
             )
 
@@ -138,7 +145,8 @@ def _refuse_in(field: str, value: object, special_pieces: Sequence[str], where: 
         if match := pattern.search(text):
             raise DataError(
                 f"{field} spells out the special token {match.group()!r}",
-                where=f"{where}, {field} column {match.start() + 1}",
+                kind="special-token",
+                where=at(where, f"{field} column {match.start() + 1}"),
                 advice="The model would read it as the real one: write it another way (a newline as a newline)",
             )
 
@@ -162,15 +170,24 @@ def _texts(value: object) -> Iterator[str]:
 
 def _parse_message(item: object, where: str) -> Message:
     if not isinstance(item, dict):
-        raise DataError("not a message", where=where, expected='{"role": ..., "content": ...}', found=_kind(item))
+        raise DataError(
+            "not a message",
+            kind="not-a-message",
+            where=where,
+            expected='{"role": ..., "content": ...}',
+            found=_kind(item),
+        )
     role = item.get("role")
     role = "tool" if role == "function" else role
     if role not in ROLES:
         found = repr(item["role"]) if "role" in item else "no role"
-        raise DataError("unknown role", where=where, expected=f"one of {', '.join(ROLES)}", found=found)
+        raise DataError(
+            "unknown role", kind="unknown-role", where=where, expected=f"one of {', '.join(ROLES)}", found=found
+        )
     if unknown := sorted(str(key) for key in item if key not in _KEYS[role]):
         raise DataError(
             f"unknown keys for role {role!r}: {', '.join(unknown)}",
+            kind="unknown-key",
             where=where,
             expected=", ".join(_KEYS[role]),
             advice="They would have no effect; remove or rename them",
@@ -192,10 +209,18 @@ def _content(item: dict[str, Any], role: str, where: str) -> str | dict[str, Any
         return content
     if role != "tool":
         advice = "Join the parts into one text" if isinstance(content, list) else None
-        raise DataError("content is not text", where=where, expected="a string", found=_kind(content), advice=advice)
+        raise DataError(
+            "content is not text",
+            kind="wrong-content",
+            where=where,
+            expected="a string",
+            found=_kind(content),
+            advice=advice,
+        )
     if not isinstance(content, (dict, list)):
         expected = "a string, a result (dict) or new tools (list)"
-        raise DataError("a tool's content cannot be used", where=where, expected=expected, found=_kind(content))
+        facts: dict[str, Any] = {"expected": expected, "found": _kind(content)}
+        raise DataError("a tool's content cannot be used", kind="wrong-content", where=where, **facts)
     _require_json(content, "content", where)
     return content
 
@@ -204,21 +229,26 @@ def _tool_calls(value: object, where: str) -> tuple[dict[str, Any], ...]:
     shape = '{"function": {"name": ..., "arguments": ...}} each'
     calls = _dicts(value, "tool_calls", where)
     if not calls:
-        raise DataError("tool_calls is empty", where=where, expected=shape, advice="Leave the key out")
+        raise DataError(
+            "tool_calls is empty", kind="wrong-tool-call", where=where, expected=shape, advice="Leave the key out"
+        )
     for call in calls:
         function = call.get("function")
         known = set(call) <= {"function", "id", "type"} and call.get("type", "function") == "function"
         if not known or not isinstance(function, dict) or set(function) != {"name", "arguments"}:
-            raise DataError("tool_calls has the wrong form", where=where, expected=shape, found=json.dumps(call)[:120])
+            facts: dict[str, Any] = {"expected": shape, "found": json.dumps(call)[:120]}
+            raise DataError("tool_calls has the wrong form", kind="wrong-tool-call", where=where, **facts)
         if not isinstance(function["name"], str) or not isinstance(function["arguments"], (str, dict)):
             expected = "a name that is a string and arguments that are JSON text or an object"
-            raise DataError("a tool call cannot be used", where=where, expected=expected, found=json.dumps(call)[:120])
+            facts = {"expected": expected, "found": json.dumps(call)[:120]}
+            raise DataError("a tool call cannot be used", kind="wrong-tool-call", where=where, **facts)
     return calls
 
 
 def _response_format(value: object, where: str) -> dict[str, Any]:
     expected = '{"type": "json_schema", "json_schema": {"name", "description", "schema"}}'
-    fault = DataError("response_format has the wrong form", where=where, expected=expected, found=repr(value)[:120])
+    facts: dict[str, Any] = {"expected": expected, "found": repr(value)[:120]}
+    fault = DataError("response_format has the wrong form", kind="wrong-response-format", where=where, **facts)
     if not isinstance(value, dict) or set(value) != {"type", "json_schema"} or value["type"] != "json_schema":
         raise fault
     schema = value["json_schema"]
@@ -233,7 +263,8 @@ def _response_format(value: object, where: str) -> dict[str, Any]:
 
 def _dicts(value: object, name: str, where: object) -> tuple[dict[str, Any], ...]:
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, dict) for item in value):
-        raise DataError(f"{name} has the wrong form", where=where, expected="a list of objects", found=_kind(value))
+        facts: dict[str, Any] = {"expected": "a list of objects", "found": _kind(value)}
+        raise DataError(f"{name} has the wrong form", kind=_KIND_OF.get(name, f"wrong-{name}"), where=where, **facts)
     _require_json(value, name, where)
     return tuple(value)
 
@@ -242,26 +273,34 @@ def _require_json(value: object, name: str, where: object) -> None:
     try:
         json.dumps(value)
     except (TypeError, ValueError, RecursionError) as error:
-        raise DataError(f"{name} cannot be written as JSON: {error}", where=where) from error
+        kind = _KIND_OF.get(name, f"wrong-{name}")
+        raise DataError(f"{name} cannot be written as JSON: {error}", kind=kind, where=where) from error
 
 
 def _order_faults(messages: Sequence[Message], where: object) -> Iterator[DataError]:
     roles = [message.role for message in messages]
     if not {"user", "assistant"} & set(roles):
-        yield DataError("no user or assistant message", where=where, found=f"{len(roles)} messages")
+        yield DataError("no user or assistant message", kind="no-messages", where=where, found=f"{len(roles)} messages")
         return
     allowed = {"user": (None, "system", "assistant", "tool"), "assistant": ("user", "tool"), "tool": ("assistant",)}
     for index, role in enumerate(roles):
         before = roles[index - 1] if index else None
-        place = f"{where}, message {index}"
+        place = at(where, f"message {index}")
         if role == "system" and index:
-            yield DataError("a system message can only be the first", where=place, advice="Move it to the front")
+            advice = "Move it to the front"
+            yield DataError("a system message can only be the first", kind="role-order", where=place, advice=advice)
         elif role == before:
-            yield DataError(f"two {role} messages in a row", where=place, advice="Join them into one message")
+            advice = "Join them into one message"
+            yield DataError(f"two {role} messages in a row", kind="role-order", where=place, advice=advice)
         elif role != "system" and before not in allowed[role]:
             expected = " or ".join(name for name in allowed[role] if name)
-            facts = {"expected": f"after {expected}", "found": f"after {before or 'nothing'}"}
-            yield DataError(f"{role} message in the wrong place", where=place, **facts)
+            facts: dict[str, Any] = {"expected": f"after {expected}", "found": f"after {before or 'nothing'}"}
+            yield DataError(f"{role} message in the wrong place", kind="role-order", where=place, **facts)
+
+
+def at(where: object, place: str) -> str:
+    """A place within another; `where` may be None, when the reader knows it."""
+    return place if where is None else f"{where}, {place}"
 
 
 def _kind(value: object) -> str:
