@@ -1,97 +1,192 @@
-"""JSON lines to examples: every line is checked before the first one is used.
-
-Two forms of a line are read: the toolkit's (a list of messages, or an object whose first value is
-one) and mlx-lm's (`{"messages": [...]}`, optionally with `"tools"`).
-"""
+"""Rows to examples: JSON, dialect, transform and messages, each checked; the first fault is the row's."""
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Iterator, Sequence
+import re
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mlx_afm.errors import DataError, FormatError
-from mlx_afm.text.messages import Message, parse_messages, parse_tools, require_trainable
-from mlx_afm.tree import shorten
+from mlx_afm.data.config import DataConfig
+from mlx_afm.data.dialects import Conversation, read_record
+from mlx_afm.data.sources import Row, not_utf8
+from mlx_afm.errors import ConfigError, DataError
+from mlx_afm.text.messages import Message, parse_messages, parse_tools, refuse_special, require_trainable
+from mlx_afm.text.template import EXECUTABLE_END, EXECUTABLE_START, TURN_END, TURN_START
+
+MAX_DEPTH = 64  # of nested JSON; schemas reach about twenty
+MARKS = (TURN_START, TURN_END, EXECUTABLE_START, EXECUTABLE_END)  # what is special in every tokenizer
+
+Transform = Callable[[list[Any], int], list[Any]]
 
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation to learn from.
+    """One conversation, or one plain text, to learn from.
 
     Attributes:
-        messages: its turns, checked; the last is the assistant's.
+        messages: its turns, checked; the last is the assistant's. Empty for plain text.
         tools: tool definitions for the system turn.
         where: file and line.
+        text: the plain text, if it is one.
+        dialect: the form it was in.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[Any, ...]
     where: str
+    text: str | None = None
+    dialect: str = "toolkit"
 
 
-def read_examples(path: Path, special_pieces: Sequence[str]) -> list[Example]:
-    """All examples of a JSONL file; blank lines are skipped.
+class RecordReader:
+    """Rows to examples, by the rules of a `DataConfig`."""
 
-    Args:
-        path: a UTF-8 file.
-        special_pieces: texts that no message may contain, from the tokenizer.
+    def __init__(self, config: DataConfig, special_pieces: Sequence[str] = MARKS) -> None:
+        """Finds the transform.
+
+        Args:
+            config: how to read.
+            special_pieces: texts that no message may contain, from the tokenizer.
+
+        Raises:
+            ConfigError: there is no such transform.
+        """
+        self.config, self.special_pieces = config, tuple(special_pieces)
+        self._transform = None if config.transform is None else find_transform(config.transform)
+
+    def __call__(self, row: Row, index: int, where: str) -> Example:
+        """The example in a row.
+
+        Args:
+            row: from `iter_rows`.
+            index: its number in the split, counted from 0, for the transform.
+            where: the example's file and line.
+
+        Raises:
+            DataError: with what is wrong; its place is the row, which the caller knows.
+        """
+        if row.fault is not None:
+            raise row.fault
+        conversation = read_record(_parse_json(row.text), self.config.dialect, self.config.fields)
+        if conversation.text is not None:
+            refuse_special(Message("user", conversation.text), self.special_pieces, None)
+            example = Example((), (), where, conversation.text, conversation.dialect)
+        else:
+            example = self._checked(conversation, index, where)
+        _refuse_unwritable(row.text, example)
+        return example
+
+    def _checked(self, conversation: Conversation, index: int, where: str) -> Example:
+        value = conversation.messages
+        if not isinstance(value, (list, tuple)):
+            expected = 'a list of messages, or {"messages": [...]}'
+            raise DataError("no messages", kind="no-messages", expected=expected, found=type(value).__name__)
+        if self._transform is not None:
+            value = _transformed(self._transform, list(value), index)
+        messages = parse_messages(value, where=None, special_pieces=self.special_pieces)
+        require_trainable(messages, None)
+        tools = parse_tools(conversation.tools, where=None, special_pieces=self.special_pieces)
+        return Example(messages, tools, where, None, conversation.dialect)
+
+
+def find_transform(name: str) -> Transform:
+    """The function `module:function`; modules of the current folder are found too.
 
     Raises:
-        FormatError: no such file, or not UTF-8.
-        DataError: no example at all, or faulty lines: all of them, each with its line number.
+        ConfigError: no such module or function.
     """
-    if not path.is_file():
-        raise FormatError("no such file", where=path, expected="training data, one JSON value a line")
-    examples, faults = [], []
-    for number, line in _lines(path):
-        try:
-            examples.append(parse_line(line, special_pieces, where=f"{path.name} line {number}"))
-        except DataError as error:
-            faults.append(str(error))
-    if faults:
-        advice = "Nothing was trained; correct the lines and start again."
-        raise DataError(f"{len(faults)} faulty line(s)", where=path, advice=advice, details=shorten(faults))
-    if not examples:
-        raise DataError("no examples", where=path, expected="at least one line")
-    return examples
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    with path.open("rb") as handle:
-        for number, raw in enumerate(handle, start=1):
-            try:
-                line = raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                where = f"{path} line {number}, byte {error.start + 1}"
-                raise FormatError("not UTF-8 text", where=where, advice="Save the file as UTF-8.") from error
-            if line.strip():
-                yield number, line.rstrip("\r\n")  # with it, a fault at the end would be at column 1
-
-
-def parse_line(line: str, special_pieces: Sequence[str], *, where: str) -> Example:
-    """The example in one line.
-
-    Raises:
-        DataError: with what is wrong and where.
-    """
+    module, _, function = name.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
     try:
-        value = json.loads(line)
+        transform = getattr(import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError("no such transform", where=name, expected="module:function", found=error) from error
+    if not callable(transform):
+        raise ConfigError("the transform is no function", where=name, found=type(transform).__name__)
+    return transform  # type: ignore[no-any-return]
+
+
+def transform_source(name: str) -> str | None:
+    """The text of the module a transform is in, to tell whether it changed; None if there is none."""
+    try:
+        return inspect.getsource(sys.modules[find_transform(name).__module__])
+    except (OSError, TypeError, KeyError):
+        return None
+
+
+def _transformed(transform: Transform, messages: list[Any], index: int) -> list[Any]:
+    try:
+        return transform(messages, index)
+    except Exception as error:  # the user's function may raise anything; which record it was must be said
+        found = f"{type(error).__name__}: {error}"
+        raise DataError("the transform failed", kind="transform-failed", found=found) from error
+
+
+def _parse_json(raw: bytes) -> Any:
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise not_utf8(error) from error
+    if (nul := text.find("\0")) >= 0:
+        advice = "The file is damaged, or of another encoding"
+        raise DataError("a NUL byte", kind="nul", column=nul + 1, advice=advice)
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _depth(text) > MAX_DEPTH:
+        raise DataError("JSON nested too deeply", kind="nested-too-deeply", expected=f"at most {MAX_DEPTH} levels")
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
-        raise DataError(f"not JSON: {error.msg}", where=f"{where}, column {error.colno}") from error
+        raise DataError(f"not JSON: {error.msg}", kind="bad-json", column=error.colno) from error
+    except DataError:
+        raise
     except ValueError as error:  # a number of thousands of digits
-        raise DataError(f"not JSON: {error}", where=where) from error
-    except RecursionError as error:
-        raise DataError("JSON nested too deeply", where=where) from error
-    tools: Any = []
-    if isinstance(value, dict):
-        tools = value.get("tools") or []
-        value = value["messages"] if "messages" in value else next(iter(value.values()), None)
-    if not isinstance(value, list):
-        expected = 'a list of messages, or {"messages": [...]}'
-        raise DataError("no messages", where=where, expected=expected, found=type(value).__name__)
-    messages = parse_messages(value, where=where, special_pieces=special_pieces)
-    require_trainable(messages, where)
-    return Example(messages, parse_tools(tools, where=where, special_pieces=special_pieces), where)
+        raise DataError(f"not JSON: {error}", kind="bad-json") from error
+
+
+def _depth(text: str) -> int:
+    """Levels of brackets outside of strings."""
+    deepest = depth = 0
+    for token in _BRACKETS.finditer(text):
+        if token.group() in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif token.group() in "]}":
+            depth -= 1
+    return deepest
+
+
+# A string without its end reaches to the end of the text, so no place is looked at twice.
+_BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{]|[\]}]', re.DOTALL)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        advice = "Only the last would count; keep one"
+        raise DataError(f"the key {twice!r} stands twice in an object", kind="duplicate-key", advice=advice)
+    return value
+
+
+def _no_constant(name: str) -> Any:
+    raise DataError(f"not JSON: {name} is no number", kind="bad-json", advice="Write null or a number")
+
+
+def _refuse_unwritable(raw: bytes, example: Example) -> None:
+    """Raises DataError for what only an escape can bring into a text: NUL, or half of a surrogate pair."""
+    if b"\\u0000" not in raw and b"\\ud" not in raw and b"\\uD" not in raw:
+        return
+    text = repr((example.messages, example.tools, example.text))  # escapes what cannot be written
+    if re.search(r"(?<!\\)(\\\\)*\\x00", text):
+        raise DataError("a text holds a NUL character", kind="nul", advice="Remove it")
+    if re.search(r"(?<!\\)(\\\\)*\\ud[89a-f]", text):
+        advice = "An emoji was cut in two where the data was made; remove the half"
+        raise DataError("not text: half of a surrogate pair", kind="half-surrogate", advice=advice)

@@ -1,8 +1,10 @@
-"""The last form of an example before batching: token ids and what each one is worth as a target."""
+"""The last form of examples before batching: token ids and what each one is worth as a target."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -33,3 +35,54 @@ class Tokens:
     def trained_tokens(self) -> int:
         """Number of tokens that are targets."""
         return int(np.count_nonzero(self.weights))
+
+
+@dataclass(frozen=True)
+class TokenTable(Sequence[Tokens]):
+    """All examples of a split in four arrays, which may lie on disk; items are `Tokens`.
+
+    Attributes:
+        files: names of the files they came from.
+        ids: int32 (N,), the ids of all examples, one after the other.
+        trained: bool (N,), which of them are targets.
+        starts: int64 (examples + 1,), where each example starts; the last is N.
+        places: int64 (examples, 2), file (index into `files`) and line of each.
+        removed_tokens: how many tokens overflow took away.
+        dropped: examples that overflow left out.
+    """
+
+    files: tuple[str, ...]
+    ids: npt.NDArray[np.int32]
+    trained: npt.NDArray[np.bool_]
+    starts: npt.NDArray[np.int64]
+    places: npt.NDArray[np.int64]
+    removed_tokens: int = 0
+    dropped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Tokens: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tokens]: ...
+    def __getitem__(self, index: int | slice) -> Tokens | list[Tokens]:
+        """One example, or a list of them."""
+        if isinstance(index, slice):
+            return [self[item] for item in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        piece = slice(self.starts[index], self.starts[index + 1])
+        file, line = self.places[index]
+        return Tokens(
+            np.asarray(self.ids[piece]), self.trained[piece].astype(np.float32), f"{self.files[file]} line {line}"
+        )
+
+    def __iter__(self) -> Iterator[Tokens]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each example."""
+        return np.diff(self.starts)

@@ -44,6 +44,17 @@ class Message:
     tools: tuple[dict[str, Any], ...] | None = None
 
 
+def to_dict(message: Message) -> dict[str, Any]:
+    """The message as JSON has it; `parse_messages` gives the message again."""
+    optional = {
+        "tool_calls": None if message.tool_calls is None else list(message.tool_calls),
+        "response_format": message.response_format,
+        "tools": None if message.tools is None else list(message.tools),
+    }
+    present = {name: value for name, value in optional.items() if value is not None}
+    return {"role": message.role, "content": message.content, **present}
+
+
 def parse_messages(value: object, *, where: object, special_pieces: Sequence[str] = ()) -> tuple[Message, ...]:
     """The messages in a list of dicts; the dicts are left as they are.
 

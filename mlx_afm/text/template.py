@@ -41,17 +41,37 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """Where one turn lies in the ids.
+
+    Attributes:
+        role: whose it is.
+        start: its `<turn_start>`.
+        body: first token of its text.
+        stop: one past its `<turn_end>`.
+    """
+
+    role: str
+    start: int
+    body: int
+    stop: int
+
+
+@dataclass(frozen=True)
 class Encoded:
     """Ids, and for each of them whether it is something the model should learn to say.
 
         ids      </s> <turn_start> _user <n> hi <turn_end> <turn_start> _assistant <n> ok <turn_end>
         trained   -        -         -    -  -      -           -           -       -  x      x
+        turns          user: start 1, body 4, stop 6            assistant: start 6, body 9, stop 11
 
-    `trained[t]` is about `ids[t]` itself; shifting by one for the loss comes later.
+    `trained[t]` is about `ids[t]` itself; shifting by one for the loss comes later. An open turn at
+    the end, which asks for an answer, is not among `turns`.
     """
 
     ids: list[int]
     trained: list[bool]
+    turns: tuple[Turn, ...] = ()
 
 
 def render(
@@ -105,35 +125,42 @@ def encode(spans: Sequence[Span], tokenizer: AFMTokenizer) -> Encoded:
     ids = tokenizer.encode("".join(span.text for span in spans))
     assert ids[:1] == [tokenizer.prefix_id], "the dummy prefix is a token of its own before a turn"
     ids[0] = tokenizer.eos_id
-    turns = list(_turns(ids, tokenizer))
-    heads = sum(span.text.startswith(TURN_START) for span in spans)
     bodies = [span for span in spans if span.text.endswith(TURN_END)]
+    places = list(_turns(ids, tokenizer))
+    heads = sum(span.text.startswith(TURN_START) for span in spans)
     starts, ends = ids.count(tokenizer.turn_start_id), ids.count(tokenizer.turn_end_id)
-    if (starts, ends, len(turns)) != (heads, len(bodies), len(bodies)):
+    if (starts, ends, len(places)) != (heads, len(bodies), len(bodies)):
         raise DataError(
             "a text spells out the mark of a turn",
+            kind="special-token",
             expected=f"{heads} times {TURN_START} and {len(bodies)} times {TURN_END}",
             found=f"{starts} and {ends}",
             advice="Check messages with parse_messages(..., special_pieces=tokenizer.special_pieces)",
         )
     trained = [False] * len(ids)
-    for span, (start, stop) in zip(bodies, turns, strict=True):
+    for span, (_, body, stop) in zip(bodies, places, strict=True):
         if span.trained:
-            trained[start:stop] = [True] * (stop - start)
-    return Encoded(ids, trained)
+            trained[body:stop] = [True] * (stop - body)
+    return Encoded(ids, trained, tuple(Turn(span.role, *place) for span, place in zip(bodies, places, strict=True)))
 
 
-def _turns(ids: list[int], tokenizer: AFMTokenizer) -> Iterator[tuple[int, int]]:
-    """Start and stop of the body of each whole turn, its end mark included."""
-    in_head, body = False, None
+def encode_text(text: str, tokenizer: AFMTokenizer) -> Encoded:
+    """Ids of plain text between two end-of-sequence tokens; all but the first are trained."""
+    ids = [tokenizer.eos_id, *tokenizer.encode(text), tokenizer.eos_id]
+    return Encoded(ids, [False, *[True] * (len(ids) - 1)])
+
+
+def _turns(ids: list[int], tokenizer: AFMTokenizer) -> Iterator[tuple[int, int, int]]:
+    """Start, body and stop of each whole turn."""
+    start, body = -1, -1  # of the turn we are in; -1 where there is none
     for position, token in enumerate(ids):
         if token == tokenizer.turn_start_id:
-            in_head, body = True, None
-        elif token == tokenizer.newline_id and in_head:
-            in_head, body = False, position + 1
-        elif token == tokenizer.turn_end_id and body is not None:
-            yield body, position + 1
-            body = None
+            start, body = position, -1
+        elif token == tokenizer.newline_id and start >= 0 and body < 0:
+            body = position + 1
+        elif token == tokenizer.turn_end_id and body >= 0:
+            yield start, body, position + 1
+            start, body = -1, -1
 
 
 def _with_system(messages: Sequence[Message], system: str | None) -> Sequence[Message]:

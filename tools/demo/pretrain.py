@@ -23,7 +23,7 @@ from mlx.optimizers import AdamW
 from mlx.utils import tree_flatten
 
 from mlx_afm.checkpoints.arrays import cast, from_mlx
-from mlx_afm.data import Tokens, encode_examples, make_batch, plan_batches, read_examples
+from mlx_afm.data import Tokens, make_batch, plan_batches, read_tokens
 from mlx_afm.formats.safetensors_file import write_safetensors
 from mlx_afm.model import AdapterSpec, AFMConfig, Model, ToolkitConfig, to_toolkit_config
 from mlx_afm.text.tokenizer import AFMTokenizer
@@ -61,8 +61,8 @@ def measured_ranges(model: Model, rows: list[Tokens]) -> tuple[list[float], list
     return keys, values
 
 
-def load(folder: Path, name: str, tokenizer: AFMTokenizer) -> list[Tokens]:
-    return encode_examples(read_examples(folder / f"{name}.jsonl", tokenizer.special_pieces), tokenizer)
+def load(folder: Path, name: str, tokenizer_file: Path) -> list[Tokens]:
+    return list(read_tokens((folder / f"{name}.jsonl",), tokenizer_file))
 
 
 def with_read_tokens(tokens: Tokens) -> Tokens:
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     tokenizer = AFMTokenizer.from_file(ASSETS / "tokenizer.model")
-    train, valid = (load(options.corpus, name, tokenizer) for name in ("train", "valid"))
+    train, valid = (load(options.corpus, name, ASSETS / "tokenizer.model") for name in ("train", "valid"))
     train = [with_read_tokens(tokens) for tokens in train]
     print(f"{len(train)} examples, {np.mean([len(t) for t in train]):.1f} tokens each")
     mx.random.seed(options.seed)

@@ -1,0 +1,55 @@
+"""Settings of how training data is read, with their defaults and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mlx_afm.data.dialects import DIALECTS
+from mlx_afm.errors import ConfigError
+from mlx_afm.text.template import DEFAULT_SYSTEM
+
+CONTEXT_TOKENS = 4096  # the model's context
+OVERFLOWS = ("error", "drop", "truncate-prompt", "truncate-answer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Everything, besides the file and the tokenizer, that decides which tokens a line becomes.
+
+    Attributes:
+        dialect: form of the records, one of `DIALECTS`; "auto" tells it from each record's keys.
+        fields: (name, column) pairs: read the record's `column` where the dialect says `name`.
+        transform: `module:function`, called with (messages, index) of each conversation; returns messages.
+        system: put in front of conversations without a system message; None leaves it out.
+        max_tokens: longest example.
+        overflow: what becomes of a longer one: `error` refuses the data, `drop` leaves the example
+            out, `truncate-prompt` takes tokens from the middle of its longest user and tool texts,
+            `truncate-answer` cuts its end off, as the toolkit does.
+
+    Raises:
+        ConfigError: settings out of range; all in one error.
+    """
+
+    dialect: str = "auto"
+    fields: tuple[tuple[str, str], ...] = ()
+    transform: str | None = None
+    system: str | None = DEFAULT_SYSTEM
+    max_tokens: int = CONTEXT_TOKENS
+    overflow: str = "error"
+
+    def __post_init__(self) -> None:
+        if faults := list(self._faults()):
+            raise ConfigError("data settings out of range", details=faults)
+
+    def _faults(self) -> Iterator[str]:
+        if self.dialect not in ("auto", *DIALECTS):
+            yield f"dialect: expected auto or one of {', '.join(DIALECTS)}, found {self.dialect}"
+        if self.overflow not in OVERFLOWS:
+            yield f"overflow: expected one of {', '.join(OVERFLOWS)}, found {self.overflow}"
+        if self.max_tokens < 2:
+            yield f"max_tokens: expected at least 2, found {self.max_tokens}"
+        if self.transform is not None and not all(self.transform.partition(":")):
+            yield f"transform: expected module:function, found {self.transform!r}"
+        if self.system is not None and (not self.system or self.system != self.system.strip(" ")):
+            yield f"system: expected a text without spaces around it, found {self.system!r}"

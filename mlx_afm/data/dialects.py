@@ -1,0 +1,259 @@
+"""Records of every dialect to conversations, and back.
+
+| dialect | a record |
+|---|---|
+| `toolkit` | a list of messages, or an object whose first value is one |
+| `messages` | `{"messages": [...], "tools": [...]}` |
+| `prompt-completion` | `{"prompt", "completion"}`: texts, or lists of messages; optionally `"system"` |
+| `prompt-response` | the same with `"response"` |
+| `instruction` | `{"instruction", "input", "output"}`; optionally `"system"` and `"history"` (pairs) |
+| `sharegpt` | `{"conversations": [{"from", "value"}, ...]}`; optionally `"system"` and `"tools"` |
+| `text` | `{"text"}`: plain text, no conversation; all of it is trained |
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_afm.errors import DataError
+
+# Tells the dialect of an object: the first of these whose keys are all there.
+KEYS = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "instruction": ("instruction", "output"),
+    "prompt-completion": ("prompt", "completion"),
+    "prompt-response": ("prompt", "response"),
+    "text": ("text",),
+}
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A record in the toolkit's terms, not yet checked.
+
+    Attributes:
+        messages: what should be a list of messages.
+        tools: what should be a list of tool definitions.
+        text: plain text, in place of messages.
+        dialect: the form it was in.
+    """
+
+    messages: Any
+    tools: Any = ()
+    text: str | None = None
+    dialect: str = "toolkit"
+
+
+def read_record(value: object, dialect: str = "auto", fields: Sequence[tuple[str, str]] = ()) -> Conversation:
+    """The conversation in a record.
+
+    Args:
+        value: the parsed JSON.
+        dialect: one of the module's table, or "auto".
+        fields: (name, column) pairs: use the object's `column` where the dialect says `name`.
+
+    Raises:
+        DataError: no dialect fits, or a field is missing or of the wrong type.
+    """
+    if isinstance(value, list) and dialect in ("auto", "toolkit"):
+        return Conversation(value)
+    if not isinstance(value, dict):
+        expected = "a list of messages or an object" if dialect == "auto" else f"a record of the dialect {dialect}"
+        raise DataError("not a record", kind="unknown-form", expected=expected, found=_kind(value))
+    record = {**value, **{name: value[column] for name, column in fields if column in value}}
+    dialect = _dialect_of(record) if dialect == "auto" else dialect
+    if missing := [key for key in KEYS.get(dialect, ()) if key not in record]:
+        raise DataError(
+            f"no field {' and no field '.join(map(repr, missing))}",
+            kind="unknown-form",
+            expected=f"a record of the dialect {dialect}",
+            found=f"fields {', '.join(map(repr, value)) or 'none'}"[:200],
+        )
+    return _READERS[dialect](record)
+
+
+def _dialect_of(record: Mapping[str, Any]) -> str:
+    for dialect, keys in KEYS.items():
+        if all(key in record for key in keys):
+            return dialect
+    if isinstance(next(iter(record.values()), None), list):
+        return "toolkit"
+    raise DataError(
+        "no messages: a record of no dialect we know",
+        kind="unknown-form",
+        expected="messages, conversations, instruction and output, prompt and completion or response, or text",
+        found=f"fields {', '.join(map(repr, record)) or 'none'}"[:200],
+        advice="Name the fields with --field, such as --field prompt=question",
+    )
+
+
+def _toolkit(record: dict[str, Any]) -> Conversation:
+    return Conversation(next(iter(record.values()), None), _parsed(record.get("tools")), dialect="toolkit")
+
+
+def _messages(record: dict[str, Any]) -> Conversation:
+    return Conversation(_parsed(record["messages"]), _parsed(record.get("tools")), dialect="messages")
+
+
+def _pair(answer: str, dialect: str) -> Callable[[dict[str, Any]], Conversation]:
+    def read(record: dict[str, Any]) -> Conversation:
+        messages = [
+            *_system(record),
+            *_turn("user", record["prompt"], "prompt"),
+            *_turn("assistant", record[answer], answer),
+        ]
+        return Conversation(messages, _parsed(record.get("tools")), dialect=dialect)
+
+    return read
+
+
+def _instruction(record: dict[str, Any]) -> Conversation:
+    texts = [_text(record["instruction"], "instruction"), _text(record.get("input") or "", "input")]
+    messages = _system(record)
+    history = record.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise DataError("history has the wrong form", kind="wrong-field", expected="a list of [request, answer]")
+    for request, answer in history:
+        messages += [*_turn("user", request, "history"), *_turn("assistant", answer, "history")]
+    messages += _turn("user", "\n\n".join(text for text in texts if text), "instruction")
+    return Conversation([*messages, *_turn("assistant", record["output"], "output")], dialect="instruction")
+
+
+def _sharegpt(record: dict[str, Any]) -> Conversation:
+    turns = _parsed(record["conversations"])
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise DataError("conversations has the wrong form", kind="no-messages", expected="a list of turns")
+    messages = [*_system(record), *(_from_sharegpt(turn, index) for index, turn in enumerate(turns))]
+    return Conversation(messages, _parsed(record.get("tools")), dialect="sharegpt")
+
+
+def _from_sharegpt(turn: dict[str, Any], index: int) -> dict[str, Any]:
+    speaker, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    role = SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        expected = f"one of {', '.join(SHAREGPT_ROLES)}"
+        found = repr(speaker) if speaker is not None else "no 'from'"
+        raise DataError("unknown role", kind="unknown-role", where=f"message {index}", expected=expected, found=found)
+    if speaker != "function_call":
+        return {"role": role, "content": content}
+    calls = _parsed(content)
+    calls = calls if isinstance(calls, list) else [calls]
+    return {"role": role, "content": "", "tool_calls": [{"function": call} for call in calls]}
+
+
+def _plain_text(record: dict[str, Any]) -> Conversation:
+    text = _text(record["text"], "text")
+    if not text.strip():
+        raise DataError("an empty text", kind="empty-answer", advice="Drop the record")
+    return Conversation([], text=text, dialect="text")
+
+
+_READERS: dict[str, Callable[[dict[str, Any]], Conversation]] = {
+    "toolkit": _toolkit,
+    "messages": _messages,
+    "prompt-completion": _pair("completion", "prompt-completion"),
+    "prompt-response": _pair("response", "prompt-response"),
+    "instruction": _instruction,
+    "sharegpt": _sharegpt,
+    "text": _plain_text,
+}
+DIALECTS = tuple(_READERS)
+
+
+def write_record(messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], text: str | None, dialect: str) -> Any:
+    """The record of a dialect that reads back as the same conversation.
+
+    Args:
+        messages: checked messages as dicts (`to_dict`), the system message included if there is one.
+        tools: tool definitions beside the messages.
+        text: plain text, in place of messages.
+        dialect: one of the module's table.
+
+    Raises:
+        DataError: the dialect cannot say this.
+    """
+    if (text is None) == (dialect == "text"):
+        raise _cannot(dialect, "plain text is no conversation, and the other way round")
+    if dialect == "text":
+        return {"text": text}
+    beside = {"tools": list(tools)} if tools else {}
+    if dialect == "messages":
+        return {"messages": list(messages), **beside}
+    if dialect == "toolkit":
+        return {"messages": list(messages), **beside} if tools else list(messages)
+    system = {"system": messages[0]["content"]} if messages[0]["role"] == "system" else {}
+    turns = list(messages[1:] if system else messages)
+    if any(set(message) - {"role", "content"} for message in messages) and dialect != "sharegpt":
+        raise _cannot(dialect, "it has no place for tools or response formats")
+    if dialect == "sharegpt":
+        return {**system, "conversations": [_to_sharegpt(turn) for turn in turns], **beside}
+    if [turn["role"] for turn in turns] != ["user", "assistant"] or tools:
+        raise _cannot(dialect, "it holds one request and one answer")
+    names = {"instruction": ("instruction", "output"), "prompt-response": ("prompt", "response")}
+    request, answer = names.get(dialect, ("prompt", "completion"))
+    empty = {"input": ""} if dialect == "instruction" else {}
+    return {**system, request: turns[0]["content"], **empty, answer: turns[1]["content"]}
+
+
+def _to_sharegpt(turn: Mapping[str, Any]) -> dict[str, Any]:
+    speaker = {"user": "human", "assistant": "gpt", "tool": "observation"}[turn["role"]]
+    if calls := turn.get("tool_calls"):
+        if turn["content"] or len(turn) > 3:
+            raise _cannot("sharegpt", "a tool call has no place for words beside it")
+        functions = [call["function"] for call in calls]
+        return {"from": "function_call", "value": json.dumps(functions, ensure_ascii=False)}
+    if set(turn) != {"role", "content"} or not isinstance(turn["content"], str):
+        raise _cannot("sharegpt", "it has no place for response formats, or results that are not text")
+    return {"from": speaker, "value": turn["content"]}
+
+
+def _cannot(dialect: str, reason: str) -> DataError:
+    advice = "Convert to messages, which holds everything"
+    return DataError(f"the dialect {dialect} cannot say this: {reason}", kind="not-expressible", advice=advice)
+
+
+def _system(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    system = record.get("system")
+    return [{"role": "system", "content": _text(system, "system")}] if system else []
+
+
+def _turn(role: str, value: Any, field: str) -> list[Any]:
+    value = _parsed(value) if isinstance(value, str) and value.startswith("[{") else value
+    return value if isinstance(value, list) else [{"role": role, "content": _text(value, field)}]
+
+
+def _text(value: object, field: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{field} is not text", kind="wrong-field", expected="a string", found=_kind(value))
+    return value
+
+
+def _parsed(value: Any) -> Any:
+    """Tables hold lists as JSON text; text that is no JSON list or object stays as it is."""
+    if value is None:
+        return ()
+    if isinstance(value, str) and value[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def _kind(value: object) -> str:
+    return "null" if value is None else type(value).__name__

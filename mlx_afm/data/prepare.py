@@ -1,0 +1,168 @@
+"""Blocks of rows to arrays: everything that is done to each record, in whichever process it is done.
+
+Training and `data check` both come through here, so that what one refuses the other reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_afm.data.config import DataConfig
+from mlx_afm.data.encode import encode_spans, render_example
+from mlx_afm.data.overflow import fit
+from mlx_afm.data.problems import Problem, to_problems
+from mlx_afm.data.records import MARKS, Example, RecordReader
+from mlx_afm.data.sources import Files, Row, iter_rows
+from mlx_afm.errors import DataError
+from mlx_afm.text.template import NEWLINE, Encoded, Span
+from mlx_afm.text.tokenizer import AFMTokenizer
+
+BLOCK_BYTES = 1 << 19  # of JSON; small enough that a few of them in flight are little memory
+BLOCK_ROWS = 4096
+ROLES = ("system", "user", "assistant", "tool", "text")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows of one file.
+
+    Attributes:
+        file: index of the file among those of the split.
+        name: the file as the caller named it.
+        first_index: number of the first row in the split, counted from 0.
+        rows: the rows.
+    """
+
+    file: int
+    name: str
+    first_index: int
+    rows: list[Row]
+
+
+@dataclass
+class Prepared:
+    """What became of a block.
+
+    Attributes:
+        file, name: of the block.
+        rows: how many there were.
+        problems: what is wrong with them.
+        examples: a tuple for each good example: line, tokens, tokens of each role of `ROLES` (marks
+            included), trained tokens, fingerprint of the example and of its prompt (without the last answer).
+        ids, trained: the tokens of all good examples, one after the other; empty if not wanted.
+        lost: (line, tokens removed, whether it was left out) of each example that overflow changed.
+    """
+
+    file: int
+    name: str
+    rows: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    examples: list[tuple[int, ...]] = field(default_factory=list)
+    ids: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
+    trained: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    lost: list[tuple[int, int, bool]] = field(default_factory=list)
+
+
+def iter_blocks(files: Files) -> Iterator[Block]:
+    """The rows of a split in blocks, one file after the other."""
+    index = 0
+    for number, path in enumerate(files):
+        rows: list[Row] = []
+        size = 0
+        for row in iter_rows(path):
+            rows.append(row)
+            size += len(row.text)
+            if size >= BLOCK_BYTES or len(rows) >= BLOCK_ROWS:
+                yield Block(number, str(path), index, rows)
+                index, rows, size = index + len(rows), [], 0
+        if rows:
+            yield Block(number, str(path), index, rows)
+            index += len(rows)
+
+
+class Preparer:
+    """Does the work on a block."""
+
+    def __init__(self, config: DataConfig, tokenizer: AFMTokenizer | None, *, want_tokens: bool) -> None:
+        """Without a tokenizer nothing is encoded: no lengths, no tokens, no overflow."""
+        self.config, self.tokenizer, self.want_tokens = config, tokenizer, want_tokens
+        self.read = RecordReader(config, MARKS if tokenizer is None else tokenizer.special_pieces)
+
+    def __call__(self, block: Block) -> Prepared:
+        """What became of the block; nothing is raised for what its rows hold."""
+        prepared = Prepared(block.file, block.name, len(block.rows))
+        ids: list[int] = []
+        trained: list[bool] = []
+        for index, row in enumerate(block.rows, start=block.first_index):
+            try:
+                encoded = self._row(row, index, prepared)
+            except DataError as error:
+                prepared.problems += to_problems(error, block.name, row.line)
+                continue
+            if encoded is not None and self.want_tokens:
+                ids += encoded.ids
+                trained += encoded.trained
+        prepared.ids, prepared.trained = np.array(ids, np.int32), np.array(trained, np.bool_)
+        return prepared
+
+    def _row(self, row: Row, index: int, prepared: Prepared) -> Encoded | None:
+        example = self.read(row, index, f"{Path(prepared.name).name} line {row.line}")
+        prepared.problems += _warnings(example, row, prepared.name)
+        spans = render_example(example, self.config.system)
+        encoded, roles = None, [0] * len(ROLES)
+        if self.tokenizer is not None:
+            whole = encode_spans(spans, self.tokenizer)
+            fitted = fit(whole, self.config.max_tokens, self.config.overflow)
+            if fitted.removed_tokens:
+                prepared.lost.append((row.line, fitted.removed_tokens, fitted.encoded is None))
+            encoded = fitted.encoded
+            if encoded is None:
+                return None
+            for turn in whole.turns:
+                roles[ROLES.index(turn.role)] += turn.stop - turn.start
+            roles[ROLES.index("text")] += 0 if whole.turns else len(whole.ids)
+        size, targets = (0, 0) if encoded is None else (len(encoded.ids), sum(encoded.trained))
+        prepared.examples.append((row.line, size, *roles, targets, *_fingerprints(spans)))
+        return encoded
+
+
+def _fingerprints(spans: Iterable[Span]) -> tuple[int, int]:
+    """64 bits each of the whole example and of what comes before its last answer."""
+    texts = [span.text for span in spans]
+    return _hash("".join(texts)), _hash("".join(texts[:-1]))
+
+
+def _hash(text: str) -> int:
+    digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _warnings(example: Example, row: Row, file: str) -> Iterator[Problem]:
+    """What is odd about a good example."""
+    if NEWLINE.encode() in row.text:
+        message = f"a text spells {NEWLINE!r}, which the model reads as a newline"
+        yield Problem(file, row.line, "newline-mark", message, _column(row.text, NEWLINE))
+    if "\ufffd".encode() in row.text or b"\\ufffd" in row.text.lower():
+        message = "a text holds the replacement character U+FFFD: something was lost where the data was made"
+        yield Problem(file, row.line, "replacement-character", message, _column(row.text, "\ufffd"))
+    for index, message_ in enumerate(example.messages):
+        if message_.role == "user" and not str(message_.content).strip():
+            yield Problem(file, row.line, "empty-prompt", f"message {index}: an empty request")
+
+
+def _column(text: bytes, piece: str) -> int | None:
+    place = text.decode("utf-8").find(piece)
+    return None if place < 0 else place + 1
+
+
+def examples_array(prepared: Iterable[Prepared]) -> npt.NDArray[np.int64]:
+    """The `examples` of some blocks, int64 (examples, columns)."""
+    rows: list[Any] = [np.array(part.examples, np.int64) for part in prepared if part.examples]
+    return np.concatenate(rows) if rows else np.zeros((0, 5 + len(ROLES)), np.int64)
