@@ -25,7 +25,7 @@ def run(line: list[object]) -> Measured:
     with subprocess.Popen([str(word) for word in line], stdout=subprocess.PIPE, text=True) as process:
         status = Path(f"/proc/{process.pid}/status")
         while process.poll() is None:
-            peak = max(peak, _anonymous_bytes(status))
+            peak = max(peak, anonymous_bytes(status))
             time.sleep(0.02)
         seconds = time.perf_counter() - started
         output = process.stdout.read() if process.stdout else ""
@@ -34,7 +34,7 @@ def run(line: list[object]) -> Measured:
     return Measured(seconds, peak, output)
 
 
-def _anonymous_bytes(status: Path) -> int:
+def anonymous_bytes(status: Path) -> int:
     try:
         lines = status.read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):

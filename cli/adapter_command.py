@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .output import json_option, show
+from .output import json_option, note, show
 
 
 @click.group("adapter")
@@ -18,9 +18,26 @@ def command() -> None:
 @click.argument("source", type=Path)
 @click.argument("target", type=Path)
 @click.option("--model", type=Path, help="Base model folder, for adapters that do not say what they were made for.")
+@click.option("--reduce-rank", is_flag=True, help="To .pt and .fmadapter: approximate a larger rank; see export.")
+@click.option(
+    "--zero-untrained", is_flag=True, help="To .pt and .fmadapter: zeros where nothing was trained; see export."
+)
 @json_option
-def convert(source: Path, target: Path, model: Path | None, as_json: bool) -> None:
-    """Write SOURCE in the form TARGET's suffix asks for: .pt, .fmadapter, or a folder."""
+def convert(source: Path, target: Path, model: Path | None, as_json: bool, **allowed: bool) -> None:
+    """Write SOURCE in the form TARGET's suffix asks for: .pt, .fmadapter, or a folder.
+
+    The first two are brought to the rank and scale that their readers imply.
+    """
     from mlx_afm.workflows.export import convert_adapter
 
-    show({"adapter": str(convert_adapter(source, target, model_path=model))}, as_json)
+    show({"adapter": str(convert_adapter(source, target, model_path=model, on_note=note, **allowed))}, as_json)
+
+
+@command.command("repair-manifest")
+@click.argument("manifest", type=Path)
+@json_option
+def repair_manifest(manifest: Path, as_json: bool) -> None:
+    """Make "onDemand": null in an asset pack's manifest.json {}, which uploads want (ITMS-91140)."""
+    from mlx_afm.formats import asset_pack
+
+    show({"manifest": str(manifest), "repaired": asset_pack.repair_manifest(manifest)}, as_json)

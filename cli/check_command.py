@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,10 +22,10 @@ def show_report(report: Report, as_json: bool) -> None:
         return
     for finding in report.findings:
         place = f" {finding.file}" if finding.file else ""
-        click.echo(f"{finding.severity.upper()} {finding.rule}{place}: {finding.message}")
+        cause = f" (follows from {finding.cause})" if finding.cause else ""
+        click.echo(f"{finding.severity.upper()} {finding.rule}{place}: {finding.message}{cause}")
     if not report.ok:
-        broken = sorted({finding.rule for finding in report.findings if finding.severity == "fail"})
-        click.echo(f"{report.package}: INVALID, broken rules {' '.join(broken)}")
+        click.echo(f"{report.package}: INVALID, broken rules {' '.join(report.broken)}")
     elif report.fits_device:
         click.echo(f"{report.package}: OK")
     else:
@@ -33,16 +33,19 @@ def show_report(report: Report, as_json: bool) -> None:
 
 
 @click.command("check")
-@click.argument("path", type=Path)
+@click.argument("package", metavar="PATH", type=Path)
 @click.option("--signature", help="Signature the base model must have, or its first digits.")
+@click.option("--expect", type=Path, help="Adapter of any form whose values the package must hold.")
+@click.option("--model", type=Path, help="Base model folder, for an --expect that needs it.")
+@click.option("--toolkit", type=Path, help="Toolkit folder that the draft files must come from.")
+@click.option("--byte-exact", is_flag=True, help="Metadata that is not the toolkit's text fails.")
+@click.option("--reduce-rank", is_flag=True, help="The package was exported so; see export.")
+@click.option("--zero-untrained", is_flag=True, help="The package was exported so; see export.")
 @json_option
-def command(path: Path, signature: str | None, as_json: bool) -> None:
+def command(as_json: bool, **options: Any) -> None:
     """Check a .fmadapter package; exit 3 lists every broken rule."""
-    from mlx_afm.errors import FormatError
-    from mlx_afm.formats.fmadapter_check import check_fmadapter
+    from mlx_afm.workflows.check import CheckConfig, check_package
 
-    if not path.exists():
-        raise FormatError("no such package", where=path, expected="a .fmadapter folder")
-    report = check_fmadapter(path, signature=signature)
+    report = check_package(CheckConfig(**options))
     show_report(report, as_json)
     sys.exit(0 if report.ok else 3)

@@ -10,6 +10,7 @@ import click
 
 from .output import json_option, note, show
 from .progress import BytesProgress
+from .quantize_options import quantize_options, take_quantization
 
 
 @click.command("convert")
@@ -32,16 +33,20 @@ from .progress import BytesProgress
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="Cast the weights; bfloat16 halves a float32 model. Default: as they are, so that the way back is exact.",
 )
+@quantize_options
 @click.option("--config", type=Path, help="The JSON of a lone .pt, if it does not lie beside it.")
 @click.option("--verify", is_flag=True, help="Read everything back and compare it with the source.")
 @click.option("--no-tokenizer", is_flag=True, help="Convert a folder without tokenizer.model.")
 @json_option
 def command(source: Path, target: Path, as_json: bool, **options: Any) -> None:
-    """Convert a toolkit checkpoint to an MLX folder, or back with --to torch."""
+    """Convert a toolkit checkpoint to an MLX folder, or back with --to torch; quantise with -q."""
     from mlx_afm.workflows.convert import convert
 
+    quantization = take_quantization(options)
     with BytesProgress("converting") as progress:
-        done = convert(source, target, on_progress=progress.handle, **options)
+        done = convert(source, target, quantization=quantization, on_progress=progress.handle, **options)
+    if done.left_dense:
+        note(f"Left dense, since groups do not divide their widths: {', '.join(done.left_dense)}")
     if done.wrapper_key is not None:
         note(f"The state dict was under the key {done.wrapper_key!r} of a larger checkpoint; the rest was left alone.")
     if done.base_adapter == "active" and done.form == "mlx":

@@ -2,44 +2,84 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
+from .asset_pack_options import make_pack, open_draft, pack_settings, require_pack, with_pack_options
 from .check_command import show_report
 from .output import json_option, note
 
 
+def parse_creator_defined(values: tuple[str, ...]) -> dict[str, Any]:
+    """The keys that `--creator-defined` options give, later ones over earlier ones.
+
+    Raises:
+        click.BadParameter: neither K=V nor a file with a JSON object.
+    """
+    from mlx_afm.errors import FormatError
+    from mlx_afm.files import read_json
+
+    merged: dict[str, Any] = {}
+    for value in values:
+        key, equals, text = value.partition("=")
+        if equals and key:
+            merged[key] = text
+            continue
+        try:
+            content = read_json(Path(value))
+        except FormatError as error:
+            raise click.BadParameter(f"neither K=V nor a JSON file: {error}", param_hint="--creator-defined") from error
+        if not isinstance(content, dict):
+            raise click.BadParameter(f"{value} holds no JSON object", param_hint="--creator-defined")
+        merged |= content
+    return merged
+
+
 @click.command("export")
-@click.option("--adapter-path", type=Path, required=True, help="Adapter folder, .pt or .fmadapter.")
+@click.option("--adapter-path", "adapter", type=Path, required=True, help="Adapter folder, .pt or .fmadapter.")
 @click.option("--name", required=True, help="Letters, digits, underscores; devices refuse hyphens.")
 @click.option("--output-dir", type=Path, default=Path("."), show_default=True, help="Where NAME.fmadapter goes.")
-@click.option("--model", type=Path, help="Base model folder, for adapters that do not say what they were made for.")
+@click.option("--model", type=Path, help="Base model folder: fills modules that were not trained, compares logits.")
+@click.option("--toolkit", type=Path, help="Toolkit folder: its signature, and the assets of the draft pair.")
 @click.option("--author", help="Default: 3P developer, as the toolkit writes.")
 @click.option("--description", help="Free text.")
-@click.option("--license", "license_text", help="Free text.")
+@click.option("--license", help="Free text.")
+@click.option("--creator-defined", metavar="K=V|FILE", multiple=True, help="Text, or a JSON object, for the app.")
 @click.option("--signature", help="40 hex digits of the base model; default: toolkit 26.0.0's.")
+@click.option("--reduce-rank", is_flag=True, help="Approximate a rank above 32 and state the error.")
+@click.option("--zero-untrained", is_flag=True, help="Zeros where the base model's own tensors are not at hand.")
+@click.option("--compare/--no-compare", default=True, help="With --model: logits before and after.  [default: compare]")
+@click.option("--ladder", is_flag=True, help="With --model: write NAME.ladder.json, prompts and greedy answers.")
+@click.option("--prompt", "prompts", multiple=True, help="To compare on and for the ladder; three by default.")
+@with_pack_options
 @json_option
-def command(
-    adapter_path: Path,
-    name: str,
-    output_dir: Path,
-    model: Path | None,
-    author: str | None,
-    description: str | None,
-    license_text: str | None,
-    signature: str | None,
-    as_json: bool,
-) -> None:
-    """Write an adapter as NAME.fmadapter for OS 26.x devices, and check it."""
-    from mlx_afm.workflows.export import export_fmadapter
+def command(as_json: bool, creator_defined: tuple[str, ...], prompts: tuple[str, ...], **options: Any) -> None:
+    """Write an adapter as NAME.fmadapter for OS 26.x devices, and check it.
 
-    given = {"author": author, "description": description, "license": license_text, "signature": signature}
-    metadata = {key: value for key, value in given.items() if value is not None}
-    package, report = export_fmadapter(adapter_path, name, output_dir, model_path=model, **metadata)
-    if signature is None:
-        note("Signature of toolkit 26.0.0: devices on OS 26.x whose base model has another one will refuse it.")
-    note(f"wrote {package}")
-    show_report(report, as_json)
-    sys.exit(0 if report.ok else 3)
+    A smaller rank is padded to 32 and another scale folded in, both exactly.
+    """
+    from mlx_afm.formats.fmadapter import no_files
+    from mlx_afm.workflows.export import ExportConfig, export_package
+
+    pack = pack_settings(options)
+    require_pack(pack)
+    draft = open_draft(options)
+    if prompts:
+        options["prompts"] = prompts
+    config = ExportConfig(**options, creator_defined=parse_creator_defined(creator_defined))
+    exported = export_package(config, no_files if draft is None else draft.write)
+    for text in exported.notes():
+        note(text)
+    note(f"wrote {exported.package}")
+    if exported.ladder is not None:
+        note(f"wrote {exported.ladder}")
+    packed = make_pack(exported.package, exported.metadata.identifier, pack)
+    if as_json:
+        click.echo(json.dumps({**exported.to_dict(), **packed}, ensure_ascii=False))
+    else:
+        show_report(exported.report, False)
+    sys.exit(0 if exported.report.ok else 3)

@@ -15,12 +15,15 @@ from mlx_afm.errors import AFMError
 COMMANDS = {
     "convert": "Toolkit folder to MLX folder, and back.",
     "lora": "Train a LoRA adapter, or score one.",
+    "plot": "Draw loss curves of runs.",
     "fuse": "Merge an adapter into the weights.",
     "generate": "Answer one prompt.",
     "export": "Write an adapter as NAME.fmadapter and check it.",
     "adapter": "Convert adapters between their three forms.",
     "check": "Check a .fmadapter package.",
     "inspect": "Say what a file or folder is, and what is in it.",
+    "data": "Check, measure, show, split and convert training data.",
+    "toolkit": "Apple's toolkit by its own commands and options.",
     "demo": "The whole line on the bundled tiny model.",
 }
 

@@ -7,7 +7,19 @@ import time
 
 import click
 
-from mlx_afm.training import Evaluated, Event, StepsReported, TrainingFinished, TrainingStarted
+from mlx_afm.training import (
+    DataRead,
+    Evaluated,
+    Event,
+    LossSpiked,
+    Notice,
+    Sampled,
+    StepsReported,
+    TrainingFinished,
+    TrainingInterrupted,
+    TrainingResumed,
+    TrainingStarted,
+)
 
 from .output import note
 
@@ -18,11 +30,19 @@ def show_event(event: Event) -> None:
 
 
 def _line(event: Event) -> str:
+    if isinstance(event, DataRead):
+        counts = f"{event.examples:,} examples, {event.tokens:,} tokens, {event.trained_tokens:,} of them trained"
+        line = f"{event.split}: {counts}"
+        lost = f"; too long: {event.dropped_examples:,} left out, {event.removed_tokens:,} tokens less"
+        return line + (lost if event.removed_tokens else "")
     if isinstance(event, TrainingStarted):
         return (
             f"training {event.trained_parameters:,} parameters on {event.examples:,} examples, "
-            f"{event.total_steps:,} steps"
+            f"{event.total_steps:,} steps; state to resume from: {event.state_bytes / 1e6:,.1f} MB"
         )
+    if isinstance(event, TrainingResumed):
+        best = "" if event.best_loss is None else f", best validation loss {event.best_loss:.4f}"
+        return f"resuming after step {event.step} of {event.total_steps}{best}"
     if isinstance(event, StepsReported):
         line = (
             f"step {event.step}/{event.total_steps}  loss {event.loss:.4f}  rate {event.learning_rate:.2e}  "
@@ -32,8 +52,17 @@ def _line(event: Event) -> str:
         return line + (f"  skipped {event.skipped_steps}" if event.skipped_steps else "")
     if isinstance(event, Evaluated):
         return f"step {event.step}  validation loss {event.loss:.4f}" + ("  (best so far)" if event.best else "")
+    if isinstance(event, Sampled):
+        return f"step {event.step}  {event.prompt!r} -> {event.answer!r}"
+    if isinstance(event, LossSpiked):
+        return f"step {event.step}  loss spike: {event.loss:.4f}, {event.mean_before:.4f} before"
+    if isinstance(event, TrainingInterrupted):
+        return f"stopped and saved after step {event.step} of {event.total_steps}"
+    if isinstance(event, Notice):
+        return event.text
     assert isinstance(event, TrainingFinished)
-    return f"done after {event.step} steps, {duration(event.seconds)}"
+    early = f" (no better than at step {event.best_step})" if event.stopped_early else ""
+    return f"done after {event.step} steps{early}, {duration(event.seconds)}"
 
 
 class BytesProgress:

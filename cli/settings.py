@@ -13,13 +13,19 @@ import click
 from mlx_afm.adapters import LoRAConfig
 from mlx_afm.errors import ConfigError
 from mlx_afm.training import TrainConfig
+from mlx_afm.training.config import OPTIMIZERS
 from mlx_afm.workflows.lora import LoRAJob
 
-LORA_KEYS = {field.name for field in fields(LoRAConfig)}
+from .data_options import FIELDS as DATA_FIELDS
+from .data_options import reading_from
+
+LORA_KEYS = {field.name for field in fields(LoRAConfig)} | {"alpha", "use_rslora"}
 TRAIN_KEYS = {field.name for field in fields(TrainConfig)}
-JOB_KEYS = {"model", "data", "adapter_path", "max_seq_length", "name"}
-SWITCHES = {"train", "test"}
-KNOWN = LORA_KEYS | TRAIN_KEYS | JOB_KEYS | SWITCHES | {"lora_parameters"}
+JOB_KEYS = {"model", "data", "adapter_path", "name", "resume_adapter_file", "project_name", "no_cache", *DATA_FIELDS}
+JOB_KEYS |= {"sample_prompt", "sample_tokens", "report_to"}
+DERIVED_KEYS = {"num_layers": "int", "loraplus_ratio": "float"}  # other ways to say layers and rate_factors
+SWITCHES = {"train", "test", "resume"}
+KNOWN = LORA_KEYS | TRAIN_KEYS | JOB_KEYS | SWITCHES | set(DERIVED_KEYS) | {"lora_parameters"}
 # What a file may give for an option, by the type of its field.
 KINDS = {
     "int": ((int,), "a whole number"),
@@ -27,18 +33,31 @@ KINDS = {
     "str": ((str,), "text"),
     "bool": ((bool,), "true or false"),
     "tuple[str, ...]": ((list, str), "a list of names, or names with commas between"),
+    "texts": ((list, str), "a text, or a list of texts"),
+    "Mapping[str, Any]": ((dict,), "a mapping of settings"),
+    "Mapping[str, float]": ((dict,), "a mapping of settings"),
 }
+LISTS = ("targets", "no_decay", "report_to")
 TYPES = {
     **dict.fromkeys(JOB_KEYS, "str"),
     **dict.fromkeys(SWITCHES, "bool"),
     **{field.name: str(field.type).removesuffix(" | None") for field in (*fields(LoRAConfig), *fields(TrainConfig))},
-    "max_seq_length": "int",
+    **dict.fromkeys(("max_seq_length", "sample_tokens"), "int"),
+    **DERIVED_KEYS,
+    "alpha": "float",
+    "use_rslora": "bool",
+    **dict.fromkeys(("sample_prompt", "field"), "texts"),
+    "no_cache": "bool",
+    "report_to": "tuple[str, ...]",
 }
 
 
 @dataclass(frozen=True)
 class Request:
-    """What `mlx-afm lora` is asked to do: train, test or both; and whether an adapter path was given."""
+    """What `mlx-afm lora` is asked to do: train (--resume asks for it too), test or both.
+
+    `adapter_given` says whether there was an adapter path.
+    """
 
     job: LoRAJob
     train: bool
@@ -54,14 +73,15 @@ def request_from(file: Path | None, flags: Mapping[str, Any]) -> Request:
     """
     values = {} if file is None else read_settings(file)
     switches = {name: bool(values.pop(name, False) or flags.get(name)) for name in SWITCHES}
-    values |= {name: value for name, value in flags.items() if value is not None and name not in SWITCHES}
+    given = {name: value for name, value in flags.items() if value not in (None, ()) and name not in SWITCHES}
+    for one, other in (("alpha", "scale"), ("scale", "alpha"), ("layers", "num_layers"), ("num_layers", "layers")):
+        if one in given and other not in given:
+            values.pop(other, None)  # a flag wins over the other way of saying it in the file
+    values |= given
     missing = [f"--{name}" for name in ("model", "data") if not values.get(name)]
     if missing:
         raise click.UsageError(f"missing {' and '.join(missing)}")
-    if isinstance(values.get("targets"), str):
-        values["targets"] = tuple(part.strip() for part in values["targets"].split(",") if part.strip())
-    if "targets" in values:
-        values["targets"] = tuple(values["targets"])
+    _resolve(values)
     if values.get("iters") is not None and flags.get("epochs") is not None and flags.get("iters") is None:
         values["iters"] = None  # --epochs on the command line wins over iters in the file
     job = LoRAJob(
@@ -72,9 +92,49 @@ def request_from(file: Path | None, flags: Mapping[str, Any]) -> Request:
         train=TrainConfig(**{name: values[name] for name in TRAIN_KEYS & values.keys()}),
         name=values.get("name"),
         test=switches["test"],
-        **({"max_tokens": values["max_seq_length"]} if "max_seq_length" in values else {}),
+        resume=switches["resume"],
+        resume_adapter_file=Path(values["resume_adapter_file"]) if "resume_adapter_file" in values else None,
+        sample_prompts=tuple(values.get("sample_prompt", ())),
+        reading=reading_from(values),
+        **_given(values),
     )
-    return Request(job, switches["train"], switches["test"], "adapter_path" in values)
+    return Request(job, switches["train"] or switches["resume"], switches["test"], "adapter_path" in values)
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the job itself that have defaults there."""
+    given = {name: values[name] for name in ("sample_tokens", "report_to", "project_name") if name in values}
+    return {**given, "cache": None} if values.get("no_cache") else given
+
+
+def _resolve(values: dict[str, Any]) -> None:
+    """Lists out of text, and what can be said in two ways said in one; in place.
+
+    Raises:
+        ConfigError: both ways at once.
+    """
+    for one, other in (("alpha", "scale"), ("layers", "num_layers")):
+        if one in values and other in values:
+            raise ConfigError(f"{one} and {other} say the same thing", expected="one of them", found="both")
+    for name in LISTS:
+        if isinstance(values.get(name), str):
+            values[name] = [part.strip() for part in values[name].split(",") if part.strip()]
+    for name in ("sample_prompt", "field"):
+        if isinstance(values.get(name), str):
+            values[name] = [values[name]]
+    values |= {name: tuple(values[name]) for name in (*LISTS, "sample_prompt") if name in values}
+    if (count := values.pop("num_layers", None)) is not None:
+        if count != -1 and count < 1:
+            raise ConfigError("num_layers out of range", expected="at least 1, or -1 for all", found=count)
+        values["layers"] = "all" if count == -1 else f"last-{count}"
+    if (ratio := values.pop("loraplus_ratio", None)) is not None:
+        values["rate_factors"] = {**values.get("rate_factors", {}), "lora_b": ratio}
+    own = values.get("optimizer_config", {})
+    if own and set(own) <= set(OPTIMIZERS):  # mlx-lm has the settings of each optimizer by its name
+        values["optimizer_config"] = own.get(values.get("optimizer", TrainConfig().optimizer)) or {}
+    for name in ("optimizer_config", "rate_factors"):
+        if name in values:
+            values[name] = {key: _number(value) for key, value in values[name].items()}
 
 
 def read_settings(file: Path) -> dict[str, Any]:

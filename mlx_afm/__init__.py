@@ -27,19 +27,26 @@ if TYPE_CHECKING:
     from mlx_afm.formats.fmadapter_check import check_fmadapter
     from mlx_afm.generation import GenerateConfig, generate, stream_generate
     from mlx_afm.interop import register
-    from mlx_afm.training import TrainConfig
+    from mlx_afm.text.response_format import response_format
+    from mlx_afm.training import Callback, TrainConfig
+    from mlx_afm.workflows.check import CheckConfig, check_package
     from mlx_afm.workflows.convert import convert
-    from mlx_afm.workflows.export import convert_adapter, export_fmadapter
+    from mlx_afm.workflows.export import ExportConfig, Exported, convert_adapter, export_fmadapter, export_package
     from mlx_afm.workflows.fuse import fuse
     from mlx_afm.workflows.inspect import inspect
     from mlx_afm.workflows.load import load
     from mlx_afm.workflows.lora import LoRAJob, score, train
+    from mlx_afm.workflows.plot import plot
 
 _HOMES = {
     "AFMError": "errors",
     "AdapterError": "errors",
+    "Callback": "training",
+    "CheckConfig": "workflows.check",
     "ConfigError": "errors",
     "DataError": "errors",
+    "ExportConfig": "workflows.export",
+    "Exported": "workflows.export",
     "FormatError": "errors",
     "GenerateConfig": "generation",
     "LoRAConfig": "adapters",
@@ -48,14 +55,18 @@ _HOMES = {
     "TensorsError": "errors",
     "TrainConfig": "training",
     "check_fmadapter": "formats.fmadapter_check",
+    "check_package": "workflows.check",
     "convert": "workflows.convert",
     "convert_adapter": "workflows.export",
     "export_fmadapter": "workflows.export",
+    "export_package": "workflows.export",
     "fuse": "workflows.fuse",
     "generate": "generation",
     "inspect": "workflows.inspect",
     "load": "workflows.load",
+    "plot": "workflows.plot",
     "register": "interop",
+    "response_format": "text.response_format",
     "score": "workflows.lora",
     "stream_generate": "generation",
     "train": "workflows.lora",
@@ -64,8 +75,12 @@ _HOMES = {
 __all__ = [
     "AFMError",
     "AdapterError",
+    "Callback",
+    "CheckConfig",
     "ConfigError",
     "DataError",
+    "ExportConfig",
+    "Exported",
     "FormatError",
     "GenerateConfig",
     "LoRAConfig",
@@ -75,14 +90,18 @@ __all__ = [
     "TrainConfig",
     "__version__",
     "check_fmadapter",
+    "check_package",
     "convert",
     "convert_adapter",
     "export_fmadapter",
+    "export_package",
     "fuse",
     "generate",
     "inspect",
     "load",
+    "plot",
     "register",
+    "response_format",
     "score",
     "stream_generate",
     "train",

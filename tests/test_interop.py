@@ -24,7 +24,10 @@ def ask(text: str) -> list[dict[str, str]]:
 
 
 @pytest.fixture
-def registered():
+def registered(monkeypatch):
+    import mlx_lm.utils
+
+    monkeypatch.setattr(mlx_lm.utils, "load_config", mlx_lm.utils.load_config)  # put back afterwards
     before = sys.modules.get(MODULE)
     mlx_afm.register()
     yield

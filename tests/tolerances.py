@@ -12,3 +12,5 @@ GRADIENT = 1e-3
 SAME_ARITHMETIC = 1e-5
 # A weight merged in float32 against the two products computed apart.
 FUSED = 1e-4
+# Logits with an adapter of float32 against the same rounded to float16 (11 bits), a few layers deep.
+ADAPTER_FP16 = 1e-3

@@ -7,22 +7,25 @@ from mlx_afm.adapters.attach import (
     has_adapter,
     remove_adapter,
     set_adapter_weights,
+    set_full_weights,
     train_only,
 )
 from mlx_afm.adapters.config import LoRAConfig
+from mlx_afm.adapters.device_form import DeviceForm, FormChange, to_device_form
 from mlx_afm.adapters.store import (
     Adapter,
     adapter_shapes,
     is_zero,
     read_adapter,
     write_adapter_folder,
-    write_adapter_package,
-    write_adapter_pt,
     write_adapter_weights,
 )
+from mlx_afm.adapters.toolkit_forms import package_tensors, write_adapter_package, write_adapter_pt
 
 __all__ = [
     "Adapter",
+    "DeviceForm",
+    "FormChange",
     "LoRAConfig",
     "adapter_shapes",
     "adapter_weights",
@@ -30,9 +33,12 @@ __all__ = [
     "fuse_adapter",
     "has_adapter",
     "is_zero",
+    "package_tensors",
     "read_adapter",
     "remove_adapter",
     "set_adapter_weights",
+    "set_full_weights",
+    "to_device_form",
     "train_only",
     "write_adapter_folder",
     "write_adapter_package",

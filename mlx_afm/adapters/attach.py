@@ -1,4 +1,7 @@
-"""Adapters on a model: put on, taken off, read out, merged. One adapter at a time."""
+"""Adapters on a model: put on, taken off, read out, merged. One adapter at a time.
+
+Full fine-tuning has no layers of its own: its weights are the model's, held in float32 while they are trained.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,19 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_afm.adapters.config import LoRAConfig
+from mlx_afm.adapters.layers import ALL, chosen_layers, layer_of
 from mlx_afm.checkpoints.names import PROJECTIONS, Projection, target_of
 from mlx_afm.errors import AdapterError
 from mlx_afm.model import Model
+from mlx_afm.model.dora import DoRAFusedLinear, DoRALinear
 from mlx_afm.model.lora import LoRAFusedLinear, LoRALinear
+from mlx_afm.model.quantized import dequantize_modules, is_quantized
 from mlx_afm.tree import require_same_tensors
 
-LORA_LAYERS = (LoRALinear, LoRAFusedLinear)
+LORA_LAYERS = (LoRALinear, LoRAFusedLinear, DoRALinear, DoRAFusedLinear)
+ARRAYS = ("lora_a", "lora_b", "m")  # of an adapted layer, the last of DoRA's alone
+ENDINGS = tuple(f".{name}" for name in ARRAYS)
+QUANTISER_STEPS = ("quant_key_scale", "quant_value_scale")  # measured, not learnt
 
 
 def add_adapter(model: Model, config: LoRAConfig, *, seed: int = 0) -> None:
@@ -23,22 +32,28 @@ def add_adapter(model: Model, config: LoRAConfig, *, seed: int = 0) -> None:
 
     Args:
         model: changed in place; its base weights are frozen.
-        config: form of the adapter, which is trainable.
+        config: form of the adapter, which is trainable. Full fine-tuning makes the whole model float32.
         seed: of the start values of A.
 
     Raises:
-        AdapterError: the model has an adapter already.
+        AdapterError: the model has an adapter already, or codes that full fine-tuning would have to change.
     """
     if has_adapter(model):
         raise AdapterError("the model has an adapter already", advice="Remove or fuse it first.")
+    if config.fine_tune_type == "full":
+        _require_dense(model)
+    layers = chosen_layers(config.layers, model.args)
     model.freeze()
+    if config.fine_tune_type == "full":
+        _train_whole_layers(model, layers, everything=config.layers == ALL)
+        return
     places = [
         (f"{prefix}.{index}.{projection.ours}", projection)
-        for prefix, layers in (
-            ("model.layers", model.model.layers),
-            ("model.kv_reuse_layers", model.model.kv_reuse_layers),
+        for prefix, count in (
+            ("model.layers", len(model.model.layers)),
+            ("model.kv_reuse_layers", len(model.model.kv_reuse_layers)),
         )
-        for index in range(len(layers))
+        for index in range(count)
         for projection in PROJECTIONS
     ]
     modules = dict(model.named_modules())
@@ -46,25 +61,47 @@ def add_adapter(model: Model, config: LoRAConfig, *, seed: int = 0) -> None:
     adapted = [
         (name, _adapted(modules[name], projection, config, key))
         for (name, projection), key in zip(places, keys)
-        if name in modules and set(projection.target) & set(config.targets)
+        if name in modules
+        and set(projection.target) & set(config.targets)
+        and layer_of(f"{name}.", model.args) in layers
     ]
     model.update_modules(tree_unflatten(adapted))
-    train_only(model, config.targets)
+    train_only(model, config.targets, config.layers)
+
+
+def _require_dense(model: Model) -> None:
+    if is_quantized(model):
+        advice = "Make it dense first (mlx-afm convert -d), or use a low-rank adapter."
+        raise AdapterError("full fine-tuning of a quantised model", expected="dense weights", advice=advice)
 
 
 def _adapted(module: nn.Module, projection: Projection, config: LoRAConfig, key: mx.array) -> nn.Module:
     parts = tuple(target for target in projection.target if target in config.targets)
     extra = {"parts": parts} if len(projection.target) > 1 else {}
+    if config.fine_tune_type == "dora":
+        layer = DoRAFusedLinear if extra else DoRALinear
+        return layer(module, config.rank, scale=config.scale, dropout=config.dropout, key=key, **extra)
     return module.to_lora(r=config.rank, scale=config.scale, dropout=config.dropout, key=key, **extra)
 
 
-def train_only(model: Model, targets: tuple[str, ...]) -> None:
-    """Freezes everything but the adapter matrices of some projections."""
+def _train_whole_layers(model: Model, layers: frozenset[int], *, everything: bool) -> None:
+    """Makes whole layers trainable, in float32, and with all of them the embedding and the last norm."""
+    model.apply(lambda array: array.astype(mx.float32))
+    if everything:
+        model.unfreeze()
+    for number, layer in enumerate(model.layers):
+        if number in layers:
+            layer.unfreeze()
+    model.freeze(keys=list(QUANTISER_STEPS))
+
+
+def train_only(model: Model, targets: tuple[str, ...], layers: str = ALL) -> None:
+    """Freezes everything but the adapter's arrays of some projections of some layers."""
     model.freeze()
-    modules = dict(model.named_modules())
+    modules, chosen = dict(model.named_modules()), chosen_layers(layers, model.args)
     for name in adapter_weights(model):
-        if target_of(name) in targets:
-            modules[name.rsplit(".", 1)[0]].unfreeze(keys=["lora_a", "lora_b"], recurse=False)
+        if target_of(name) in targets and layer_of(name, model.args) in chosen:
+            modules[name.rsplit(".", 1)[0]].unfreeze(keys=list(ARRAYS), recurse=False)
 
 
 def has_adapter(model: Model) -> bool:
@@ -77,9 +114,19 @@ def remove_adapter(model: Model) -> None:
     _replace(model, lambda module: module.linear)
 
 
-def fuse_adapter(model: Model) -> None:
-    """Adds the adapter to the weights (in float32, rounded once to their dtype) and takes it off."""
-    _replace(model, lambda module: module.fuse())
+def fuse_adapter(model: Model, *, dequantize: bool = False) -> None:
+    """Adds the adapter to the weights (in float32, rounded once to their dtype) and takes it off.
+
+    Args:
+        model: changed in place.
+        dequantize: make all codes dense. Without it codes are never touched, so an adapter on them is refused.
+
+    Raises:
+        AdapterError: it sits on codes.
+    """
+    _replace(model, lambda module: module.fuse(dequantize))
+    if dequantize:
+        dequantize_modules(model)
 
 
 def _replace(model: Model, make: object) -> None:
@@ -89,8 +136,13 @@ def _replace(model: Model, make: object) -> None:
 
 
 def adapter_weights(model: Model) -> dict[str, mx.array]:
-    """The adapter's arrays by name: `...lora_a` (in, R), `...lora_b` (R, out), float32."""
-    return {name: array for name, array in tree_flatten(model.parameters()) if name.endswith((".lora_a", ".lora_b"))}
+    """The adapter's arrays by name: `...lora_a` (in, R), `...lora_b` (R, out), DoRA's `...m` (out,), float32.
+
+    Of a model that is fine-tuned as a whole, the trainable weights.
+    """
+    if not has_adapter(model):
+        return dict(tree_flatten(model.trainable_parameters()))
+    return {name: array for name, array in tree_flatten(model.parameters()) if name.endswith(ENDINGS)}
 
 
 def set_adapter_weights(model: Model, weights: Mapping[str, mx.array], *, where: object) -> None:
@@ -104,3 +156,14 @@ def set_adapter_weights(model: Model, weights: Mapping[str, mx.array], *, where:
     advice = "Was this adapter trained for another base model, or with other settings?"
     require_same_tensors(expected, found, where=where, advice=advice)
     model.load_weights([(name, array.astype(mx.float32)) for name, array in weights.items()], strict=False)
+
+
+def set_full_weights(model: Model, weights: Mapping[str, mx.array]) -> None:
+    """Puts weights of full fine-tuning in place, rounded once to the dtype of those they replace.
+
+    Raises:
+        AdapterError: those they replace are codes.
+    """
+    _require_dense(model)
+    dtypes = {name: array.dtype for name, array in tree_flatten(model.parameters())}
+    model.load_weights([(name, array.astype(dtypes[name])) for name, array in weights.items()], strict=False)

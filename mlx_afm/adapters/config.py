@@ -1,27 +1,36 @@
-"""What an adapter is: rank, scale, and which projections it sits on."""
+"""What an adapter is: its kind, rank, scale, and which projections of which layers it sits on."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any
 
+from mlx_afm.adapters.layers import ALL, layer_faults
 from mlx_afm.checkpoints.names import TARGETS
 from mlx_afm.errors import AdapterError, ConfigError
 from mlx_afm.model import AFMConfig
 
 DEFAULT_SCALE = 0.5  # of an adapter file that carries none: alpha 16 at rank 32
+FINE_TUNE_TYPES = ("lora", "dora", "full")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """Form of a LoRA adapter.
+    """Form of an adapter.
 
     Attributes:
         rank: inner dimension.
         scale: factor of the update, alpha / rank elsewhere. Devices always apply 0.5.
         dropout: of the update's input, in training.
         targets: which projections: q, k, v, o (attention output), gate, up, down.
+        layers: which layers: all, ordinary, reuse, last-N, or ranges such as 0-34.
+        fine_tune_type: lora; dora (low-rank update and the lengths of the weight's rows); or full: all
+            weights of the chosen layers, with embedding and last norm if these are all. The other
+            settings then mean nothing.
+        alpha: instead of `scale`, which becomes alpha / rank.
+        use_rslora: `scale` becomes alpha / sqrt(rank), as rank-stabilised LoRA has it.
 
     Raises:
         ConfigError: settings out of range.
@@ -31,12 +40,20 @@ class LoRAConfig:
     scale: float = DEFAULT_SCALE
     dropout: float = 0.0
     targets: tuple[str, ...] = TARGETS
+    layers: str = ALL
+    fine_tune_type: str = "lora"
+    alpha: InitVar[float | None] = None
+    use_rslora: InitVar[bool] = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, alpha: float | None, use_rslora: bool) -> None:
         faults = []
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             faults.append(f"rank: expected a whole number from 1 on, found {self.rank!r}")
-        if not isinstance(self.scale, (int, float)) or not self.scale > 0:
+        elif alpha is not None:
+            faults += self._set_scale(alpha, use_rslora)
+        elif use_rslora:
+            faults.append("use_rslora: expected with alpha, since it is what alpha is divided by")
+        if not isinstance(self.scale, (int, float)) or not 0 < self.scale < math.inf:
             faults.append(f"scale: expected more than 0, found {self.scale!r}")
         if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             faults.append(f"dropout: expected from 0 to less than 1, found {self.dropout!r}")
@@ -45,8 +62,21 @@ class LoRAConfig:
             faults.append(
                 f"targets: expected some of {','.join(TARGETS)}, found {','.join(map(str, self.targets)) or 'none'}"
             )
+        faults += layer_faults(self.layers)
+        if self.fine_tune_type not in FINE_TUNE_TYPES:
+            faults.append(f"fine_tune_type: expected one of {', '.join(FINE_TUNE_TYPES)}, found {self.fine_tune_type}")
+        elif self.fine_tune_type == "full" and set(self.targets) != set(TARGETS):
+            faults.append("targets: full fine-tuning takes whole layers; choose them with layers")
         if faults:
             raise ConfigError("the adapter's settings are out of range", details=faults)
+
+    def _set_scale(self, alpha: float, use_rslora: bool) -> list[str]:
+        if self.scale != DEFAULT_SCALE:
+            return [f"alpha: expected alpha or scale, found alpha {alpha} and scale {self.scale}"]
+        if not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
+            return [f"alpha: expected more than 0, found {alpha!r}"]
+        object.__setattr__(self, "scale", alpha / (math.sqrt(self.rank) if use_rslora else self.rank))
+        return []
 
 
 def to_adapter_json(config: LoRAConfig, model: AFMConfig, toolkit_name: str) -> dict[str, Any]:
@@ -54,8 +84,10 @@ def to_adapter_json(config: LoRAConfig, model: AFMConfig, toolkit_name: str) -> 
     parameters: dict[str, Any] = {"rank": config.rank, "scale": config.scale, "dropout": config.dropout}
     if set(config.targets) != set(TARGETS):
         parameters["targets"] = list(config.targets)
+    if config.layers != ALL:
+        parameters["layers"] = config.layers
     return {
-        "fine_tune_type": "lora",
+        "fine_tune_type": config.fine_tune_type,
         "num_layers": -1,
         "lora_parameters": parameters,
         "base_model": model.to_dict(),
@@ -67,15 +99,16 @@ def parse_adapter_json(values: Any, *, where: object) -> tuple[LoRAConfig, AFMCo
     """The adapter's form and, if it says so, the sizes of its base.
 
     Raises:
-        AdapterError: not a LoRA adapter, or settings missing or out of range.
+        AdapterError: not an adapter we know, or settings missing or out of range.
     """
     if not isinstance(values, Mapping) or not isinstance(values.get("lora_parameters"), Mapping):
         raise AdapterError("not an adapter configuration", where=where, expected="an object with lora_parameters")
     kind = values.get("fine_tune_type", "lora")
-    if kind != "lora":
-        raise AdapterError("not a LoRA adapter", where=where, expected="fine_tune_type lora", found=kind)
+    if kind not in FINE_TUNE_TYPES:
+        expected = f"fine_tune_type {', '.join(FINE_TUNE_TYPES)}"
+        raise AdapterError("an adapter of another kind", where=where, expected=expected, found=kind)
     parameters = values["lora_parameters"]
-    missing = [name for name in ("rank", "scale") if name not in parameters]
+    missing = [name for name in ("rank", "scale") if name not in parameters and kind != "full"]
     if missing:
         raise AdapterError(f"lora_parameters without {' and '.join(missing)}", where=where)
     targets, base = parameters.get("targets", TARGETS), values.get("base_model")
@@ -83,12 +116,8 @@ def parse_adapter_json(values: Any, *, where: object) -> tuple[LoRAConfig, AFMCo
         expected = "targets a list and base_model an object"
         raise AdapterError("not an adapter configuration", where=where, expected=expected)
     try:
-        config = LoRAConfig(
-            rank=parameters["rank"],
-            scale=parameters["scale"],
-            dropout=parameters.get("dropout", 0.0),
-            targets=tuple(targets),
-        )
+        given = {name: parameters[name] for name in ("rank", "scale", "dropout") if name in parameters}
+        config = LoRAConfig(**given, targets=tuple(targets), layers=parameters.get("layers", ALL), fine_tune_type=kind)
         return config, None if base is None else AFMConfig.from_dict(base)
     except (ConfigError, TypeError) as error:
         raise AdapterError(f"cannot be used: {error}", where=where) from error

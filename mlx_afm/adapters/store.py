@@ -14,23 +14,25 @@ from pathlib import Path
 import numpy as np
 
 from mlx_afm.adapters.config import DEFAULT_SCALE, LoRAConfig, parse_adapter_json, to_adapter_json
+from mlx_afm.adapters.layers import ALL, chosen_layers, layer_of
 from mlx_afm.checkpoints.arrays import cast
 from mlx_afm.checkpoints.names import (
     DEFAULT_ADAPTER,
-    TARGETS,
     Entry,
+    Kind,
     adapter_ids,
     count_layers,
     plan_adapter,
+    plan_names,
     target_of,
 )
-from mlx_afm.errors import AdapterError, ConfigError
+from mlx_afm.errors import AdapterError
 from mlx_afm.files import atomic_folder, read_json, write_json
-from mlx_afm.formats.fmadapter import Geometry, Metadata, read_fmadapter, write_fmadapter
+from mlx_afm.formats.fmadapter import read_fmadapter
 from mlx_afm.formats.safetensors_file import read_safetensors, write_safetensors
 from mlx_afm.formats.tensors import LazyTensor
-from mlx_afm.formats.torch_file import read_torch, write_torch
-from mlx_afm.model import AdapterSpec, AFMConfig
+from mlx_afm.formats.torch_file import read_torch
+from mlx_afm.model import AdapterSpec, AFMConfig, ToolkitConfig
 from mlx_afm.tree import require_same_tensors
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
@@ -44,7 +46,8 @@ class Adapter:
     Attributes:
         config: its form.
         base: sizes of the model it was made for; None if a file does not say and its tensors do not tell.
-        weights: `...lora_a` (in, R) and `...lora_b` (R, out).
+        weights: `...lora_a` (in, R), `...lora_b` (R, out) and DoRA's `...m` (out,); of full fine-tuning
+            the model's own weights.
         name: the adapter id in the toolkit's names.
     """
 
@@ -107,11 +110,26 @@ def _require_fit(adapter: Adapter, base: AFMConfig, path: Path) -> None:
 
 
 def adapter_shapes(base: AFMConfig, config: LoRAConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of an adapter's tensors, in the toolkit's order."""
-    return {entry.ours: entry.shape for entry in _entries(base, config) if target_of(entry.ours) in config.targets}
+    """Names and shapes of an adapter's tensors, in the toolkit's order.
+
+    Raises:
+        ConfigError: layers that the base does not have.
+    """
+    layers = chosen_layers(config.layers, base)
+    if config.fine_tune_type == "full":
+        weights = [e for e in plan_names(ToolkitConfig(model=base, adapter=None)) if e.kind is Kind.WEIGHT]
+        return {e.ours: e.shape for e in weights if config.layers == ALL or layer_of(e.ours, base) in layers}
+    shapes = {}
+    for entry in adapter_entries(base, config):
+        if target_of(entry.ours) in config.targets and layer_of(entry.ours, base) in layers:
+            shapes[entry.ours] = entry.shape
+            if config.fine_tune_type == "dora" and entry.ours.endswith(".lora_b"):
+                shapes[entry.ours.removesuffix("lora_b") + "m"] = entry.shape[-1:]
+    return shapes
 
 
-def _entries(base: AFMConfig, config: LoRAConfig, name: str = DEFAULT_ADAPTER) -> list[Entry]:
+def adapter_entries(base: AFMConfig, config: LoRAConfig, name: str = DEFAULT_ADAPTER) -> list[Entry]:
+    """Every tensor of a LoRA adapter on all projections of all layers, in the toolkit's order."""
     return plan_adapter(base, AdapterSpec(name=name, rank=config.rank, alpha=config.scale * config.rank))
 
 
@@ -137,7 +155,7 @@ def _read_pt(path: Path, base: AFMConfig | None, scale: float) -> Adapter:
     if made_for is None:
         advice = "Give the base model with --model; only Apple's own sizes are recognised without it."
         raise AdapterError("cannot tell which model this adapter is for", where=path, advice=advice)
-    entries = _entries(made_for, config, ids[0])
+    entries = adapter_entries(made_for, config, ids[0])
     expected_shapes = {entry.toolkit: entry.shape for entry in entries}
     found = {name: tensor.shape for name, tensor in tensors.items()}
     advice = "Was it trained for another base model?"
@@ -168,7 +186,7 @@ def _read_package(path: Path) -> Adapter:
     )
     config = LoRAConfig(rank=metadata.rank, scale=DEFAULT_SCALE)
     # Adapters are float32 everywhere else; fp16 widens exactly.
-    weights = {entry.ours: cast(tensors[entry.toolkit], "float32") for entry in _entries(base, config)}
+    weights = {entry.ours: cast(tensors[entry.toolkit], "float32") for entry in adapter_entries(base, config)}
     return Adapter(config, base, weights)
 
 
@@ -184,61 +202,8 @@ def write_adapter_weights(path: Path, weights: Mapping[str, LazyTensor]) -> None
     write_safetensors(path, weights, {"format": "mlx"})
 
 
-def _toolkit_tensors(adapter: Adapter, what: str, name: str) -> dict[str, LazyTensor]:
-    """The tensors by the toolkit's names with this adapter id, in its order.
-
-    Raises:
-        AdapterError: the adapter leaves projections out, which that form cannot say.
-    """
-    left_out = [target for target in TARGETS if target not in adapter.config.targets]
-    if left_out:
-        advice = "Train on all seven projections for this form."
-        found = f"without {','.join(left_out)}"
-        raise AdapterError(f"{what} holds every projection", found=found, advice=advice)
-    entries = _entries(adapter.require_base(), adapter.config, name)
-    return {entry.toolkit: adapter.weights[entry.ours] for entry in entries}
-
-
-def write_adapter_pt(path: Path, adapter: Adapter) -> None:
-    """Writes the toolkit's `.pt`: its names in its order.
-
-    Raises:
-        AdapterError: a scale other than 0.5, which a `.pt` cannot carry, or projections left out.
-    """
-    _require_device_scale(adapter, "a toolkit .pt")
-    write_torch(path, _toolkit_tensors(adapter, "a toolkit .pt", adapter.name))
-
-
-def _require_device_scale(adapter: Adapter, what: str) -> None:
-    if adapter.config.scale != DEFAULT_SCALE:
-        advice = "Train with scale 0.5 (alpha = rank / 2)."
-        raise AdapterError(f"{what} implies scale {DEFAULT_SCALE}", found=adapter.config.scale, advice=advice)
-
-
-def write_adapter_package(folder: Path, adapter: Adapter, metadata: Metadata) -> Path:
-    """Writes a `.fmadapter` into a folder; returns where it is.
-
-    Raises:
-        AdapterError: another scale than 0.5, projections left out, or values fp16 cannot hold.
-        ConfigError: a name devices refuse.
-    """
-    _require_device_scale(adapter, "a .fmadapter")
-    base = adapter.require_base()
-    try:
-        geometry = Geometry(
-            ordinary_layers=base.num_ordinary_layers,
-            reuse_layers=base.num_kv_reuse_layers,
-            hidden=base.hidden_dim,
-            heads=base.num_heads,
-            kv_heads=base.num_kv_heads,
-            feed_forward=base.feed_forward_dim,
-            rank=adapter.config.rank,
-        )
-    except ConfigError as error:
-        raise AdapterError(f"no package can be made: {error}") from error
-    return write_fmadapter(folder, _toolkit_tensors(adapter, "a .fmadapter", DEFAULT_ADAPTER), metadata, geometry)
-
-
 def is_zero(adapter: Adapter) -> bool:
-    """Whether every B is zero, so that the adapter changes nothing."""
+    """Whether the adapter changes nothing: a LoRA adapter whose every B is zero."""
+    if adapter.config.fine_tune_type != "lora":
+        return False
     return not any(np.any(tensor.read()) for name, tensor in adapter.weights.items() if name.endswith(".lora_b"))

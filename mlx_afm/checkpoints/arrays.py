@@ -39,7 +39,7 @@ def cast(tensor: LazyTensor, dtype: str | None) -> LazyTensor:
         return tensor
 
     def cast_values(values_N: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return _from_float32(_to_float32(values_N, tensor.dtype), dtype)
+        return from_float32(to_float32(values_N, tensor.dtype), dtype)
 
     def whole() -> npt.NDArray[Any]:
         return cast_values(np.ascontiguousarray(tensor.read()).reshape(-1)).reshape(tensor.shape)
@@ -47,13 +47,15 @@ def cast(tensor: LazyTensor, dtype: str | None) -> LazyTensor:
     return LazyTensor(dtype, tensor.shape, whole, lambda: map(cast_values, tensor.blocks()))
 
 
-def _to_float32(values_N: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
+def to_float32(values_N: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
+    """Values of a floating dtype (bfloat16 as its bit patterns), widened exactly (float64: rounded)."""
     if dtype == "bfloat16":
         return (values_N.astype(np.uint32) << 16).view(np.float32)
     return values_N.astype(np.float32, copy=False)
 
 
-def _from_float32(values_N: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[Any]:
+def from_float32(values_N: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[Any]:
+    """Float32 values rounded to a floating dtype, nearest even; bfloat16 as its bit patterns."""
     if dtype == "bfloat16":
         return to_bfloat16(values_N)
     with np.errstate(over="ignore"):  # beyond float16's range there is infinity

@@ -2,6 +2,7 @@
 
 config.json, model*.safetensors, model.safetensors.index.json    as mlx-lm has them
 tokenizer.model and what transformers' AutoTokenizer needs       if the source had a tokenizer
+mlx_afm_model.py                    of a quantised folder: where mlx-lm finds our model, see `interop`
 toolkit/base-model-config.json      the toolkit's JSON, byte for byte
 toolkit/observers.safetensors       ranges and counters of the K/V quantisers, by the toolkit's names
 base_adapter/                       the adapter tensors of base-model.pt, an adapter folder
@@ -19,6 +20,7 @@ from mlx.utils import tree_flatten
 
 from mlx_afm.checkpoints.arrays import cast
 from mlx_afm.checkpoints.names import Entry, Kind, plan_names
+from mlx_afm.checkpoints.quantized import KEY, schemes_of
 from mlx_afm.checkpoints.toolkit import ToolkitCheckpoint, quantizer_scale, range_of_scale
 from mlx_afm.errors import ConfigError, FormatError
 from mlx_afm.files import read_json, write_json
@@ -27,11 +29,14 @@ from mlx_afm.formats.safetensors_file import read_safetensors, write_safetensors
 from mlx_afm.formats.tensors import LazyTensor, OnBytes
 from mlx_afm.formats.torch_file import write_torch
 from mlx_afm.model import AFMConfig, Model, ToolkitConfig, parse_toolkit_config, to_toolkit_config
+from mlx_afm.model.quantized import quantize_modules
+from mlx_afm.quant import Scheme
 from mlx_afm.tree import require_same_tensors
 
 TOOLKIT_CONFIG = Path("toolkit", "base-model-config.json")
 OBSERVERS = Path("toolkit", "observers.safetensors")
 BASE_ADAPTER = "base_adapter"
+NORM = "model.output_norm.weight"  # never quantised: its dtype is the model's
 # What goes along when a folder is fused or cast: the tokenizer, and settings other programs read.
 KEPT_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 KEPT_KEYS = ("eos_token_id", "pad_token_id", "torch_dtype")
@@ -41,17 +46,30 @@ def read_config(folder: Path) -> AFMConfig:
     """The model configuration of a folder.
 
     Raises:
-        FormatError: not a model folder. ConfigError: not an AFM text v7 model, or a quantised one.
+        FormatError: not a model folder. ConfigError: not an AFM text v7 model.
     """
     values = _read_config_json(folder)
-    if "quantization" in values or "quantization_config" in values:
-        raise ConfigError("quantised folders cannot be loaded by this version", where=folder / "config.json")
     try:
         return AFMConfig.from_dict(values)
     except ConfigError as error:
         raise ConfigError(
             error.what, where=folder / "config.json", expected=error.expected, found=error.found, details=error.details
         ) from None
+
+
+def read_quantization(folder: Path) -> dict[str, Scheme]:
+    """Which modules of a folder are in codes, by module path; none if it is dense.
+
+    Raises:
+        FormatError: not a model folder. ConfigError: codes of a form that is not explained or not known.
+    """
+    return schemes_of(_read_config_json(folder), read_shards(folder), where=folder / "config.json")
+
+
+def quantization_settings(folder: Path) -> dict[str, Any]:
+    """What `config.json` says of codes, as it is."""
+    values = _read_config_json(folder)
+    return {key: values[key] for key in (KEY, "quantization_config") if key in values}
 
 
 def _read_config_json(folder: Path) -> dict[str, Any]:
@@ -89,15 +107,17 @@ def kept_settings(folder: Path) -> dict[str, Any]:
     return {key: values[key] for key in KEPT_KEYS if key in values}
 
 
-def toolkit_parts(folder: Path) -> list[str]:
-    """Relative paths of what the toolkit's side needs, as far as a folder has it."""
-    return [str(part) for part in (TOOLKIT_CONFIG, OBSERVERS) if (folder / part).is_file()]
+def toolkit_parts(folder: Path, *, config: bool = True) -> list[str]:
+    """Relative paths of what the toolkit's side needs, as far as a folder has it; with or without its JSON."""
+    parts = (TOOLKIT_CONFIG, OBSERVERS) if config else (OBSERVERS,)
+    return [str(part) for part in parts if (folder / part).is_file()]
 
 
-def write_toolkit_parts(folder: Path, checkpoint: ToolkitCheckpoint) -> None:
-    """Writes the toolkit's JSON and the observers beside the weights."""
+def write_toolkit_parts(folder: Path, checkpoint: ToolkitCheckpoint, *, config: bool = True) -> None:
+    """Writes the observers beside the weights, and the toolkit's JSON unless the adapter it names is left out."""
     (folder / TOOLKIT_CONFIG).parent.mkdir(exist_ok=True)
-    (folder / TOOLKIT_CONFIG).write_bytes(checkpoint.config_text)
+    if config:
+        (folder / TOOLKIT_CONFIG).write_bytes(checkpoint.config_text)
     kinds = (Kind.RANGE, Kind.SAMPLES)
     names = [entry.toolkit for entry in plan_names(checkpoint.config) if entry.kind in kinds]
     if names:
@@ -114,9 +134,13 @@ def load_model(folder: Path, *, lazy: bool = False) -> Model:
     Raises:
         FormatError, ConfigError: see `read_config`. TensorsError: weights of another model.
     """
-    model = Model(read_config(folder))
+    model, tensors = Model(read_config(folder)), read_shards(folder)
+    schemes = schemes_of(_read_config_json(folder), tensors, where=folder / "config.json")
+    if schemes:
+        norm = tensors.get(NORM)
+        quantize_modules(model, schemes, mx.float32 if norm is None else getattr(mx, norm.dtype))
     expected = {name: tuple(array.shape) for name, array in tree_flatten(model.parameters())}
-    found = {name: tensor.shape for name, tensor in read_shards(folder).items()}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
     require_same_tensors(expected, found, where=folder)
     weights: dict[str, mx.array] = {}
     for file in shard_files(folder):
@@ -146,8 +170,11 @@ def state_dict_of(
         dtype: cast weights to this when they are read; None keeps them.
 
     Raises:
-        TensorsError: the folder lacks a tensor the configuration asks for.
+        ConfigError: a quantised folder. TensorsError: it lacks a tensor the configuration asks for.
     """
+    if read_quantization(source):
+        advice = "Make it dense first: mlx-afm convert -d --hf-path FOLDER --mlx-path DENSE"
+        raise ConfigError("the toolkit has no quantised weights", where=source, advice=advice)
     config = read_toolkit_config(source)
     ours = {**read_shards(source), **adapter}
     observers = read_safetensors(source / OBSERVERS) if (source / OBSERVERS).is_file() else {}

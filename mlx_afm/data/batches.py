@@ -1,4 +1,4 @@
-"""Tokens to batches: which examples go together is planned from lengths alone, then arrays are made.
+"""Tokens to arrays: a micro-batch is some examples, and lies in memory as costs least.
 
 Shape suffixes: B batch, L tokens, N targets of the row that has most.
 """
@@ -11,22 +11,25 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from mlx_afm.data.packing import PackedRow, pack, reach, rounded_up
 from mlx_afm.data.tokens import Tokens
-from mlx_afm.errors import ConfigError
+from mlx_afm.model import Packing, Reach
 
-WINDOW_BATCHES = 32  # examples are sorted by length within this many batches
+WORTH_PACKING = 0.97  # of the tokens of padded rows
+TARGET_STEP = 16  # the number of targets of a packed row is rounded up to a multiple of this
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Arrays of one micro-batch, padded on the right.
+    """Arrays of one micro-batch.
 
     Attributes:
-        inputs_BL: int32, tokens read.
+        inputs_BL: int32, tokens read, padded on the right.
         needed_BN: int32, the indices whose predictions count.
         targets_BN: int32, what should be predicted there.
         weights_BN: float32, weight of each target; 0 is padding.
-        read_tokens: how many inputs are not padding.
+        read_tokens: how many tokens the examples read, those in common counted for each.
+        packing: how the examples share a row; None if each has its own.
 
     A padded input changes nothing before it, since a token sees no later token.
 
@@ -38,37 +41,22 @@ class Batch:
     targets_BN: mx.array
     weights_BN: mx.array
     read_tokens: int = 0
-
-
-def plan_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int) -> list[tuple[int, ...]]:
-    """Indices of the examples of each batch of an epoch; every example once, the last batch may be short.
-
-    A pure function of its arguments, so a position in the data is (epoch, number of the batch).
-    Shuffled, then sorted by length within windows of 32 batches (little padding), then the order of
-    the batches is shuffled.
-
-    Raises:
-        ConfigError: batch_size below 1.
-    """
-    if batch_size < 1:
-        raise ConfigError("batch size below 1", found=batch_size)
-    rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(lengths))
-    window = batch_size * WINDOW_BATCHES
-    batches: list[tuple[int, ...]] = []
-    for start in range(0, len(order), window):
-        piece = sorted(order[start : start + window].tolist(), key=lambda index: lengths[index])
-        batches += [tuple(piece[first : first + batch_size]) for first in range(0, len(piece), batch_size)]
-    return [batches[index] for index in rng.permutation(len(batches))]
-
-
-def plan_in_order(count: int, batch_size: int) -> list[tuple[int, ...]]:
-    """Batches of the examples as they come, for evaluation."""
-    return [tuple(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)]
+    packing: Packing | None = None
 
 
 def make_batch(rows: Sequence[Tokens]) -> Batch:
-    """The arrays of some examples: inputs without the last token, targets shifted by one."""
+    """The arrays of some examples: padded rows, or one packed row if that holds fewer tokens.
+
+    Either way the loss is the sum of the examples' losses, and so is its gradient.
+    """
+    packed = pack(rows) if len(rows) > 1 else None
+    if packed is None or len(packed.ids_L) > WORTH_PACKING * len(rows) * (max(map(len, rows)) - 1):
+        return padded_batch(rows)
+    return packed_batch(packed, read_tokens=_read_tokens(rows))
+
+
+def padded_batch(rows: Sequence[Tokens]) -> Batch:
+    """The arrays of some examples, one a row: inputs without the last token, targets shifted by one."""
     length = max(len(row) for row in rows) - 1
     width = max(1, max(int(np.count_nonzero(row.weights[1:])) for row in rows))
     inputs = np.zeros((len(rows), length), np.int32)
@@ -81,6 +69,29 @@ def make_batch(rows: Sequence[Tokens]) -> Batch:
         needed[index, : len(trained)] = trained
         targets[index, : len(trained)] = row.ids[trained + 1]
         weights[index, : len(trained)] = row.weights[trained + 1]
-    return Batch(
-        mx.array(inputs), mx.array(needed), mx.array(targets), mx.array(weights), sum(map(len, rows)) - len(rows)
+    return Batch(mx.array(inputs), mx.array(needed), mx.array(targets), mx.array(weights), _read_tokens(rows))
+
+
+def packed_batch(row: PackedRow, *, read_tokens: int) -> Batch:
+    """The arrays of a packed row, a batch of one."""
+    count = len(row.needed_T)
+    fill = rounded_up(max(1, count), TARGET_STEP) - count
+    needed = np.pad(row.needed_T, (0, fill), mode="edge" if count else "constant")
+    everyone = reach(np.arange(len(row.ids_L), dtype=np.int32), row.last_readers_L)
+    packing = Packing(
+        mx.array(row.positions_L[None]),
+        Reach(*map(mx.array, everyone)),
+        Reach(*map(mx.array, reach(needed, row.last_readers_L))),
     )
+    return Batch(
+        inputs_BL=mx.array(row.ids_L[None]),
+        needed_BN=mx.array(needed[None]),
+        targets_BN=mx.array(np.pad(row.targets_T, (0, fill))[None]),
+        weights_BN=mx.array(np.pad(row.weights_T, (0, fill))[None]),
+        read_tokens=read_tokens,
+        packing=packing,
+    )
+
+
+def _read_tokens(rows: Sequence[Tokens]) -> int:
+    return sum(map(len, rows)) - len(rows)

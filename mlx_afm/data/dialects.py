@@ -1,4 +1,4 @@
-"""Records of every dialect to conversations, and back.
+"""Records of every dialect to conversations; `dialect_writer` goes back.
 
 | dialect | a record |
 |---|---|
@@ -13,11 +13,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_afm.data.json_text import parse_json
 from mlx_afm.errors import DataError
 
 # Tells the dialect of an object: the first of these whose keys are all there.
@@ -125,8 +125,8 @@ def _pair(answer: str, dialect: str) -> Callable[[dict[str, Any]], Conversation]
 def _instruction(record: dict[str, Any]) -> Conversation:
     texts = [_text(record["instruction"], "instruction"), _text(record.get("input") or "", "input")]
     messages = _system(record)
-    history = record.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+    history = _parsed(record.get("history"))
+    if not isinstance(history, (list, tuple)) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise DataError("history has the wrong form", kind="wrong-field", expected="a list of [request, answer]")
     for request, answer in history:
         messages += [*_turn("user", request, "history"), *_turn("assistant", answer, "history")]
@@ -175,66 +175,19 @@ _READERS: dict[str, Callable[[dict[str, Any]], Conversation]] = {
 DIALECTS = tuple(_READERS)
 
 
-def write_record(messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], text: str | None, dialect: str) -> Any:
-    """The record of a dialect that reads back as the same conversation.
-
-    Args:
-        messages: checked messages as dicts (`to_dict`), the system message included if there is one.
-        tools: tool definitions beside the messages.
-        text: plain text, in place of messages.
-        dialect: one of the module's table.
-
-    Raises:
-        DataError: the dialect cannot say this.
-    """
-    if (text is None) == (dialect == "text"):
-        raise _cannot(dialect, "plain text is no conversation, and the other way round")
-    if dialect == "text":
-        return {"text": text}
-    beside = {"tools": list(tools)} if tools else {}
-    if dialect == "messages":
-        return {"messages": list(messages), **beside}
-    if dialect == "toolkit":
-        return {"messages": list(messages), **beside} if tools else list(messages)
-    system = {"system": messages[0]["content"]} if messages[0]["role"] == "system" else {}
-    turns = list(messages[1:] if system else messages)
-    if any(set(message) - {"role", "content"} for message in messages) and dialect != "sharegpt":
-        raise _cannot(dialect, "it has no place for tools or response formats")
-    if dialect == "sharegpt":
-        return {**system, "conversations": [_to_sharegpt(turn) for turn in turns], **beside}
-    if [turn["role"] for turn in turns] != ["user", "assistant"] or tools:
-        raise _cannot(dialect, "it holds one request and one answer")
-    names = {"instruction": ("instruction", "output"), "prompt-response": ("prompt", "response")}
-    request, answer = names.get(dialect, ("prompt", "completion"))
-    empty = {"input": ""} if dialect == "instruction" else {}
-    return {**system, request: turns[0]["content"], **empty, answer: turns[1]["content"]}
-
-
-def _to_sharegpt(turn: Mapping[str, Any]) -> dict[str, Any]:
-    speaker = {"user": "human", "assistant": "gpt", "tool": "observation"}[turn["role"]]
-    if calls := turn.get("tool_calls"):
-        if turn["content"] or len(turn) > 3:
-            raise _cannot("sharegpt", "a tool call has no place for words beside it")
-        functions = [call["function"] for call in calls]
-        return {"from": "function_call", "value": json.dumps(functions, ensure_ascii=False)}
-    if set(turn) != {"role", "content"} or not isinstance(turn["content"], str):
-        raise _cannot("sharegpt", "it has no place for response formats, or results that are not text")
-    return {"from": speaker, "value": turn["content"]}
-
-
-def _cannot(dialect: str, reason: str) -> DataError:
-    advice = "Convert to messages, which holds everything"
-    return DataError(f"the dialect {dialect} cannot say this: {reason}", kind="not-expressible", advice=advice)
-
-
 def _system(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     system = record.get("system")
     return [{"role": "system", "content": _text(system, "system")}] if system else []
 
 
 def _turn(role: str, value: Any, field: str) -> list[Any]:
-    value = _parsed(value) if isinstance(value, str) and value.startswith("[{") else value
-    return value if isinstance(value, list) else [{"role": role, "content": _text(value, field)}]
+    if isinstance(value, list):
+        return value
+    text = _text(value, field)
+    messages = _parsed(text) if text.startswith("[{") and '"role"' in text else None
+    if isinstance(messages, list) and all(isinstance(item, dict) and "role" in item for item in messages):
+        return messages
+    return [{"role": role, "content": text}]
 
 
 def _text(value: object, field: str) -> str:
@@ -245,13 +198,14 @@ def _text(value: object, field: str) -> str:
 
 def _parsed(value: Any) -> Any:
     """Tables hold lists as JSON text; text that is no JSON list or object stays as it is."""
-    if value is None:
+    if value is None or value == "":
         return ()
     if isinstance(value, str) and value[:1] in ("[", "{"):
         try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
+            return parse_json(value)
+        except DataError as error:
+            if error.kind != "bad-json":
+                raise
     return value
 
 

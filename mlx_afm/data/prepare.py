@@ -5,7 +5,7 @@ Training and `data check` both come through here, so that what one refuses the o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -19,7 +19,8 @@ from mlx_afm.data.encode import encode_spans, render_example
 from mlx_afm.data.overflow import fit
 from mlx_afm.data.problems import Problem, to_problems
 from mlx_afm.data.records import MARKS, Example, RecordReader
-from mlx_afm.data.sources import Files, Row, iter_rows
+from mlx_afm.data.rows import Row
+from mlx_afm.data.sources import Files, iter_rows
 from mlx_afm.errors import DataError
 from mlx_afm.text.template import NEWLINE, Encoded, Span
 from mlx_afm.text.tokenizer import AFMTokenizer
@@ -27,6 +28,9 @@ from mlx_afm.text.tokenizer import AFMTokenizer
 BLOCK_BYTES = 1 << 19  # of JSON; small enough that a few of them in flight are little memory
 BLOCK_ROWS = 4096
 ROLES = ("system", "user", "assistant", "tool", "text")
+# Columns of `Prepared.examples`.
+LINE, TOKENS, ROLE_TOKENS = 0, 1, slice(2, 2 + len(ROLES))
+TRAINED, EXAMPLE, PROMPT, SYSTEM = (2 + len(ROLES) + place for place in range(4))
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ class Prepared:
         rows: how many there were.
         problems: what is wrong with them.
         examples: a tuple for each good example: line, tokens, tokens of each role of `ROLES` (marks
-            included), trained tokens, fingerprint of the example and of its prompt (without the last answer).
+            included), trained tokens, fingerprints of the example, of its prompt (without the last answer)
+            and of its system turn (0 if there is none).
         ids, trained: the tokens of all good examples, one after the other; empty if not wanted.
         lost: (line, tokens removed, whether it was left out) of each example that overflow changed.
     """
@@ -70,9 +75,9 @@ class Prepared:
     lost: list[tuple[int, int, bool]] = field(default_factory=list)
 
 
-def iter_blocks(files: Files) -> Iterator[Block]:
-    """The rows of a split in blocks, one file after the other."""
-    index = 0
+def iter_blocks(files: Files, first_index: int = 0) -> Iterator[Block]:
+    """The rows of a split in blocks, one file after the other; the first row has the number given."""
+    index = first_index
     for number, path in enumerate(files):
         rows: list[Row] = []
         size = 0
@@ -100,9 +105,10 @@ class Preparer:
         prepared = Prepared(block.file, block.name, len(block.rows))
         ids: list[int] = []
         trained: list[bool] = []
+        name = Path(block.name).name
         for index, row in enumerate(block.rows, start=block.first_index):
             try:
-                encoded = self._row(row, index, prepared)
+                encoded = self._row(row, index, f"{name} line {row.line}", prepared)
             except DataError as error:
                 prepared.problems += to_problems(error, block.name, row.line)
                 continue
@@ -112,8 +118,8 @@ class Preparer:
         prepared.ids, prepared.trained = np.array(ids, np.int32), np.array(trained, np.bool_)
         return prepared
 
-    def _row(self, row: Row, index: int, prepared: Prepared) -> Encoded | None:
-        example = self.read(row, index, f"{Path(prepared.name).name} line {row.line}")
+    def _row(self, row: Row, index: int, where: str, prepared: Prepared) -> Encoded | None:
+        example = self.read(row, index, where)
         prepared.problems += _warnings(example, row, prepared.name)
         spans = render_example(example, self.config.system)
         encoded, roles = None, [0] * len(ROLES)
@@ -133,10 +139,11 @@ class Preparer:
         return encoded
 
 
-def _fingerprints(spans: Iterable[Span]) -> tuple[int, int]:
-    """64 bits each of the whole example and of what comes before its last answer."""
+def _fingerprints(spans: Sequence[Span]) -> tuple[int, int, int]:
+    """64 bits each of the whole example, of what comes before its last answer, and of its system turn."""
     texts = [span.text for span in spans]
-    return _hash("".join(texts)), _hash("".join(texts[:-1]))
+    system = _hash(texts[1]) if spans[0].role == "system" else 0
+    return _hash("".join(texts)), _hash("".join(texts[:-1])), system
 
 
 def _hash(text: str) -> int:
@@ -165,4 +172,4 @@ def _column(text: bytes, piece: str) -> int | None:
 def examples_array(prepared: Iterable[Prepared]) -> npt.NDArray[np.int64]:
     """The `examples` of some blocks, int64 (examples, columns)."""
     rows: list[Any] = [np.array(part.examples, np.int64) for part in prepared if part.examples]
-    return np.concatenate(rows) if rows else np.zeros((0, 5 + len(ROLES)), np.int64)
+    return np.concatenate(rows) if rows else np.zeros((0, SYSTEM + 1), np.int64)

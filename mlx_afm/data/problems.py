@@ -11,6 +11,8 @@ from mlx_afm.errors import DataError
 # What training does not refuse; every other kind is an error.
 WARNINGS = ("duplicate", "newline-mark", "replacement-character", "empty-prompt")
 
+MAX_MESSAGE = 1000  # characters
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -46,4 +48,10 @@ class Problem:
 
 def to_problems(error: DataError, file: str, line: int) -> list[Problem]:
     """The single faults of an error."""
-    return [Problem(file, line, fault.kind, str(fault), fault.column) for fault in error.faults]
+    return [Problem(file, line, fault.kind, _printable(str(fault)), fault.column) for fault in error.faults]
+
+
+def _printable(message: str) -> str:
+    """A message may quote the record: it is kept short, and can be written to any stream in UTF-8."""
+    message = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]} ..."
+    return message.encode("utf-8", "backslashreplace").decode()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,12 +12,12 @@ from typing import Any
 
 from mlx_afm.data.config import DataConfig
 from mlx_afm.data.dialects import Conversation, read_record
-from mlx_afm.data.sources import Row, not_utf8
+from mlx_afm.data.json_text import parse_json
+from mlx_afm.data.rows import Row, not_utf8
 from mlx_afm.errors import ConfigError, DataError
 from mlx_afm.text.messages import Message, parse_messages, parse_tools, refuse_special, require_trainable
 from mlx_afm.text.template import EXECUTABLE_END, EXECUTABLE_START, TURN_END, TURN_START
 
-MAX_DEPTH = 64  # of nested JSON; schemas reach about twenty
 MARKS = (TURN_START, TURN_END, EXECUTABLE_START, EXECUTABLE_END)  # what is special in every tokenizer
 
 Transform = Callable[[list[Any], int], list[Any]]
@@ -73,14 +71,11 @@ class RecordReader:
         """
         if row.fault is not None:
             raise row.fault
-        conversation = read_record(_parse_json(row.text), self.config.dialect, self.config.fields)
+        conversation = read_record(_parse_row(row.text), self.config.dialect, self.config.fields)
         if conversation.text is not None:
             refuse_special(Message("user", conversation.text), self.special_pieces, None)
-            example = Example((), (), where, conversation.text, conversation.dialect)
-        else:
-            example = self._checked(conversation, index, where)
-        _refuse_unwritable(row.text, example)
-        return example
+            return Example((), (), where, conversation.text, conversation.dialect)
+        return self._checked(conversation, index, where)
 
     def _checked(self, conversation: Conversation, index: int, where: str) -> Example:
         value = conversation.messages
@@ -130,7 +125,7 @@ def _transformed(transform: Transform, messages: list[Any], index: int) -> list[
         raise DataError("the transform failed", kind="transform-failed", found=found) from error
 
 
-def _parse_json(raw: bytes) -> Any:
+def _parse_row(raw: bytes) -> Any:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -138,55 +133,7 @@ def _parse_json(raw: bytes) -> Any:
     if (nul := text.find("\0")) >= 0:
         advice = "The file is damaged, or of another encoding"
         raise DataError("a NUL byte", kind="nul", column=nul + 1, advice=advice)
-    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _depth(text) > MAX_DEPTH:
-        raise DataError("JSON nested too deeply", kind="nested-too-deeply", expected=f"at most {MAX_DEPTH} levels")
-    try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-    except json.JSONDecodeError as error:
-        raise DataError(f"not JSON: {error.msg}", kind="bad-json", column=error.colno) from error
-    except DataError:
-        raise
-    except ValueError as error:  # a number of thousands of digits
-        raise DataError(f"not JSON: {error}", kind="bad-json") from error
-
-
-def _depth(text: str) -> int:
-    """Levels of brackets outside of strings."""
-    deepest = depth = 0
-    for token in _BRACKETS.finditer(text):
-        if token.group() in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif token.group() in "]}":
-            depth -= 1
-    return deepest
-
-
-# A string without its end reaches to the end of the text, so no place is looked at twice.
-_BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{]|[\]}]', re.DOTALL)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        advice = "Only the last would count; keep one"
-        raise DataError(f"the key {twice!r} stands twice in an object", kind="duplicate-key", advice=advice)
-    return value
-
-
-def _no_constant(name: str) -> Any:
-    raise DataError(f"not JSON: {name} is no number", kind="bad-json", advice="Write null or a number")
-
-
-def _refuse_unwritable(raw: bytes, example: Example) -> None:
-    """Raises DataError for what only an escape can bring into a text: NUL, or half of a surrogate pair."""
-    if b"\\u0000" not in raw and b"\\ud" not in raw and b"\\uD" not in raw:
-        return
-    text = repr((example.messages, example.tools, example.text))  # escapes what cannot be written
-    if re.search(r"(?<!\\)(\\\\)*\\x00", text):
-        raise DataError("a text holds a NUL character", kind="nul", advice="Remove it")
-    if re.search(r"(?<!\\)(\\\\)*\\ud[89a-f]", text):
-        advice = "An emoji was cut in two where the data was made; remove the half"
-        raise DataError("not text: half of a surrogate pair", kind="half-surrogate", advice=advice)
+    if text.startswith("\ufeff"):
+        advice = "Files put together? Take it off"
+        raise DataError("a byte order mark within the file", kind="byte-order-mark", column=1, advice=advice)
+    return parse_json(text)

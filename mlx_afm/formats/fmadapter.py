@@ -12,7 +12,7 @@ Source: public descriptions of the toolkit's exporter; files compared byte for b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlx_afm.errors import ConfigError, FormatError, TensorsError
+from mlx_afm.errors import AdapterError, ConfigError, FormatError, TensorsError
 from mlx_afm.files import atomic_folder, write_text
 from mlx_afm.formats.blob import FP16, Blob, read_blobs, write_blobs
 from mlx_afm.formats.fmadapter_metadata import PUBLIC_SIGNATURE, SUFFIX, Metadata, read_metadata, require_adapter_name
@@ -33,16 +33,20 @@ from mlx_afm.formats.fmadapter_plan import (
     stored_values,
     tensor_fault,
 )
+from mlx_afm.formats.fmadapter_rounding import Rounding
 from mlx_afm.formats.tensors import LazyTensor
 
 __all__ = [
     "APPLE_GEOMETRY",
     "PUBLIC_SIGNATURE",
     "SUFFIX",
+    "AddFiles",
     "Geometry",
     "Metadata",
     "Record",
+    "Rounding",
     "loaded_values",
+    "no_files",
     "plan_records",
     "read_fmadapter",
     "require_adapter_name",
@@ -52,13 +56,24 @@ __all__ = [
 
 METADATA_FILE = "metadata.json"
 WEIGHTS_FILE = "adapter_weights.bin"
+SHOWN_FAULTS = 20
+
+Tensors = Mapping[str, LazyTensor | npt.NDArray[Any]]
+AddFiles = Callable[[Path], None]
+
+
+def no_files(folder: Path) -> None:
+    """Adds nothing to a package."""
 
 
 def write_fmadapter(
     folder: Path,
-    tensors: Mapping[str, LazyTensor | npt.NDArray[Any]],
+    tensors: Tensors,
     metadata: Metadata,
     geometry: Geometry = APPLE_GEOMETRY,
+    *,
+    rounding: Rounding | None = None,
+    add_files: AddFiles = no_files,
 ) -> Path:
     """Writes a package at `folder` and returns it; a package that is there is replaced once all is written.
 
@@ -67,11 +82,14 @@ def write_fmadapter(
         tensors: the checkpoint's adapter tensors by checkpoint name: (in, r) and (r, out), float32.
         metadata: its rank must be the geometry's.
         geometry: sizes of the model the adapter is for.
+        rounding: told what becoming fp16 costs.
+        add_files: writes further files of the package (the draft pair) into the folder it is given, before the
+            package appears; what it raises leaves everything as it was.
 
     Raises:
         ConfigError: folder name or rank do not belong to the metadata and geometry.
         TensorsError: missing, surplus or misshaped tensors, all of them.
-        AdapterError: values that fp16 cannot hold, naming the tensor; nothing is written.
+        AdapterError: values that fp16 cannot hold, naming every such tensor; nothing is written.
         FormatError: something that is no package lies at `folder`.
 
     Cost: one tensor in memory at a time.
@@ -81,9 +99,32 @@ def write_fmadapter(
     _require_tensors(tensors, records)
     with atomic_folder(folder) as partial_folder:
         write_text(partial_folder / METADATA_FILE, metadata.text(geometry))
-        values = (stored_values(tensors[record.name], record) for record in records)
-        write_blobs(partial_folder / WEIGHTS_FILE, values)
+        write_blobs(partial_folder / WEIGHTS_FILE, _all_stored(tensors, records, rounding))
+        add_files(partial_folder)
     return folder
+
+
+def _all_stored(tensors: Tensors, records: list[Record], rounding: Rounding | None) -> Iterator[npt.NDArray[Any]]:
+    """The stored form of each tensor in turn; the first that has none ends it with all that have none."""
+    for index, record in enumerate(records):
+        try:
+            yield stored_values(tensors[record.name], record, rounding)
+        except AdapterError as error:
+            others = (fault for later in records[index + 1 :] if (fault := _value_fault(tensors[later.name], later)))
+            faults = [error, *others]
+            if len(faults) == 1:
+                raise
+            details = [f"{fault.where}: {fault.what}" for fault in faults]
+            details = details[:SHOWN_FAULTS] + [f"... {len(faults)} tensors in all"] * (len(faults) > SHOWN_FAULTS)
+            raise AdapterError("values that fp16 cannot hold", advice=error.advice, details=details) from None
+
+
+def _value_fault(tensor: LazyTensor | npt.NDArray[Any], record: Record) -> AdapterError | None:
+    try:
+        stored_values(tensor, record)
+    except AdapterError as error:
+        return error
+    return None
 
 
 def _require_place(folder: Path, metadata: Metadata, geometry: Geometry) -> None:
@@ -95,7 +136,7 @@ def _require_place(folder: Path, metadata: Metadata, geometry: Geometry) -> None
         raise FormatError("in the way: not a folder", where=folder, advice="Move it or choose another output folder")
 
 
-def _require_tensors(tensors: Mapping[str, LazyTensor | npt.NDArray[Any]], records: list[Record]) -> None:
+def _require_tensors(tensors: Tensors, records: list[Record]) -> None:
     known = {record.name for record in records}
     faults = [f"{record.name}: missing" for record in records if record.name not in tensors]
     faults += [f"{name}: surplus" for name in tensors if name not in known]

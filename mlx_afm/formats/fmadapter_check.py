@@ -5,13 +5,14 @@ Rules, by what they look at; (w) marks those that only warn:
     P1 folder and suffix  P2 required files  P3 draft files in pairs  P4 other files (w)  P5 folder name (w)
     M1 JSON object  M2 keys (w for the optional ones)  M3 types  M4 unknown keys (w)  M5 signature form
     M6 signature wanted, or known (w)  M7 identifier form  M8 identifier's digits  M9 rank  M10 token count
-    M11 canonical text (w)
+    M11 canonical text (w, unless asked for)
     C1 to C14 container, see `blob`; prefixed adapter- or draft-
     A1 number of records  A2 fp16  A3 sizes  A4 finite  A5 zero A (w)  A6 every B zero (w)  A7 file size
-    D1 draft.mil is empty
+    D1 draft.mil is empty; and against the toolkit's files: D2 size, D3 bytes outside payloads, D4 draft.mil
     E1 to E4, against a checkpoint: tensor missing, shape, values, surplus (w)
     G1 not made for Apple's model (w)  G2 the stated geometry cannot be
 
+A rule that is broken only because another one is says so (`Finding.cause`), and is not among `Report.broken`.
 The container holds no names, so two tensors of equal size that changed places are seen by E3 only.
 Nothing in a package makes the check raise, and what it reads and reports is bounded.
 
@@ -21,51 +22,31 @@ Source: agreement with an independent validator is tested, for Apple's geometry,
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from mlx_afm.errors import AFMError, ConfigError, FormatError
+from mlx_afm.errors import AFMError, FormatError
 from mlx_afm.formats.blob import FP16, Blob, blob_file_bytes, map_bytes, walk_blobs
-from mlx_afm.formats.fmadapter import METADATA_FILE, WEIGHTS_FILE
-from mlx_afm.formats.fmadapter_metadata import (
-    IDENTIFIER_FORM,
-    PUBLIC_SIGNATURE,
-    SIGNATURE_FORM,
-    SUFFIX,
-    canonical_text,
-    parse_metadata,
-    read_metadata_bytes,
-    stated_geometry,
-)
-from mlx_afm.formats.fmadapter_plan import APPLE_GEOMETRY, Geometry, Record, plan_records, stored_values
-from mlx_afm.formats.fmadapter_report import Finding, Findings, Report
-from mlx_afm.formats.tensors import LazyTensor
-
-DRAFT_FILES = ("draft.mil", "draft_weights.bin")
-
-_REQUIRED_KEYS: dict[str, type] = {"adapterIdentifier": str, "baseModelSignature": str, "loraRank": int}
-_KEYS: dict[str, type] = {
-    **_REQUIRED_KEYS,
-    "author": str,
-    "creatorDefined": dict,
-    "description": str,
-    "license": str,
-    "speculativeDecodingDraftTokenCount": int,
-}
-_JSON_NAMES = {str: "text", int: "an integer", dict: "an object"}
+from mlx_afm.formats.fmadapter import METADATA_FILE, WEIGHTS_FILE, Tensors
+from mlx_afm.formats.fmadapter_check_draft import DRAFT_FILES, check_draft
+from mlx_afm.formats.fmadapter_check_metadata import check_metadata
+from mlx_afm.formats.fmadapter_metadata import SUFFIX
+from mlx_afm.formats.fmadapter_plan import APPLE_GEOMETRY, Record, plan_records, stored_values
+from mlx_afm.formats.fmadapter_report import Finding, Findings, Report, shown
 
 __all__ = ["Finding", "Report", "check_fmadapter"]
 
-Tensors = Mapping[str, LazyTensor | npt.NDArray[Any]]
 
-
-def check_fmadapter(folder: Path, *, expect: Tensors | None = None, signature: str | None = None) -> Report:
+def check_fmadapter(
+    folder: Path,
+    *,
+    expect: Tensors | None = None,
+    signature: str | None = None,
+    toolkit: Path | None = None,
+    byte_exact: bool = False,
+) -> Report:
     """Checks a package against every rule, with the geometry it states, else Apple's.
 
     Args:
@@ -73,9 +54,14 @@ def check_fmadapter(folder: Path, *, expect: Tensors | None = None, signature: s
         expect: a checkpoint's adapter tensors by checkpoint name, to compare the values with.
         signature: the base signature wanted, or its first digits (as a device tells them); else a warning is
             given for one that is not public.
+        toolkit: the toolkit's folder, or its assets: the draft files are compared with it.
+        byte_exact: metadata that is not the canonical text fails.
 
     Returns:
         The report; a damaged package, or none at all, is a finding and never an exception.
+
+    Raises:
+        FormatError: the toolkit's folder does not have what the draft files are compared with.
 
     Cost: the weights are memory-mapped and read once.
     """
@@ -84,29 +70,23 @@ def check_fmadapter(folder: Path, *, expect: Tensors | None = None, signature: s
     present = _check_files(folder, found)
     geometry = APPLE_GEOMETRY
     if METADATA_FILE in present:
-        geometry = _check_metadata(folder, signature, found)
+        geometry = check_metadata(folder, signature, byte_exact, found)
     if WEIGHTS_FILE in present:
         _check_weights(folder / WEIGHTS_FILE, plan_records(geometry), expect, found)
     if set(DRAFT_FILES) <= present:
-        _check_draft(folder, found)
+        check_draft(folder, toolkit, found)
     return Report(folder, geometry, found.all())
-
-
-def _shown(value: object) -> str:
-    """A value as text that can be printed, whatever it holds, and is not long."""
-    text = repr(value[:100] if isinstance(value, str) else value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _check_files(folder: Path, found: Findings) -> set[str]:
     """P1 to P4; the names of the known files that can be read."""
     if not folder.name.endswith(SUFFIX):
-        found.fail("P1", f"the name {_shown(folder.name)} does not end in {SUFFIX}")
+        found.fail("P1", f"the name {shown(folder.name)} does not end in {SUFFIX}")
     try:
         entries = sorted(folder.iterdir())
         regular = {entry.name: entry.is_file() for entry in entries}
     except (OSError, ValueError) as error:
-        found.fail("P1", f"not a folder that can be read: {_shown(str(error))}")
+        found.fail("P1", f"not a folder that can be read: {shown(str(error))}")
         return set()
     known = {METADATA_FILE, WEIGHTS_FILE, *DRAFT_FILES}
     for name in (METADATA_FILE, WEIGHTS_FILE):
@@ -121,76 +101,8 @@ def _check_files(folder: Path, found: Findings) -> set[str]:
         found.fail("P3", f"only one of {' and '.join(DRAFT_FILES)} is there")
     for name in regular:
         if name not in known:
-            found.warn("P4", f"unexpected file {_shown(name)}")
+            found.warn("P4", f"unexpected file {shown(name)}")
     return {name for name in known if regular.get(name)}
-
-
-def _check_metadata(folder: Path, signature: str | None, found: Findings) -> Geometry:
-    """M1 to M11, P5, G1 and G2; the geometry to plan with."""
-    fail, warn = partial(found.fail, file=METADATA_FILE), partial(found.warn, file=METADATA_FILE)
-    try:
-        raw = read_metadata_bytes(folder / METADATA_FILE)
-        content = parse_metadata(raw)
-    except FormatError as error:
-        fail("M1", error.what)
-        return APPLE_GEOMETRY
-    _check_keys(content, found)
-    _check_identity(content, folder.name.removesuffix(SUFFIX), signature, found)
-    geometry = APPLE_GEOMETRY
-    try:
-        geometry = stated_geometry(content) or APPLE_GEOMETRY
-    except ConfigError as error:
-        fail("G2", f"creatorDefined states a geometry that cannot be: {_shown(' '.join(str(error).split()))}")
-    if replace(geometry, rank=APPLE_GEOMETRY.rank) != APPLE_GEOMETRY:
-        warn("G1", "no device would take this package: it is not made for Apple's model but for one of other sizes")
-    elif geometry != APPLE_GEOMETRY:
-        warn("G1", f"no device is known to take LoRA rank {geometry.rank}: Apple's model is served with rank 32")
-    rank, tokens = content.get("loraRank"), content.get("speculativeDecodingDraftTokenCount")
-    if _is(rank, int) and rank != geometry.rank:
-        fail("M9", f"loraRank {_shown(rank)}, expected {geometry.rank}")
-    if isinstance(tokens, int) and tokens < 1:
-        fail("M10", f"speculativeDecodingDraftTokenCount {_shown(tokens)} is not positive")
-    if raw != canonical_text(content).encode("utf-8"):
-        warn("M11", "not the canonical text (sorted keys, 4-space indent, no final newline)")
-    return geometry
-
-
-def _is(value: Any, kind: type) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def _check_keys(content: dict[str, Any], found: Findings) -> None:
-    """M2, M3, M4."""
-    for key, kind in _KEYS.items():
-        if key not in content:
-            add = found.fail if key in _REQUIRED_KEYS else found.warn
-            add("M2", f"key {key} is missing", METADATA_FILE)
-        elif not _is(content[key], kind):
-            found.fail("M3", f"{key} must be {_JSON_NAMES[kind]}, not {_shown(content[key])}", METADATA_FILE)
-    for key in sorted(set(content) - set(_KEYS)):
-        found.warn("M4", f"key {_shown(key)} is not one that packages have", METADATA_FILE)
-
-
-def _check_identity(content: dict[str, Any], folder_name: str, wanted: str | None, found: Findings) -> None:
-    """M5 to M8, and P5."""
-    fail, warn = partial(found.fail, file=METADATA_FILE), partial(found.warn, file=METADATA_FILE)
-    signature, identifier = content.get("baseModelSignature"), content.get("adapterIdentifier")
-    if isinstance(signature, str):
-        if not SIGNATURE_FORM.fullmatch(signature):
-            fail("M5", f"baseModelSignature {_shown(signature)} is not 40 lower-case hex digits")
-        elif wanted is not None and not signature.startswith(wanted):
-            fail("M6", f"baseModelSignature {signature}, wanted {_shown(wanted)}")
-        elif wanted is None and signature != PUBLIC_SIGNATURE:
-            warn("M6", f"baseModelSignature {signature} belongs to no public toolkit: ask the device")
-    if isinstance(identifier, str):
-        parts = IDENTIFIER_FORM.fullmatch(identifier)
-        if parts is None:
-            fail("M7", f"adapterIdentifier {_shown(identifier)} is not fmadapter-<letters, digits, _>-<digits>")
-            return
-        if isinstance(signature, str) and parts[2] != signature[:7]:
-            fail("M8", f"adapterIdentifier ends in {_shown(parts[2])}, the signature begins {_shown(signature[:7])}")
-        if parts[1] != folder_name:
-            warn("P5", f"the folder's name differs from the adapter's, {_shown(parts[1])}")
 
 
 def _check_weights(path: Path, records: list[Record], expect: Tensors | None, found: Findings) -> None:
@@ -222,7 +134,7 @@ def _check_weights(path: Path, records: list[Record], expect: Tensors | None, fo
         fail("A7", f"the file has {len(data)} bytes, expected {size}")
     if expect is not None:
         for name in sorted(set(expect) - {record.name for record in records}):
-            warn("E4", f"checkpoint tensor {_shown(name)} has no place in the package")
+            warn("E4", f"checkpoint tensor {shown(name)} has no place in the package")
 
 
 def _check_values(blob: Blob, record: Record, where: str, found: Findings, file: str) -> bool:
@@ -252,16 +164,3 @@ def _compare(blob: Blob, record: Record, where: str, expect: Tensors, fail: part
         else:
             if not same:
                 fail("E3", f"{where}: values differ from the checkpoint's")
-
-
-def _check_draft(folder: Path, found: Findings) -> None:
-    """Container rules of the draft weights, and D1."""
-    program, weights = DRAFT_FILES
-    try:
-        data = map_bytes(folder / weights)
-        if not len(map_bytes(folder / program)):
-            found.fail("D1", f"{program} is empty", program)
-    except FormatError as error:
-        found.fail("P2", error.what, Path(str(error.where)).name)
-        return
-    walk_blobs(data, lambda rule, message: found.fail(f"draft-{rule}", message, weights))

@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_afm.errors import AdapterError, ConfigError
+from mlx_afm.formats.fmadapter_rounding import Rounding
 from mlx_afm.formats.tensors import LazyTensor
 
 _ADAPTER = "adapters.base_adapter"
@@ -195,8 +196,15 @@ def tensor_fault(tensor: LazyTensor | npt.NDArray[Any], record: Record) -> str |
     return None
 
 
-def stored_values(tensor: LazyTensor | npt.NDArray[Any], record: Record) -> npt.NDArray[np.float16]:
+def stored_values(
+    tensor: LazyTensor | npt.NDArray[Any], record: Record, rounding: Rounding | None = None
+) -> npt.NDArray[np.float16]:
     """The tensor as the file holds it: fp16, transposed, rows of rotary heads reordered.
+
+    Args:
+        tensor: of the checkpoint.
+        record: its place.
+        rounding: told what becoming fp16 costs.
 
     Shapes: `record.shape` float32 (or float16, float64) to `record.stored_shape` float16, contiguous.
 
@@ -210,6 +218,8 @@ def stored_values(tensor: LazyTensor | npt.NDArray[Any], record: Record) -> npt.
         halves = values.astype("<f2")
     if not np.isfinite(halves).all():
         raise _overflow(values, halves, record)
+    if rounding is not None:
+        rounding.add(record.name, values, halves)
     stored = halves.T
     if record.heads:
         rows, rank = record.stored_shape

@@ -15,6 +15,7 @@ from mlx_afm.formats.safetensors_file import read_safetensors, write_safetensors
 from mlx_afm.formats.tensors import LazyTensor, OnBytes, ignore_bytes
 
 MAX_SHARD_BYTES = 5 << 30
+INDEX = "model.safetensors.index.json"
 
 
 def plan_shards(sizes: Mapping[str, int], max_shard_bytes: int = MAX_SHARD_BYTES) -> list[list[str]]:
@@ -35,17 +36,18 @@ def write_shards(
     tensors: Mapping[str, LazyTensor],
     max_shard_bytes: int = MAX_SHARD_BYTES,
     on_bytes: OnBytes = ignore_bytes,
+    ahead: bool = True,
 ) -> None:
-    """Writes shards and index into a folder; `on_bytes` is told how many bytes were just written."""
+    """Writes shards and index into a folder; `on_bytes` and `ahead` as in `write_safetensors`."""
     shards = plan_shards({name: tensor.nbytes for name, tensor in tensors.items()}, max_shard_bytes)
     weight_map = {}
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        write_safetensors(folder / file, {name: tensors[name] for name in names}, {"format": "mlx"}, on_bytes)
+        write_safetensors(folder / file, {name: tensors[name] for name in names}, {"format": "mlx"}, on_bytes, ahead)
         weight_map.update(dict.fromkeys(names, file))
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_json(folder / "model.safetensors.index.json", index)
+    write_json(folder / INDEX, index)
 
 
 def shard_files(folder: Path) -> list[Path]:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -54,17 +54,36 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     if not path.is_file():
         raise FormatError("no such file", where=path)
     with path.open("rb") as handle:
-        prefix = handle.read(8)
-        size = path.stat().st_size
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise FormatError("not a safetensors file", where=path, expected="a header length", found=length)
-        header = _parse_header(handle.read(length), path)
+        header, start = _read_header(handle, path)
         data = map_file(handle)
     header.pop("__metadata__", None)
-    start = 8 + length
     _require_apart(header, path)
     return {name: _tensor(data, start, entry, f"{path}, tensor {name}") for name, entry in header.items()}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a file says beside its tensors; empty if nothing.
+
+    Raises:
+        FormatError: not a safetensors file, or metadata that does not map strings to strings.
+    """
+    if not path.is_file():
+        raise FormatError("no such file", where=path)
+    with path.open("rb") as handle:
+        metadata = _read_header(handle, path)[0].get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FormatError("the metadata does not map strings to strings", where=path)
+    return metadata
+
+
+def _read_header(handle: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
+    """The header, and where the values start."""
+    prefix = handle.read(8)
+    size = path.stat().st_size
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+    if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+        raise FormatError("not a safetensors file", where=path, expected="a header length", found=length)
+    return _parse_header(handle.read(length), path), 8 + length
 
 
 def _parse_header(raw: bytes, path: Path) -> dict[str, Any]:
@@ -111,10 +130,12 @@ def write_safetensors(
     tensors: Mapping[str, LazyTensor],
     metadata: Mapping[str, str] | None = None,
     on_bytes: OnBytes = ignore_bytes,
+    ahead: bool = True,
 ) -> None:
     """Writes a file atomically, one block of a tensor at a time. Same tensors, same bytes.
 
-    `on_bytes` is told how many bytes of values were just written.
+    `on_bytes` is told how many bytes of values were just written. With `ahead` blocks are made in a thread of
+    their own; without it in this one, which is where MLX can compute them.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -128,7 +149,8 @@ def write_safetensors(
         write_out = WriteOut(handle)
         handle.write(struct.pack("<Q", len(raw)))
         handle.write(raw)
-        for piece in read_ahead(_pieces(tensors, path)):
+        pieces = _pieces(tensors, path)
+        for piece in read_ahead(pieces) if ahead else pieces:
             handle.write(piece)
             write_out.add(len(piece))
             on_bytes(len(piece))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,7 @@ STORAGE_DTYPES: dict[str, np.dtype[Any]] = {
 
 
 OnBytes = Callable[[int], None]
+Piece = TypeVar("Piece")
 
 
 def ignore_bytes(count: int) -> None:
@@ -47,8 +48,8 @@ def told(pieces: Iterator[memoryview], on_bytes: OnBytes) -> Iterator[memoryview
         on_bytes(len(piece))
 
 
-def read_ahead(pieces: Iterator[memoryview]) -> Iterator[memoryview]:
-    """The pieces, each made in a thread of its own while the one before is written.
+def read_ahead(pieces: Iterator[Piece]) -> Iterator[Piece]:
+    """The pieces, each made in a thread of its own while the one before is used; what makes them must not touch MLX.
 
     Cost: one piece more in memory.
     """

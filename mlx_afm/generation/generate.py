@@ -62,7 +62,8 @@ def stream_generate(
     ids = to_prompt_ids(tokenizer, prompt)
     mx.random.seed(config.seed)
     sampler = make_sampler(temp=config.temp, top_p=config.top_p, top_k=config.top_k, min_p=config.min_p)
-    yield from mlx_lm_stream(model, tokenizer, ids, max_tokens=config.max_tokens, sampler=sampler)
+    cache = {} if config.kv_bits is None else {"prompt_cache": model.make_cache(quantized=True)}
+    yield from mlx_lm_stream(model, tokenizer, ids, max_tokens=config.max_tokens, sampler=sampler, **cache)
 
 
 def generate(

@@ -4,6 +4,7 @@ from mlx_afm.model.cache import KVCache
 from mlx_afm.model.config import AFMConfig
 from mlx_afm.model.model import Model
 from mlx_afm.model.toolkit_config import AdapterSpec, ToolkitConfig, parse_toolkit_config, to_toolkit_config
+from mlx_afm.model.views import Packing, Reach
 
 ModelArgs = AFMConfig  # mlx-lm's name, for the `model_file` shim
 
@@ -13,6 +14,8 @@ __all__ = [
     "KVCache",
     "Model",
     "ModelArgs",
+    "Packing",
+    "Reach",
     "ToolkitConfig",
     "parse_toolkit_config",
     "to_toolkit_config",

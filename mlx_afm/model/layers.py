@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,6 +15,7 @@ import numpy as np
 
 from mlx_afm.model.config import AFMConfig
 from mlx_afm.model.lora import LoRAFusedLinear, LoRALinear
+from mlx_afm.model.recompute import recomputed
 
 
 class RMSNorm(nn.Module):
@@ -38,6 +40,12 @@ def _initial_weight(output_dims: int, input_dims: int) -> mx.array:
     return mx.random.normal((output_dims, input_dims), scale=1 / math.sqrt(input_dims))
 
 
+def _quantize(module: nn.Module, group_size: int | None, bits: int | None, mode: str, **others: Any) -> nn.Module:
+    from mlx_afm.model.quantized import quantize_module  # late: it is built on these layers
+
+    return quantize_module(module, group_size, bits, mode, **others)
+
+
 class Linear(nn.Linear):
     """A linear layer without bias that knows its adapted form."""
 
@@ -49,9 +57,31 @@ class Linear(nn.Linear):
         """This layer with a low-rank update of rank r (argument names are mlx-lm's)."""
         return LoRALinear(self, r, scale=scale, dropout=dropout, key=key)
 
+    def to_quantized(
+        self, group_size: int | None = None, bits: int | None = None, mode: str = "affine", **others: Any
+    ) -> nn.Module:
+        """This layer over quantised weights (argument names are mlx-lm's)."""
+        return _quantize(self, group_size, bits, mode, **others)
+
     def with_weight(self, weight: mx.array) -> Linear:
         """A layer of the same form with another weight."""
         other = Linear(1, 1)
+        other.weight = weight
+        return other
+
+
+class Embedding(nn.Embedding):
+    """The embedding, which is also the head, that knows its quantised form."""
+
+    def to_quantized(
+        self, group_size: int | None = None, bits: int | None = None, mode: str = "affine", **others: Any
+    ) -> nn.Module:
+        """This table over quantised weights (argument names are mlx-lm's)."""
+        return _quantize(self, group_size, bits, mode, **others)
+
+    def with_weight(self, weight: mx.array) -> Embedding:
+        """A table of the same form with another weight."""
+        other = Embedding(1, 1)
         other.weight = weight
         return other
 
@@ -93,6 +123,12 @@ class FusedLinear(nn.Module):
         """This layer with a low-rank update of rank r for each of `parts`."""
         return LoRAFusedLinear(self, r, scale=scale, dropout=dropout, parts=parts, key=key)
 
+    def to_quantized(
+        self, group_size: int | None = None, bits: int | None = None, mode: str = "affine", **others: Any
+    ) -> nn.Module:
+        """This layer over quantised weights (argument names are mlx-lm's)."""
+        return _quantize(self, group_size, bits, mode, **others)
+
     def with_weight(self, weight: mx.array) -> FusedLinear:
         """A layer of the same form with another weight."""
         other = FusedLinear(1, self.q_dims, self.kv_dims)
@@ -101,7 +137,7 @@ class FusedLinear(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(silu(gate(norm(x))) * up(norm(x)))."""
 
     def __init__(self, config: AFMConfig) -> None:
         super().__init__()
@@ -109,9 +145,21 @@ class FeedForward(nn.Module):
         self.up_proj = Linear(config.hidden_dim, config.feed_forward_dim)
         self.down_proj = Linear(config.feed_forward_dim, config.hidden_dim)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """The feed-forward of x, (..., D) to (..., D)."""
-        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+    def __call__(self, x: mx.array, norm: RMSNorm) -> mx.array:
+        """The feed-forward of x after `norm`, (..., D) to (..., D).
+
+        Cost: of the values between, the gate and up projections alone are kept for the backward pass.
+        """
+
+        def widen(x: mx.array) -> tuple[mx.array, mx.array]:
+            normed = norm(x)
+            return self.gate_proj(normed), self.up_proj(normed)
+
+        def narrow(gate: mx.array, up: mx.array) -> mx.array:
+            return self.down_proj(nn.silu(gate) * up)
+
+        gate, up = recomputed([norm, self.gate_proj, self.up_proj], widen, x)
+        return recomputed([self.down_proj], narrow, gate, up)
 
 
 def fake_quantize(x: mx.array, scale: mx.array) -> mx.array:

@@ -10,10 +10,12 @@ since mlx-lm's loader accepts only names that end in `lora_a` or `lora_b`.
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
+
+from mlx_afm.errors import AdapterError
 
 PARTS = ("q", "k", "v")  # of the fused projection, in the order of its rows
 
@@ -51,6 +53,21 @@ def low_rank_delta(lora_a: mx.array, lora_b: mx.array, scale: float) -> mx.array
     return scale * (lora_a.astype(mx.float32) @ lora_b.astype(mx.float32)).T
 
 
+def weight_to_merge(linear: Any, dequantize: bool) -> mx.array:
+    """The weight (out, in) that an update may be added to.
+
+    Raises:
+        AdapterError: the weight is in codes and is to stay so: every value would be rounded anew.
+    """
+    if "scales" not in linear:
+        weight: mx.array = linear.weight
+        return weight
+    if not dequantize:
+        advice = "Dequantise it (fuse --dequantize), or keep the adapter beside the codes."
+        raise AdapterError("an adapter cannot be merged into quantised weights without moving them", advice=advice)
+    return linear.dense_weight()  # type: ignore[no-any-return]
+
+
 class LowRank(nn.Module):
     """The pair of matrices of one part of the fused projection."""
 
@@ -68,7 +85,7 @@ class LoRALinear(nn.Module):
     ) -> None:
         super().__init__()
         output_dims, input_dims = linear.weight.shape
-        if isinstance(linear, nn.QuantizedLinear):
+        if "scales" in linear:  # codes are packed into words
             input_dims = input_dims * 32 // linear.bits
         self.linear = linear
         self.scale = scale
@@ -82,7 +99,7 @@ class LoRALinear(nn.Module):
 
     def fuse(self, dequantize: bool = False) -> nn.Module:
         """A plain linear layer with the update added to its weight in float32, rounded once."""
-        weight = self.linear.weight
+        weight = weight_to_merge(self.linear, dequantize)
         delta = low_rank_delta(self.lora_a, self.lora_b, self.scale)
         return self.linear.with_weight((weight.astype(mx.float32) + delta).astype(weight.dtype))
 
@@ -124,7 +141,7 @@ class LoRAFusedLinear(nn.Module):
 
     def fuse(self, dequantize: bool = False) -> nn.Module:
         """A plain fused projection with the updates added to its rows in float32, rounded once."""
-        weight, rows = self.linear.weight, []
+        weight, rows = weight_to_merge(self.linear, dequantize), []
         for part in PARTS:
             size = self.linear.q_dims if part == "q" else self.linear.kv_dims
             if part in self:

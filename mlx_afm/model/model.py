@@ -8,17 +8,21 @@ E head width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_afm.errors import ConfigError
-from mlx_afm.model.attention import Attention, KVReuseAttention, View, full_view, needed_view, take_rows
+from mlx_afm.model.attention import Attention, KVReuseAttention
 from mlx_afm.model.cache import KVCache
+from mlx_afm.model.cache_int8 import Int8KVCache
 from mlx_afm.model.config import AFMConfig
-from mlx_afm.model.layers import FeedForward, RMSNorm
+from mlx_afm.model.layers import Embedding, FeedForward, RMSNorm
+from mlx_afm.model.recompute import recomputed
+from mlx_afm.model.views import Packing, View, full_view, packed_view, take_rows
 
 
 class OrdinaryLayer(nn.Module):
@@ -35,9 +39,9 @@ class OrdinaryLayer(nn.Module):
         self, x_BLD: mx.array, view: View, cache: Any = None, needed_BN: mx.array | None = None
     ) -> tuple[mx.array, mx.array, mx.array]:
         """Output at all tokens, or at the needed ones only; and the keys and values."""
-        y, k, v = self.self_attn(self.input_layernorm(x_BLD), view, cache, needed_BN)
+        y, k, v = self.self_attn(x_BLD, self.input_layernorm, view, cache, needed_BN)
         x = (x_BLD if needed_BN is None else take_rows(x_BLD, needed_BN)) + y
-        return x + self.mlp(self.post_attention_layernorm(x)), k, v
+        return x + self.mlp(x, self.post_attention_layernorm), k, v
 
 
 class KVReuseLayer(nn.Module):
@@ -52,8 +56,21 @@ class KVReuseLayer(nn.Module):
 
     def __call__(self, x_BLD: mx.array, view: View, k_BKSE: mx.array, v_BKSE: mx.array) -> mx.array:
         """Output at every token of x."""
-        x = x_BLD + self.self_attn(self.input_layernorm(x_BLD), view, k_BKSE, v_BKSE)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x_BLD + self.self_attn(x_BLD, self.input_layernorm, view, k_BKSE, v_BKSE)
+        return x + self.mlp(x, self.post_attention_layernorm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """What `Model.hidden` was asked for besides the tokens; its arguments say what each means."""
+
+    cache: Sequence[Any] | None = None
+    positions_BL: mx.array | None = None
+    documents_BL: mx.array | None = None
+    last_readers_BL: mx.array | None = None
+    packing: Packing | None = None
+    needed_BN: mx.array | None = None
+    grad_checkpoint: bool = False
 
 
 class AFMModel(nn.Module):
@@ -62,36 +79,43 @@ class AFMModel(nn.Module):
     def __init__(self, config: AFMConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_dim)
+        self.embedding = Embedding(config.vocab_size, config.hidden_dim)
         self.layers = [OrdinaryLayer(config) for _ in range(config.num_ordinary_layers)]
         self.kv_reuse_layers = [KVReuseLayer(config) for _ in range(config.num_kv_reuse_layers)]
         self.output_norm = RMSNorm(config.hidden_dim, config.rms_norm_eps)
 
-    def __call__(
-        self,
-        tokens_BL: mx.array,
-        cache: Sequence[Any] | None = None,
-        positions_BL: mx.array | None = None,
-        documents_BL: mx.array | None = None,
-        needed_BN: mx.array | None = None,
-    ) -> mx.array:
+    def __call__(self, tokens_BL: mx.array, call: Call) -> mx.array:
         """Final hidden states; see `Model.hidden`."""
         x = self.embedding(tokens_BL)
-        length = tokens_BL.shape[1]
-        caches = [None] * len(self.layers) if cache is None else list(cache)
+        length, needed_BN = tokens_BL.shape[1], call.needed_BN
+        caches = [None] * len(self.layers) if call.cache is None else list(call.cache)
         if len(caches) != len(self.layers):
             raise ConfigError("wrong number of caches", expected=len(self.layers), found=len(caches))
-        view = full_view(
-            self.config, x.dtype, length, positions_BL=positions_BL, documents_BL=documents_BL, cache=caches[0]
-        )
-        for layer, layer_cache in zip(self.layers[:-1], caches):
-            x, _, _ = layer(x, view, layer_cache)
-        x, k, v = self.layers[-1](x, view, caches[-1], needed_BN)
-        if needed_BN is not None:
-            view = needed_view(view, needed_BN, length, k.shape[2])
+        view = self._view(x.dtype, length, call, caches[0])
+
+        def run(layer: nn.Module, function: Callable[..., Any], *arrays: mx.array) -> Any:
+            return recomputed([layer], function, *arrays) if call.grad_checkpoint else function(*arrays)
+
+        for layer, cache in zip(self.layers[:-1], caches):
+            x = run(layer, lambda x, layer=layer, cache=cache: layer(x, view, cache)[0], x)
+        x, k, v = run(self.layers[-1], lambda x: self.layers[-1](x, view, caches[-1], needed_BN), x)
+        read = view if needed_BN is None else view.at(needed_BN, length, k.shape[2])
         for layer in self.kv_reuse_layers:
-            x = layer(x, view, k, v)
+            x = run(layer, lambda x, k, v, layer=layer: layer(x, read, k, v), x, k, v)
         return self.output_norm(x)
+
+    def _view(self, dtype: mx.Dtype, length: int, call: Call, cache: Any) -> View:
+        if call.packing is not None:
+            return packed_view(self.config, dtype, call.packing)
+        return full_view(
+            self.config,
+            dtype,
+            length,
+            positions_BL=call.positions_BL,
+            documents_BL=call.documents_BL,
+            last_readers_BL=call.last_readers_BL,
+            cache=cache,
+        )
 
 
 class Model(nn.Module):
@@ -118,27 +142,51 @@ class Model(nn.Module):
         cache: Sequence[Any] | None = None,
         positions: mx.array | None = None,
         documents: mx.array | None = None,
+        last_readers: mx.array | None = None,
+        packing: Packing | None = None,
         needed: mx.array | None = None,
+        grad_checkpoint: bool = False,
     ) -> mx.array:
         """Hidden states after the final norm.
 
         Args:
             tokens_BL: int (B, L).
-            cache: one cache per ordinary layer, from `make_cache`; excludes `documents`.
+            cache: one cache per ordinary layer, from `make_cache`; excludes documents and packing.
             positions: int (B, L), where each token stands; a token sees tokens of its document at
                 positions up to its own.
             documents: int (B, L), which document of a packed row each token belongs to; documents
                 do not see each other, and padding is a document of its own. Positions then default
                 to the place within the document.
+            last_readers: int (B, L), for documents that begin with others: the last document that reads
+                this token, documents being numbered in preorder of the tree of prefixes. Needs positions.
+            packing: the same in the form that costs least, see `Packing`; instead of the three above.
             needed: int (B, N), indices into L whose outputs anyone will read; the rest of the last
                 ordinary layer and of all later layers is then not computed. Exact.
+            grad_checkpoint: keep one array per layer for the backward pass, and K and V of the last ordinary
+                layer, and compute everything else again: about a third more time.
 
         Returns: (B, L, D), or (B, N, D) with `needed`.
-        Raises: ConfigError for a wrong number of caches, or for documents together with a cache.
+        Raises: ConfigError for a wrong number of caches, or arguments that exclude each other.
         """
-        if cache is not None and documents is not None:
+        placed = [array is not None for array in (positions, documents, last_readers)]
+        if cache is not None and (documents is not None or packing is not None):
             raise ConfigError("a cache holds one document per row", advice="Pass either cache or documents.")
-        return self.model(tokens_BL, cache, positions, documents, needed)
+        if cache is not None and grad_checkpoint:
+            raise ConfigError("a cache cannot be checkpointed", advice="Train without a cache.")
+        if packing is not None and any(placed):
+            raise ConfigError("packing says where tokens stand", advice="Pass no positions or documents besides.")
+        if last_readers is not None and not all(placed):
+            raise ConfigError("last_readers needs positions and documents")
+        call = Call(
+            cache=cache,
+            positions_BL=positions,
+            documents_BL=documents,
+            last_readers_BL=last_readers,
+            packing=packing,
+            needed_BN=needed,
+            grad_checkpoint=grad_checkpoint,
+        )
+        return self.model(tokens_BL, call)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Logits (..., V) of hidden states (..., D): the product with the embedding."""
@@ -149,9 +197,22 @@ class Model(nn.Module):
         """The module that makes logits: the embedding, whose weight is also the output matrix."""
         return self.model.embedding
 
-    def make_cache(self, left_padding: Sequence[int] | None = None) -> list[KVCache]:
-        """One empty cache per ordinary layer; `left_padding` says how much padding each row starts with."""
-        return [KVCache(left_padding) for _ in self.model.layers]
+    def make_cache(self, left_padding: Sequence[int] | None = None, *, quantized: bool = False) -> list[KVCache]:
+        """One empty cache per ordinary layer.
+
+        Args:
+            left_padding: how much padding each row starts with.
+            quantized: hold keys and values as the int8 numbers that the model rounds them to: half the
+                memory of 16 bits, and the same output to the last bit.
+
+        Raises: ConfigError if the model does not round keys and values.
+        """
+        if not quantized:
+            return [KVCache(left_padding) for _ in self.model.layers]
+        if not self.args.kv_quant:
+            raise ConfigError("a model without key and value quantisers has no 8-bit cache")
+        attentions = [layer.self_attn for layer in self.model.layers]
+        return [Int8KVCache(at.quant_key_scale, at.quant_value_scale, left_padding) for at in attentions]
 
     @property
     def layers(self) -> list[nn.Module]:

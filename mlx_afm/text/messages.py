@@ -7,13 +7,12 @@ something that teaches or asks for the wrong thing is refused, with the message 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from mlx_afm.errors import DataError
+from mlx_afm.text.values import at, parse_arguments, refuse_in, require_json
 
 ROLES = ("system", "user", "assistant", "tool")
 _KEYS = {
@@ -22,7 +21,6 @@ _KEYS = {
     "assistant": ("role", "content", "tool_calls"),
     "tool": ("role", "content", "response_format", "name", "tool_call_id"),  # the last two are not rendered
 }
-_KIND_OF = {"tool_calls": "wrong-tool-call", "response_format": "wrong-response-format"}
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ def parse_tools(value: object, *, where: object, special_pieces: Sequence[str] =
         DataError: not such a list, or a text in it spells out a special token.
     """
     tools = _dicts(value, "tools", where)
-    _refuse_in("tools", tools, special_pieces, where)
+    refuse_in("tools", tools, special_pieces, where)
     return tools
 
 
@@ -129,54 +127,13 @@ def require_trainable(messages: Sequence[Message], where: object) -> None:
             )
 
 
-def parse_arguments(arguments: object) -> object:
-    """The value of a tool call's arguments: JSON text is parsed, anything else stays as it is."""
-    if not isinstance(arguments, str):
-        return arguments
-    try:
-        return json.loads(arguments)
-    except (ValueError, RecursionError):
-        return arguments
-
-
 def refuse_special(message: Message, special_pieces: Sequence[str], where: object) -> None:
     """Raises DataError if any text of the message spells out one of the pieces."""
-    _refuse_in("content", message.content, special_pieces, where)
+    refuse_in("content", message.content, special_pieces, where)
     calls = [(c["function"]["name"], parse_arguments(c["function"]["arguments"])) for c in message.tool_calls or ()]
-    _refuse_in("tool_calls", calls, special_pieces, where)
-    _refuse_in("response_format", message.response_format, special_pieces, where)
-    _refuse_in("tools", message.tools, special_pieces, where)
-
-
-def _refuse_in(field: str, value: object, special_pieces: Sequence[str], where: object) -> None:
-    if not special_pieces:
-        return
-    pattern = _any_of(tuple(special_pieces))
-    for text in _texts(value):
-        if match := pattern.search(text):
-            raise DataError(
-                f"{field} spells out the special token {match.group()!r}",
-                kind="special-token",
-                where=at(where, f"{field} column {match.start() + 1}"),
-                advice="The model would read it as the real one: write it another way (a newline as a newline)",
-            )
-
-
-@lru_cache(maxsize=8)
-def _any_of(pieces: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("|".join(re.escape(piece) for piece in sorted(pieces, key=len, reverse=True)))
-
-
-def _texts(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _texts(key)
-            yield from _texts(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _texts(item)
+    refuse_in("tool_calls", calls, special_pieces, where)
+    refuse_in("response_format", message.response_format, special_pieces, where)
+    refuse_in("tools", message.tools, special_pieces, where)
 
 
 def _parse_message(item: object, where: str) -> Message:
@@ -232,7 +189,7 @@ def _content(item: dict[str, Any], role: str, where: str) -> str | dict[str, Any
         expected = "a string, a result (dict) or new tools (list)"
         facts: dict[str, Any] = {"expected": expected, "found": _kind(content)}
         raise DataError("a tool's content cannot be used", kind="wrong-content", where=where, **facts)
-    _require_json(content, "content", where)
+    require_json(content, "content", where)
     return content
 
 
@@ -253,6 +210,7 @@ def _tool_calls(value: object, where: str) -> tuple[dict[str, Any], ...]:
             expected = "a name that is a string and arguments that are JSON text or an object"
             facts = {"expected": expected, "found": json.dumps(call)[:120]}
             raise DataError("a tool call cannot be used", kind="wrong-tool-call", where=where, **facts)
+        require_json(parse_arguments(function["arguments"]), "tool_calls", where, kind="wrong-tool-call")
     return calls
 
 
@@ -268,24 +226,17 @@ def _response_format(value: object, where: str) -> dict[str, Any]:
     texts = (schema.get("name"), schema.get("description"))
     if not isinstance(schema.get("schema"), dict) or not all(isinstance(t, (str, type(None))) for t in texts):
         raise fault
-    _require_json(schema, "response_format", where)
+    require_json(schema, "response_format", where)
     return value
 
 
 def _dicts(value: object, name: str, where: object) -> tuple[dict[str, Any], ...]:
+    kind = "wrong-tool-call" if name == "tool_calls" else "wrong-tools"
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, dict) for item in value):
         facts: dict[str, Any] = {"expected": "a list of objects", "found": _kind(value)}
-        raise DataError(f"{name} has the wrong form", kind=_KIND_OF.get(name, f"wrong-{name}"), where=where, **facts)
-    _require_json(value, name, where)
+        raise DataError(f"{name} has the wrong form", kind=kind, where=where, **facts)
+    require_json(value, name, where, kind=kind)
     return tuple(value)
-
-
-def _require_json(value: object, name: str, where: object) -> None:
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError, RecursionError) as error:
-        kind = _KIND_OF.get(name, f"wrong-{name}")
-        raise DataError(f"{name} cannot be written as JSON: {error}", kind=kind, where=where) from error
 
 
 def _order_faults(messages: Sequence[Message], where: object) -> Iterator[DataError]:
@@ -294,8 +245,8 @@ def _order_faults(messages: Sequence[Message], where: object) -> Iterator[DataEr
         yield DataError("no user or assistant message", kind="no-messages", where=where, found=f"{len(roles)} messages")
         return
     allowed = {"user": (None, "system", "assistant", "tool"), "assistant": ("user", "tool"), "tool": ("assistant",)}
+    before: str | None = None
     for index, role in enumerate(roles):
-        before = roles[index - 1] if index else None
         place = at(where, f"message {index}")
         if role == "system" and index:
             advice = "Move it to the front"
@@ -307,11 +258,8 @@ def _order_faults(messages: Sequence[Message], where: object) -> Iterator[DataEr
             expected = " or ".join(name for name in allowed[role] if name)
             facts: dict[str, Any] = {"expected": f"after {expected}", "found": f"after {before or 'nothing'}"}
             yield DataError(f"{role} message in the wrong place", kind="role-order", where=place, **facts)
-
-
-def at(where: object, place: str) -> str:
-    """A place within another; `where` may be None, when the reader knows it."""
-    return place if where is None else f"{where}, {place}"
+        if role != "system" or not index:  # a misplaced one makes no other fault
+            before = role
 
 
 def _kind(value: object) -> str:

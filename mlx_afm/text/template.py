@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlx_afm.errors import ConfigError, DataError
-from mlx_afm.text.messages import Message, parse_arguments
+from mlx_afm.text.messages import Message
+from mlx_afm.text.values import parse_arguments
 
 if TYPE_CHECKING:
     from mlx_afm.text.tokenizer import AFMTokenizer
@@ -99,10 +101,13 @@ def render(
     first = messages[0]
     if tools and first.role != "system":
         raise DataError(
-            "tools need a system message", found=f"first role {first.role!r}", advice="Add a system message"
+            "tools need a system message",
+            kind="wrong-tools",
+            found=f"first role {first.role!r}",
+            advice="Add a system message",
         )
     if tools and first.tools:
-        raise DataError("tools are given twice", expected="as an argument or on the system message")
+        raise DataError("tools are given twice", kind="wrong-tools", expected="as an argument or on the system message")
     spans: list[Span] = []
     for message in messages:
         body = _body(message, tools if message is first else None)
@@ -127,7 +132,7 @@ def encode(spans: Sequence[Span], tokenizer: AFMTokenizer) -> Encoded:
     ids[0] = tokenizer.eos_id
     bodies = [span for span in spans if span.text.endswith(TURN_END)]
     places = list(_turns(ids, tokenizer))
-    heads = sum(span.text.startswith(TURN_START) for span in spans)
+    heads = len(spans) - len(bodies)
     starts, ends = ids.count(tokenizer.turn_start_id), ids.count(tokenizer.turn_end_id)
     if (starts, ends, len(places)) != (heads, len(bodies), len(bodies)):
         raise DataError(
@@ -152,15 +157,13 @@ def encode_text(text: str, tokenizer: AFMTokenizer) -> Encoded:
 
 def _turns(ids: list[int], tokenizer: AFMTokenizer) -> Iterator[tuple[int, int, int]]:
     """Start, body and stop of each whole turn."""
-    start, body = -1, -1  # of the turn we are in; -1 where there is none
-    for position, token in enumerate(ids):
-        if token == tokenizer.turn_start_id:
-            start, body = position, -1
-        elif token == tokenizer.newline_id and start >= 0 and body < 0:
-            body = position + 1
-        elif token == tokenizer.turn_end_id and body >= 0:
-            yield start, body, position + 1
-            start, body = -1, -1
+    stop = 0
+    with suppress(ValueError):  # no further turn
+        while True:
+            start = ids.index(tokenizer.turn_start_id, stop)
+            body = ids.index(tokenizer.newline_id, start) + 1
+            stop = ids.index(tokenizer.turn_end_id, body) + 1
+            yield start, body, stop
 
 
 def _with_system(messages: Sequence[Message], system: str | None) -> Sequence[Message]:

@@ -1,30 +1,53 @@
-"""Training: loss, step, loop, events. It trains what is trainable and knows nothing of LoRA or files."""
+"""Training: loss, step, loop, state, events. It trains what is trainable and knows nothing of LoRA or files."""
 
 from mlx_afm.training.config import TrainConfig
 from mlx_afm.training.events import (
+    Callback,
+    DataRead,
     Evaluated,
     Event,
     EventHandler,
+    LossSpiked,
+    Notice,
+    Sampled,
     StepsReported,
     TrainingFinished,
+    TrainingInterrupted,
+    TrainingResumed,
     TrainingStarted,
+    is_recorded,
     to_record,
 )
+from mlx_afm.training.hooks import Hooks
 from mlx_afm.training.loss import chunked_cross_entropy, cross_entropy
-from mlx_afm.training.trainer import TrainState, evaluate_data, train
+from mlx_afm.training.order import DataOrder
+from mlx_afm.training.state import Snapshot, TrainState, snapshot_from
+from mlx_afm.training.trainer import evaluate_data, train
 
 __all__ = [
+    "Callback",
+    "DataOrder",
+    "DataRead",
     "Evaluated",
     "Event",
     "EventHandler",
+    "Hooks",
+    "LossSpiked",
+    "Notice",
+    "Sampled",
+    "Snapshot",
     "StepsReported",
     "TrainConfig",
     "TrainState",
     "TrainingFinished",
+    "TrainingInterrupted",
+    "TrainingResumed",
     "TrainingStarted",
     "chunked_cross_entropy",
     "cross_entropy",
     "evaluate_data",
+    "is_recorded",
+    "snapshot_from",
     "to_record",
     "train",
 ]

@@ -3,18 +3,48 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRead:
+    """A split was read and checked, before anything is loaded.
+
+    Attributes:
+        trained_tokens: how many of the tokens are targets.
+        dropped_examples, removed_tokens: what was too long and left out, as the user chose.
+    """
+
+    split: str
+    examples: int
+    tokens: int
+    trained_tokens: int
+    dropped_examples: int
+    removed_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingStarted:
-    """Before the first step."""
+    """Before the first step.
+
+    Attributes:
+        state_bytes: size of the file that a run is resumed from.
+    """
 
     total_steps: int
     trained_parameters: int
     examples: int
+    state_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResumed:
+    """Instead of `TrainingStarted` when an earlier run goes on. Not in `metrics.jsonl`: that is one run's."""
+
+    step: int
+    total_steps: int
+    best_loss: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,21 +84,96 @@ class Evaluated:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """After an evaluation, if samples are wanted: the model's greedy answer to a prompt."""
+
+    step: int
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSpiked:
+    """A step's mean loss was far above the mean of the steps before it. The step counted."""
+
+    step: int
+    loss: float
+    mean_before: float
+    gradient_norm: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingInterrupted:
+    """The run was asked to stop, is saved and can be resumed. Not in `metrics.jsonl`."""
+
+    step: int
+    total_steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingFinished:
-    """After the last step."""
+    """After the last step.
+
+    Attributes:
+        best_step: the step of `best_loss`.
+        stopped_early: whether patience ended it before the last step planned.
+        seconds: of training and evaluation, over all sittings of a resumed run.
+    """
 
     step: int
     best_loss: float | None
+    best_step: int = 0
+    stopped_early: bool = False
     seconds: float
 
 
-Event = TrainingStarted | StepsReported | Evaluated | TrainingFinished
-EventHandler = Callable[[Event], None]
+@dataclass(frozen=True, kw_only=True)
+class Notice:
+    """Something a person should know, in one line. Not in `metrics.jsonl`."""
+
+    text: str
+
+
+Event = (
+    DataRead
+    | TrainingStarted
+    | TrainingResumed
+    | StepsReported
+    | Evaluated
+    | Sampled
+    | LossSpiked
+    | TrainingInterrupted
+    | TrainingFinished
+    | Notice
+)
+
+
+class Callback(Protocol):
+    """Anything that can be called with an event: a function, or an object with `__call__`."""
+
+    def __call__(self, event: Event, /) -> None:
+        """Told of one event."""
+
+
+EventHandler = Callback
+
+# The events of `metrics.jsonl`, by the name they have there.
+RECORDED: dict[type[Event], str] = {
+    TrainingStarted: "start",
+    StepsReported: "train",
+    Evaluated: "eval",
+    Sampled: "sample",
+    LossSpiked: "spike",
+    TrainingFinished: "end",
+}
+
+
+def is_recorded(event: Event) -> bool:
+    """Whether an event belongs into `metrics.jsonl`."""
+    return type(event) in RECORDED
 
 
 def to_record(event: Event) -> dict[str, Any]:
     """The event as one line of `metrics.jsonl`; JSON has no NaN, so what is not finite becomes None."""
-    names = {StepsReported: "train", Evaluated: "eval", TrainingStarted: "start", TrainingFinished: "end"}
-    values = asdict(event)
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-    return {"event": names[type(event)], **finite}
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(event).items()}
+    return {"event": RECORDED[type(event)], **finite}

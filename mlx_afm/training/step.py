@@ -48,16 +48,19 @@ def require_float32(model: Model) -> None:
         raise ConfigError("nothing to train", advice="Add an adapter, or unfreeze the model.")
     wrong = [f"{name}: {array.dtype}" for name, array in trained if array.dtype != mx.float32]
     if wrong:
-        raise ConfigError("trained tensors must be float32", details=wrong)
+        advice = "In 16 bits an update is smaller than the rounding of what it changes. The frozen base may be 16-bit."
+        raise ConfigError("trained tensors must be float32", advice=advice, details=wrong)
 
 
-def batch_loss(model: Model, batch: Batch) -> mx.array:
+def batch_loss(model: Model, batch: Batch, grad_checkpoint: bool = False) -> mx.array:
     """Sum of the weighted losses of a batch, with gradients.
 
     The head is trained only if it is not frozen; then its logits are held as a whole, since the
     chunked loss has no gradient for the head.
     """
-    hidden_BND = model.hidden(batch.inputs_BL, needed=batch.needed_BN)
+    hidden_BND = model.hidden(
+        batch.inputs_BL, packing=batch.packing, needed=batch.needed_BN, grad_checkpoint=grad_checkpoint
+    )
     hidden_TD = hidden_BND.reshape(-1, hidden_BND.shape[-1])
     targets_T, weights_T = batch.targets_BN.reshape(-1), batch.weights_BN.reshape(-1)
     if model.head.trainable_parameters():
@@ -65,18 +68,20 @@ def batch_loss(model: Model, batch: Batch) -> mx.array:
     return chunked_cross_entropy(hidden_TD, model.logits, targets_T, weights_T)
 
 
-def train_step(model: Model, optimizer: Optimizer, batches: Iterable[Batch], *, clip_norm: float) -> StepResult:
+def train_step(
+    model: Model, optimizer: Optimizer, batches: Iterable[Batch], *, clip_norm: float, grad_checkpoint: bool = False
+) -> StepResult:
     """One optimizer step over the sum of some micro-batches.
 
     Every target weighs the same, however the micro-batches cut the data. One micro-batch's
-    activations are in memory at a time.
+    activations are in memory at a time; with `grad_checkpoint` one array per layer of them.
     """
     loss_and_grad = nn.value_and_grad(model, batch_loss)
     loss = tokens = mx.array(0.0)
     gradients: Any = None
     read_tokens = 0
     for batch in batches:
-        part, part_gradients = loss_and_grad(model, batch)
+        part, part_gradients = loss_and_grad(model, batch, grad_checkpoint)
         loss, tokens = loss + part, tokens + batch.weights_BN.sum()
         gradients = part_gradients if gradients is None else tree_map(mx.add, gradients, part_gradients)
         read_tokens += batch.read_tokens
@@ -101,7 +106,7 @@ def evaluate(model: Model, batches: Iterable[Batch]) -> tuple[float, float]:
     model.eval()
     loss = tokens = 0.0
     for batch in batches:
-        hidden_BND = model.hidden(batch.inputs_BL, needed=batch.needed_BN)
+        hidden_BND = model.hidden(batch.inputs_BL, packing=batch.packing, needed=batch.needed_BN)
         hidden_TD = hidden_BND.reshape(-1, hidden_BND.shape[-1])
         targets_T, weights_T = batch.targets_BN.reshape(-1), batch.weights_BN.reshape(-1)
         loss += _number(summed_loss(hidden_TD, model.logits, targets_T, weights_T))

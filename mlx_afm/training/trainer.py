@@ -4,63 +4,33 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from copy import deepcopy
 
 import mlx.core as mx
-from mlx.optimizers import AdamW
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_afm.data import Batch, Tokens, make_batch, plan_batches, plan_in_order
+from mlx_afm.data import Batch, Tokens, make_batch, plan_in_order
 from mlx_afm.errors import ConfigError
 from mlx_afm.model import Model
 from mlx_afm.training.config import TrainConfig
-from mlx_afm.training.events import Evaluated, EventHandler, StepsReported, TrainingFinished, TrainingStarted
+from mlx_afm.training.events import (
+    Evaluated,
+    LossSpiked,
+    Sampled,
+    StepsReported,
+    TrainingFinished,
+    TrainingInterrupted,
+    TrainingResumed,
+    TrainingStarted,
+)
+from mlx_afm.training.hooks import Hooks
+from mlx_afm.training.optimizers import GroupedOptimizer
+from mlx_afm.training.order import DataOrder
 from mlx_afm.training.schedule import learning_rate
+from mlx_afm.training.state import Snapshot, TrainState, Window, random_state, set_random_state
 from mlx_afm.training.step import StepResult, evaluate, require_float32, train_step
-
-MAX_SKIPPED_IN_A_ROW = 10
-
-Save = Callable[[str], None]  # called with "last" or "best"
-
-
-@dataclass
-class TrainState:
-    """Where a run stands. The position in the data is (epoch, cursor).
-
-    Attributes:
-        step: optimizer steps done.
-        epoch, cursor: the next micro-batch of `plan_batches(..., epoch=epoch)`.
-        trained_tokens: targets so far.
-        best_loss: lowest evaluation so far, nats per token.
-        skipped, skipped_in_a_row: steps left out because a gradient was not finite.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    cursor: int = 0
-    trained_tokens: float = 0.0
-    best_loss: float | None = None
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-
-
-@dataclass
-class _Window:
-    """Sums since the last report."""
-
-    started: float = field(default_factory=time.perf_counter)
-    steps: int = 0
-    loss: float = 0.0
-    tokens: float = 0.0
-    read_tokens: int = 0
-
-    def add(self, result: StepResult) -> None:
-        self.steps += 1
-        self.read_tokens += result.read_tokens
-        if result.applied:
-            self.loss += result.loss
-            self.tokens += result.tokens
+from mlx_afm.tree import require_same_tensors
 
 
 def train(
@@ -68,9 +38,9 @@ def train(
     train_data: Sequence[Tokens],
     valid_data: Sequence[Tokens],
     config: TrainConfig,
+    hooks: Hooks | None = None,
     *,
-    on_event: EventHandler = lambda event: None,
-    save: Save = lambda kind: None,
+    resume: Snapshot | None = None,
 ) -> TrainState:
     """Trains whatever is trainable in the model, in place.
 
@@ -78,19 +48,22 @@ def train(
         model: its trainable tensors must be float32; everything else is frozen.
         train_data, valid_data: encoded examples; without `valid_data` there is no best.
         config: see `TrainConfig`.
-        on_event: told of progress.
-        save: called with "last" every `save_every` steps and at the end, and with "best" after each
-            evaluation that is lower than all before.
+        hooks: who is told, who saves, who may stop the run.
+        resume: a snapshot of a run with the same model, data and settings; the run then ends as if it
+            had never been left, bit for bit on a device whose arithmetic repeats (the CPU's does).
 
     Raises:
-        ConfigError: nothing to train, or not float32, or no data; or ten steps in a row without a
-            finite gradient.
+        ConfigError: nothing to train, or not float32, or no data; or `max_skipped_steps` steps in a row
+            without a finite gradient. TensorsError: a snapshot of another model.
     """
     require_float32(model)
     if not train_data:
         raise ConfigError("no training examples")
-    mx.random.seed(config.seed)  # dropout draws from the default stream
-    run = _Run(model, train_data, valid_data, config, on_event, save)
+    run = _Run(model, train_data, valid_data, config, hooks or Hooks())
+    if resume is None:
+        mx.random.seed(config.seed)  # dropout draws from the default stream
+    else:
+        run.restore(resume)
     return run.all_steps()
 
 
@@ -101,101 +74,198 @@ class _Run:
         train_data: Sequence[Tokens],
         valid_data: Sequence[Tokens],
         config: TrainConfig,
-        on_event: EventHandler,
-        save: Save,
+        hooks: Hooks,
     ) -> None:
-        self.model, self.config, self.on_event, self.save = model, config, on_event, save
+        self.model, self.config, self.hooks = model, config, hooks
         self.train_data, self.valid_data = train_data, valid_data
-        self.lengths = [len(tokens) for tokens in train_data]
-        per_epoch = math.ceil(math.ceil(len(train_data) / config.batch_size) / config.grad_accumulation_steps)
-        self.total_steps = config.iters or config.epochs * per_epoch
-        self.optimizer = AdamW(
-            learning_rate=config.learning_rate, weight_decay=config.weight_decay, bias_correction=True
-        )
+        self.order = DataOrder(train_data, config)
+        self.total_steps = self.order.total_steps
+        self.optimizer = GroupedOptimizer(config, self.weights())
         self.state = TrainState()
 
+    def weights(self) -> dict[str, mx.array]:
+        """The trained tensors by name."""
+        return dict(tree_flatten(self.model.trainable_parameters()))
+
+    def snapshot(self) -> Snapshot:
+        """The run as it stands."""
+        return Snapshot(deepcopy(self.state), self.weights(), self.optimizer.arrays(), random_state())
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Puts a snapshot in place of what there is."""
+        for found, expected in ((snapshot.weights, self.weights()), (snapshot.optimizer, self.optimizer.arrays())):
+            require_same_tensors(
+                {name: tuple(array.shape) for name, array in expected.items()},
+                {name: tuple(array.shape) for name, array in found.items()},
+                where="the state to resume from",
+                advice="Was it saved with other settings?",
+            )
+        self.model.update(tree_unflatten(list(snapshot.weights.items())))
+        self.optimizer.restore(snapshot.optimizer)
+        self.state = deepcopy(snapshot.state)
+        self.state.interrupted = False
+        self.state.stopped_early = 0 < self.config.patience <= self.state.evaluations_without_best
+        set_random_state(snapshot.random)
+
     def all_steps(self) -> TrainState:
-        """Runs to the end: evaluate, then step, report, save and evaluate as configured."""
-        started = time.perf_counter()
-        count = sum(array.size for _, array in tree_flatten(self.model.trainable_parameters()))
-        self.on_event(
-            TrainingStarted(total_steps=self.total_steps, trained_parameters=count, examples=len(self.train_data))
-        )
-        self._evaluate()
-        self.model.train()
-        window, seconds = _Window(), 0.0
-        for batches in self._micro_batches():
-            result = self._step(batches)
-            window.add(result)
-            if self.state.step % self.config.steps_per_report == 0 or self.state.step == self.total_steps:
-                seconds += self._report(window, result, seconds)
-                window = _Window()
-            if self.state.step % self.config.save_every == 0 or self.state.step == self.total_steps:
-                self.save("last")
-            if self.state.step % self.config.steps_per_eval == 0 or self.state.step == self.total_steps:
-                self._evaluate()
-                window.started = time.perf_counter() if not window.steps else window.started
+        """Runs to the end, or until asked to stop: evaluate, then step, report, evaluate and save as configured."""
+        if self.state.step == 0:
+            self._start()
+        else:
+            self.hooks.on_event(
+                TrainingResumed(step=self.state.step, total_steps=self.total_steps, best_loss=self.state.best_loss)
+            )
+        while not self._done:
+            if self.hooks.should_stop():
+                return self._interrupt()
+            self._one_step()
         self.model.eval()
-        elapsed = time.perf_counter() - started
-        self.on_event(TrainingFinished(step=self.state.step, best_loss=self.state.best_loss, seconds=elapsed))
-        return self.state
+        return self._finish()
 
-    def _micro_batches(self) -> Iterator[list[Batch]]:
-        config, state = self.config, self.state
-        while state.step < self.total_steps:
-            plan = plan_batches(self.lengths, config.batch_size, seed=config.seed, epoch=state.epoch)
-            while state.cursor < len(plan) and state.step < self.total_steps:
-                chosen = plan[state.cursor : state.cursor + config.grad_accumulation_steps]
-                yield [make_batch([self.train_data[index] for index in indices]) for indices in chosen]
-                state.cursor += len(chosen)
-            if state.cursor >= len(plan):
-                state.epoch, state.cursor = state.epoch + 1, 0
+    @property
+    def _done(self) -> bool:
+        return self.state.step >= self.total_steps or self.state.stopped_early
 
-    def _step(self, batches: list[Batch]) -> StepResult:
-        config, state = self.config, self.state
-        self.optimizer.learning_rate = learning_rate(config, state.step, self.total_steps)
-        result = train_step(self.model, self.optimizer, batches, clip_norm=config.clip_grad_norm)
-        state.step += 1
-        state.trained_tokens += result.tokens if result.applied else 0
-        state.skipped_in_a_row = 0 if result.applied else state.skipped_in_a_row + 1
-        state.skipped += not result.applied
-        if state.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-            advice = "Lower --learning-rate; convert a float16 base to bfloat16. The last saved adapter is intact."
-            raise ConfigError(f"{state.skipped_in_a_row} steps in a row without a finite gradient", advice=advice)
-        return result
-
-    def _report(self, window: _Window, result: StepResult, seconds_before: float) -> float:
-        elapsed = time.perf_counter() - window.started
-        done, left = self.state.step, self.total_steps - self.state.step
-        self.on_event(
-            StepsReported(
-                step=done,
+    def _start(self) -> None:
+        """State first: whatever happens from now on, there is one, and it is this run's."""
+        self.state = TrainState()
+        self.hooks.save_state(self.snapshot())
+        self.hooks.on_event(
+            TrainingStarted(
                 total_steps=self.total_steps,
-                epoch=self.state.epoch,
-                loss=window.loss / window.tokens if window.tokens else math.nan,
-                learning_rate=float(self.optimizer.learning_rate.item()),
-                gradient_norm=result.gradient_norm,
-                tokens_per_second=window.read_tokens / elapsed,
-                trained_tokens=round(self.state.trained_tokens),
-                seconds_left=(seconds_before + elapsed) / done * left,
-                peak_memory_bytes=mx.get_peak_memory(),
-                skipped_steps=self.state.skipped,
+                trained_parameters=sum(array.size for array in self.weights().values()),
+                examples=len(self.train_data),
+                state_bytes=sum(array.nbytes for array in self.weights().values()) + self.optimizer.state_bytes,
             )
         )
-        return elapsed
+        self._evaluate()
+
+    def _one_step(self) -> None:
+        config, state, epoch = self.config, self.state, self.state.epoch
+        self.model.train()
+        result = self._step()
+        if state.step % config.steps_per_report == 0 or state.step == self.total_steps:
+            self._report(epoch, result.gradient_norm)
+        epoch_ended = state.cursor == 0
+        due = state.step % config.steps_per_eval == 0 if config.steps_per_eval else epoch_ended
+        if due or state.step == self.total_steps:
+            self._evaluate()
+            state.stopped_early = 0 < config.patience <= state.evaluations_without_best
+            if state.stopped_early and state.window.steps:
+                self._report(epoch, result.gradient_norm)
+        if state.step % config.save_every == 0 and not self._done:
+            self._save()
+
+    def _step(self) -> StepResult:
+        config, state, started = self.config, self.state, time.perf_counter()
+        self.optimizer.set_learning_rate(learning_rate(config, state.step, self.total_steps))
+        batches = self._next_batches()
+        result = train_step(
+            self.model,
+            self.optimizer,
+            batches,
+            clip_norm=config.clip_grad_norm,
+            grad_checkpoint=config.grad_checkpoint,
+        )
+        state.add(result, time.perf_counter() - started)
+        if state.skipped_in_a_row == config.max_skipped_steps:
+            advice = "Lower --learning-rate; convert a float16 base to bfloat16. The last saved adapter is intact."
+            raise ConfigError(f"{state.skipped_in_a_row} steps in a row without a finite gradient", advice=advice)
+        if result.applied:
+            self._watch_for_spike(result)
+        return result
+
+    def _next_batches(self) -> list[Batch]:
+        """The micro-batches of the next step; the position moves on at once, to where the step after it starts."""
+        config, state = self.config, self.state
+        plan = self.order.epoch(state.epoch)
+        chosen = plan[state.cursor : state.cursor + config.grad_accumulation_steps]
+        state.cursor += len(chosen)
+        if state.cursor >= len(plan):
+            state.epoch, state.cursor = state.epoch + 1, 0
+        return [make_batch([self.train_data[index] for index in indices]) for indices in chosen]
+
+    def _watch_for_spike(self, result: StepResult) -> None:
+        loss = result.loss / result.tokens
+        spike, mean = self.state.is_spike(loss, self.config.spike_sigmas, self.config.spike_window)
+        if spike:
+            self.hooks.on_event(
+                LossSpiked(step=self.state.step, loss=loss, mean_before=mean, gradient_norm=result.gradient_norm)
+            )
+
+    def _report(self, epoch: int, gradient_norm: float) -> None:
+        state, window = self.state, self.state.window
+        left = self.total_steps - state.step
+        self.hooks.on_event(
+            StepsReported(
+                step=state.step,
+                total_steps=self.total_steps,
+                epoch=epoch,
+                loss=window.loss / window.tokens if window.tokens else math.nan,
+                learning_rate=learning_rate(self.config, state.step - 1, self.total_steps),
+                gradient_norm=gradient_norm,
+                tokens_per_second=window.read_tokens / max(window.seconds, 1e-9),
+                trained_tokens=round(state.trained_tokens),
+                seconds_left=state.step_seconds / state.step * left,
+                peak_memory_bytes=mx.get_peak_memory(),
+                skipped_steps=state.skipped,
+            )
+        )
+        state.window = Window()
 
     def _evaluate(self) -> None:
-        if not self.valid_data:
-            return
-        started = time.perf_counter()
+        if self.valid_data:
+            self._score()
+        if self.hooks.sample is not None:
+            self._sample()
+
+    def _score(self) -> None:
+        state, started = self.state, time.perf_counter()
         loss, tokens = evaluate_data(self.model, self.valid_data, self.config.batch_size, self.config.val_batches)
         mean = loss / tokens
-        best = self.state.best_loss is None or mean < self.state.best_loss
+        best = state.best_loss is None or mean < state.best_loss
+        state.evaluations_without_best = 0 if best else state.evaluations_without_best + 1
         if best:
-            self.state.best_loss = mean
-            self.save("best")
+            state.best_loss, state.best_step = mean, state.step
+            self.hooks.save("best")
         elapsed = time.perf_counter() - started
-        self.on_event(Evaluated(step=self.state.step, loss=mean, tokens=round(tokens), best=best, seconds=elapsed))
+        state.seconds += elapsed
+        self.hooks.on_event(Evaluated(step=state.step, loss=mean, tokens=round(tokens), best=best, seconds=elapsed))
+
+    def _sample(self) -> None:
+        """Samples must not move the random numbers that dropout will draw."""
+        assert self.hooks.sample is not None
+        random = random_state()
+        self.model.eval()
+        for prompt, answer in self.hooks.sample():
+            self.hooks.on_event(Sampled(step=self.state.step, prompt=prompt, answer=answer))
+        set_random_state(random)
+
+    def _save(self) -> None:
+        """The state before the adapter: after a crash between them, resuming writes the adapter again."""
+        self.hooks.save_state(self.snapshot())
+        self.hooks.save("last")
+
+    def _interrupt(self) -> TrainState:
+        self._save()
+        self.model.eval()
+        self.state.interrupted = True
+        self.hooks.on_event(TrainingInterrupted(step=self.state.step, total_steps=self.total_steps))
+        return self.state
+
+    def _finish(self) -> TrainState:
+        state = self.state
+        self._save()
+        self.hooks.on_event(
+            TrainingFinished(
+                step=state.step,
+                best_loss=state.best_loss,
+                best_step=state.best_step,
+                stopped_early=state.stopped_early,
+                seconds=state.seconds,
+            )
+        )
+        return state
 
 
 def evaluate_data(model: Model, data: Sequence[Tokens], batch_size: int, max_batches: int = -1) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Toolkit folder -> MLX folder, and back; MLX folder -> MLX folder of another dtype.
+"""Toolkit folder -> MLX folder, and back; MLX folder -> MLX folder of another dtype, in codes or dense again.
 
 Each direction is the same walk: open and check the source, plan the target, see that it fits on the
 disk, stream tensor by tensor into a temporary folder, verify if asked, rename.
@@ -7,19 +7,21 @@ disk, stream tensor by tensor into a temporary folder, verify if asked, rename.
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlx_afm.adapters import Adapter, LoRAConfig, is_zero, write_adapter_folder
-from mlx_afm.checkpoints.arrays import FLOAT_DTYPES, cast
+from mlx_afm.adapters import Adapter, LoRAConfig, is_zero
+from mlx_afm.checkpoints.arrays import FLOAT_DTYPES
 from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.checkpoints.model_folder import (
-    BASE_ADAPTER,
     KEPT_FILES,
     kept_settings,
     model_tensors,
+    quantization_settings,
     read_config,
+    read_quantization,
     state_dict_of,
     toolkit_parts,
     write_config,
@@ -27,15 +29,20 @@ from mlx_afm.checkpoints.model_folder import (
     write_torch_checkpoint,
 )
 from mlx_afm.checkpoints.names import Kind, plan_names
+from mlx_afm.checkpoints.quantized import (
+    bits_per_weight,
+)
 from mlx_afm.checkpoints.toolkit import ToolkitCheckpoint, find_toolkit_files, read_toolkit_checkpoint
 from mlx_afm.checkpoints.verify import require_same_values
 from mlx_afm.errors import ConfigError, FormatError
 from mlx_afm.files import atomic_folder, require_space
-from mlx_afm.formats.mlx_folder import read_shards, write_shards
+from mlx_afm.formats.mlx_folder import read_shards
 from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.formats.torch_file import read_torch
+from mlx_afm.quant import QuantConfig
 from mlx_afm.text.hf_tokenizer import write_hf_tokenizer
 from mlx_afm.text.tokenizer import AFMTokenizer
+from mlx_afm.workflows.convert_weights import Change, Weights, change_weights, worth_keeping, write_weights
 from mlx_afm.workflows.load import base_adapter
 
 OnProgress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -54,6 +61,10 @@ class Converted:
         base_adapter: "none", "zero" or "active": whether the base carries an adapter that does something.
         verified: whether every value was read back and compared.
         wrapper_key: the key of a larger `.pt` that the state dict was found under, or None.
+        bits_per_weight: of all tensors, the adapter's aside; None for a torch checkpoint.
+        quantized: how many matrices are in codes, by form.
+        on_grid: how many of them lay on the balanced grid already and kept every bit.
+        left_dense: matrices that were to be quantised and whose width the groups do not divide.
     """
 
     folder: Path
@@ -63,11 +74,15 @@ class Converted:
     base_adapter: str
     verified: bool
     wrapper_key: str | None = None
+    bits_per_weight: float | None = None
+    quantized: Mapping[str, int] = field(default_factory=dict)
+    on_grid: int = 0
+    left_dense: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    dtype: str | None
+    change: Change
     config: Path | None
     no_tokenizer: bool
     verify: bool
@@ -83,9 +98,11 @@ def convert(
     config: str | Path | None = None,
     no_tokenizer: bool = False,
     verify: bool = False,
+    quantization: QuantConfig | None = None,
+    dequantize: bool = False,
     on_progress: OnProgress = lambda done, total: None,
 ) -> Converted:
-    """Converts a model between the toolkit's form and MLX's.
+    """Converts a model between the toolkit's form and MLX's, and between dense weights and codes.
 
     Args:
         source: for "mlx" a toolkit folder, its `assets`, a `.pt`, an MLX folder, or the hub id of one;
@@ -97,13 +114,16 @@ def convert(
         config: the JSON of a lone `.pt`, if it does not lie beside it.
         no_tokenizer: convert a folder that lacks `tokenizer.model`.
         verify: read everything back and compare it with the source before the target appears.
+        quantization: put projections and embedding in codes. Matrices on the balanced grid are packed as they
+            are. A base adapter that does nothing is left out of a quantised folder, which cannot go back to torch.
+        dequantize: make the weights of a quantised folder dense.
         on_progress: told of bytes written, and of all there are.
 
     Raises:
         FormatError: a part missing or damaged. ConfigError: a model that is not AFM text v7, an unknown
             setting, a target in the way, or too little disk. TensorsError: tensors of another model.
 
-    Cost: some 64 MB blocks in memory, whatever the model's size.
+    Cost: some 64 MB blocks in memory, whatever the model's size; when quantising about ten.
 
     The target appears when it is complete, or not at all.
     """
@@ -112,11 +132,15 @@ def convert(
         raise ConfigError("unknown dtype", expected=" or ".join(FLOAT_DTYPES), found=dtype)
     if to not in ("mlx", "torch"):
         raise ConfigError("unknown form", where="to", expected="mlx or torch", found=to)
+    if to == "torch" and (quantization is not None or dequantize):
+        raise ConfigError("a torch checkpoint has no codes", advice="Quantise or dequantise to an MLX folder.")
+    if quantization is not None and dequantize:
+        raise ConfigError("either quantise or dequantise")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         advice = "Remove it or choose another --mlx-path."
         raise ConfigError("the target exists already", where=target, advice=advice)
     options = _Options(
-        dtype=dtype,
+        change=Change(dtype=dtype, quantization=quantization, dequantize=dequantize),
         config=None if config is None else Path(config),
         no_tokenizer=no_tokenizer,
         verify=verify,
@@ -135,57 +159,65 @@ def _torch_to_mlx(source: Path, target: Path, options: _Options) -> Converted:
         advice = "Put the toolkit's tokenizer.model beside the checkpoint, or pass --no-tokenizer to go without."
         raise FormatError("missing tokenizer.model", where=files.weights.parent, advice=advice)
     checkpoint = read_toolkit_checkpoint(files)
-    tensors = model_tensors(checkpoint, options.dtype)
+    weights = change_weights(model_tensors(checkpoint, None), {}, options.change, where=source)
     ids = {} if files.tokenizer is None else _token_ids(files.tokenizer, checkpoint)
     adapter = _adapter_of(checkpoint)
-    count = _Counter(tensors, options.on_progress)
+    activity, adapter = _activity(adapter), worth_keeping(adapter, weights)
+    count = _Counter(weights.tensors, options.on_progress)
     require_space(target, count.total + _adapter_bytes(adapter) + SPARE_BYTES)
     with atomic_folder(target) as partial:
-        write_shards(partial, tensors, on_bytes=count.add)
-        write_toolkit_parts(partial, checkpoint)
+        settings = write_weights(partial, weights, adapter, verify=options.verify, on_bytes=count.add)
+        write_toolkit_parts(partial, checkpoint, config=adapter is not None or checkpoint.config.adapter is None)
         if files.tokenizer is not None:
             write_hf_tokenizer(files.tokenizer, partial)
-        if adapter is not None:
-            write_adapter_folder(partial / BASE_ADAPTER, adapter)
-        if options.verify:
-            require_same_values(tensors, read_shards(partial), where=partial)
-        write_config(partial, checkpoint.config.model, {"torch_dtype": _dtype_of(tensors), **ids})
-    key = checkpoint.wrapper_key
-    return Converted(target, "mlx", len(tensors), count.total, _activity(adapter), options.verify, key)
-
-
-def _dtype_of(tensors: Mapping[str, LazyTensor]) -> str:
-    return tensors["model.embedding.weight"].dtype
+        write_config(partial, checkpoint.config.model, {**settings, **ids})
+    return _converted(target, weights, activity, options, checkpoint.wrapper_key)
 
 
 def _mlx_to_mlx(source: Path, target: Path, options: _Options) -> Converted:
-    config = read_config(source)
-    steps = (".quant_key_scale", ".quant_value_scale")
-    tensors = {
-        name: tensor if name.endswith(steps) else cast(tensor, options.dtype)
-        for name, tensor in read_shards(source).items()
-    }
-    count = _Counter(tensors, options.on_progress)
+    config, schemes = read_config(source), read_quantization(source)
+    weights = change_weights(read_shards(source), schemes, options.change, where=source)
     adapter = base_adapter(source)
+    activity, adapter = _activity(adapter), worth_keeping(adapter, weights)
+    kept = kept_settings(source)
+    if schemes and not options.change.dequantize:
+        kept.update(quantization_settings(source))
+    count = _Counter(weights.tensors, options.on_progress)
     require_space(target, count.total + _adapter_bytes(adapter) + SPARE_BYTES)
     with atomic_folder(target) as partial:
-        write_shards(partial, tensors, on_bytes=count.add)
-        for name in (*KEPT_FILES, *toolkit_parts(source)):
+        settings = write_weights(partial, weights, adapter, verify=options.verify, on_bytes=count.add)
+        parts = toolkit_parts(source, config=adapter is not None or activity == "none")
+        for name in (*KEPT_FILES, *parts):
             if (source / name).is_file():
                 (partial / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(source / name, partial / name)
-        if adapter is not None:
-            write_adapter_folder(partial / BASE_ADAPTER, adapter)
-        if options.verify:
-            require_same_values(tensors, read_shards(partial), where=partial)
-        write_config(partial, config, {**kept_settings(source), "torch_dtype": _dtype_of(tensors)})
-    return Converted(target, "mlx", len(tensors), count.total, _activity(adapter), options.verify)
+        write_config(partial, config, {**settings, **{key: kept[key] for key in kept if key not in settings}})
+    return _converted(target, weights, activity, options)
+
+
+def _converted(
+    target: Path, weights: Weights, activity: str, options: _Options, wrapper_key: str | None = None
+) -> Converted:
+    forms = Counter(str(scheme) for scheme in weights.schemes.values())
+    return Converted(
+        target,
+        "mlx",
+        len(weights.tensors),
+        sum(tensor.nbytes for tensor in weights.tensors.values()),
+        activity,
+        options.verify,
+        wrapper_key,
+        bits_per_weight=round(bits_per_weight(weights.tensors, weights.schemes), 4),
+        quantized=dict(forms),
+        on_grid=0 if weights.made is None else len(weights.made.on_grid),
+        left_dense=() if weights.made is None else weights.made.plan.left_dense,
+    )
 
 
 def _mlx_to_torch(source: Path, target: Path, options: _Options) -> Converted:
     read_config(source)
     adapter = base_adapter(source)
-    config, state = state_dict_of(source, {} if adapter is None else adapter.weights, options.dtype)
+    config, state = state_dict_of(source, {} if adapter is None else adapter.weights, options.change.dtype)
     count = _Counter(state, options.on_progress)
     require_space(target, count.total + SPARE_BYTES)
     with atomic_folder(target) as partial:

@@ -32,8 +32,9 @@ from mlx_afm.workflows.convert import convert
 from mlx_afm.workflows.export import export_fmadapter
 from mlx_afm.workflows.fuse import fuse
 from mlx_afm.workflows.load import load
-from mlx_afm.workflows.lora import METRICS, LoRAJob, train
-from mlx_afm.workflows.loss_curve import loss_curve_svg, read_losses
+from mlx_afm.workflows.lora import LoRAJob, train
+from mlx_afm.workflows.loss_curve import loss_curve_svg
+from mlx_afm.workflows.plot import read_runs
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "demo"
 TRAINING = TrainConfig(
@@ -89,7 +90,7 @@ def run_demo(
     folder = convert(toolkit, out / "model").folder
     model, tokenizer = load(folder)
     assert tokenizer is not None, "the demo's model has a tokenizer"
-    test = read_examples(data / "test.jsonl", tokenizer.special_pieces)
+    test = read_examples((data / "test.jsonl",), tokenizer.special_pieces)
     on_step("one training example as the model sees it, what is trained in «»:\n" + rendered_sample(test[0]))
     on_step(f"scoring {len(test)} held-out requests with the base model")
     before, answers_before = exact_match(model, tokenizer, test)
@@ -97,11 +98,11 @@ def run_demo(
     job = LoRAJob(model=folder, data=data, adapter_path=out / "adapter", train=TRAINING, name=ADAPTER_NAME)
     trained = train(job, on_event=on_event)
     curve = out / "loss.svg"
-    write_text(curve, loss_curve_svg(read_losses(job.adapter_path / METRICS), "Demo adapter: loss"))
+    write_text(curve, loss_curve_svg(read_runs([job.adapter_path]), "Demo adapter: loss"))
     on_step("scoring again with the adapter")
     after, answers_after = exact_match(load(folder, job.adapter_path)[0], tokenizer, test)
     on_step(f"exact match {after:.0%}; fusing, and scoring the fused model")
-    fused = fuse(folder, job.adapter_path, out / "fused")
+    fused = fuse(folder, job.adapter_path, out / "fused").folder
     fused_match, _ = exact_match(load(fused)[0], tokenizer, test)
     on_step("export and check")
     package, report = export_fmadapter(job.adapter_path, ADAPTER_NAME, out)

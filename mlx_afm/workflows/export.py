@@ -2,14 +2,195 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from mlx_afm.adapters import Adapter, read_adapter, write_adapter_folder, write_adapter_package, write_adapter_pt
+from mlx_afm.adapters import (
+    Adapter,
+    DeviceForm,
+    FormChange,
+    read_adapter,
+    to_device_form,
+    write_adapter_folder,
+    write_adapter_package,
+    write_adapter_pt,
+)
+from mlx_afm.checkpoints.hub import resolve
+from mlx_afm.checkpoints.model_folder import read_toolkit_config
+from mlx_afm.checkpoints.signature import read_signature
 from mlx_afm.errors import AdapterError, ConfigError
-from mlx_afm.formats.fmadapter import SUFFIX, Metadata, require_adapter_name
+from mlx_afm.formats.fmadapter import (
+    PUBLIC_SIGNATURE,
+    SUFFIX,
+    AddFiles,
+    Metadata,
+    Rounding,
+    no_files,
+    read_fmadapter,
+    require_adapter_name,
+)
 from mlx_afm.formats.fmadapter_check import check_fmadapter
 from mlx_afm.formats.fmadapter_report import Report
-from mlx_afm.workflows.load import open_adapter
+from mlx_afm.workflows.ladder import PROMPTS, write_ladder
+from mlx_afm.workflows.lineage import OURS, base_differs, lineage_of
+from mlx_afm.workflows.load import base_adapter, open_adapter
+from mlx_afm.workflows.logit_change import LogitChange, logit_change
+
+PUBLIC_NOTICE = (
+    "Signature of toolkit 26.0.0, which OS 26.1 and 26.4 were seen to take: devices whose base model has another "
+    "one will refuse it. Ask them: SystemLanguageModel.Adapter.compatibleAdapterIdentifiers(name:). "
+    "OS 27 takes no adapters."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """A package to be made.
+
+    Attributes:
+        adapter: any form. The metadata of a package is kept, as far as nothing else is said here.
+        name: letters, digits and underscores; devices refuse anything else.
+        output_dir: made if need be; an existing package of this name is replaced.
+        model: the base model's folder: for adapters that do not say what they were made for, for modules
+            that were not trained, and to compare logits.
+        toolkit: the toolkit's folder, whose signature is taken.
+        author, description, license, signature: None leaves the package's or the default.
+        creator_defined: what the app can read at run time; `mlx_afm` is the library's.
+        reduce_rank, zero_untrained: see `DeviceForm`.
+        compare: with a model, compare the logits of adapter and package.
+        ladder: with a model, write prompts and greedy answers beside the package.
+        prompts: for both.
+    """
+
+    adapter: Path
+    name: str
+    output_dir: Path = Path(".")
+    model: Path | None = None
+    toolkit: Path | None = None
+    author: str | None = None
+    description: str | None = None
+    license: str | None = None
+    signature: str | None = None
+    creator_defined: Mapping[str, Any] = field(default_factory=dict)
+    reduce_rank: bool = False
+    zero_untrained: bool = False
+    compare: bool = True
+    ladder: bool = False
+    prompts: tuple[str, ...] = PROMPTS
+
+    def __post_init__(self) -> None:
+        require_adapter_name(self.name)
+        if self.ladder and self.model is None:
+            raise ConfigError("a ladder needs the base model", where="ladder", advice="Give it with --model.")
+        if OURS in self.creator_defined:
+            raise ConfigError("creatorDefined: this key is the library's", where=OURS, advice="Choose another name.")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A package, and what became of the adapter on the way.
+
+    Attributes:
+        package: the folder.
+        metadata: what it says.
+        report: of the check.
+        form: what was done to rank, scale and modules.
+        rounding: what becoming float16 cost.
+        logits: how much the model's answers changed; None if that was not asked for.
+        ladder: the file of prompts and answers, or None.
+        base_differs: the adapter was trained on another base model than the one given.
+    """
+
+    package: Path
+    metadata: Metadata
+    report: Report
+    form: FormChange
+    rounding: Rounding
+    logits: LogitChange | None = None
+    ladder: Path | None = None
+    base_differs: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Report and figures as plain JSON values."""
+        return {
+            **self.report.to_dict(),
+            "signature": self.metadata.signature,
+            "form": self.form.to_dict(),
+            "rounding": self.rounding.to_dict(),
+            "logits": None if self.logits is None else self.logits.to_dict(),
+            "ladder": None if self.ladder is None else str(self.ladder),
+            "base_differs": self.base_differs,
+        }
+
+    def notes(self) -> Iterator[str]:
+        """What a user should know, a sentence each."""
+        yield from self.form.notes()
+        errors = f"{self.rounding.max_error:.3g} at most, {self.rounding.mean_error:.3g} in the mean"
+        lost = f"; {self.rounding.vanished} values became zero" if self.rounding.vanished else ""
+        yield f"rounding to float16: {errors}{lost}"
+        if self.logits is not None:
+            yield self.logits.note()
+        if self.base_differs:
+            yield "the adapter says that it was trained on another base model than this one"
+        if self.metadata.signature == PUBLIC_SIGNATURE:
+            yield PUBLIC_NOTICE
+
+
+def export_package(config: ExportConfig, add_files: AddFiles = no_files) -> Exported:
+    """Makes a package, then checks it.
+
+    Args:
+        config: what to make.
+        add_files: writes further files of the package into the folder it is given.
+
+    Raises:
+        ConfigError: a name or metadata that devices refuse.
+        AdapterError: an adapter that a package cannot hold exactly; see `to_device_form`.
+        FormatError: something else in the way, or a toolkit folder without its signature.
+    """
+    model = None if config.model is None else resolve(config.model)
+    exported = _write(config, model, add_files)
+    if model is None or not exported.report.ok:
+        return exported
+    target = exported.package
+    exported = replace(exported, base_differs=base_differs(config.adapter, model))
+    if config.compare:
+        adapter = _open(config.adapter, model)
+        exported = replace(exported, logits=logit_change(model, adapter, target, config.prompts))
+    if config.ladder:
+        exported = replace(exported, ladder=write_ladder(target, exported.metadata, model, config.prompts))
+    return exported
+
+
+def _write(config: ExportConfig, model: Path | None, add_files: AddFiles) -> Exported:
+    form, rounding = DeviceForm(reduce_rank=config.reduce_rank, zero_untrained=config.zero_untrained), Rounding()
+    adapter, change = to_device_form(_open(config.adapter, model), _base_adapter(model), form)
+    metadata = _metadata(config, model, adapter.config.rank)
+    target = config.output_dir / metadata.folder_name
+    write_adapter_package(target, adapter, metadata, rounding=rounding, add_files=add_files)
+    del adapter  # and with it the map of its file: the check maps the package
+    report = check_fmadapter(target, signature=metadata.signature, byte_exact=True)
+    return Exported(target, metadata, report, change, rounding)
+
+
+def _metadata(config: ExportConfig, model: Path | None, rank: int) -> Metadata:
+    source = read_fmadapter(config.adapter)[0] if config.adapter.suffix == SUFFIX else Metadata(name=config.name)
+    signature = config.signature
+    if signature is None and config.toolkit is not None:
+        signature = read_signature(config.toolkit)
+    given = {
+        "author": config.author,
+        "description": config.description,
+        "license": config.license,
+        "signature": signature,
+    }
+    creator = {**source.creator_defined, **config.creator_defined}
+    ours = creator.get(OURS, {})
+    creator[OURS] = {**ours, "lineage": {**lineage_of(config.adapter, model), **ours.get("lineage", {})}}
+    changed = {name: value for name, value in given.items() if value is not None}
+    return replace(source, name=config.name, rank=rank, creator_defined=creator, **changed)  # type: ignore[arg-type]
 
 
 def export_fmadapter(
@@ -18,52 +199,94 @@ def export_fmadapter(
     output_dir: str | Path,
     *,
     model_path: str | Path | None = None,
-    **metadata: str,
+    **settings: Any,
 ) -> tuple[Path, Report]:
-    """Writes `output_dir`/`name`.fmadapter, then checks it.
+    """Writes `output_dir`/`name`.fmadapter, then checks it; `export_package` tells more of what it did.
 
     Args:
         adapter_path: any adapter form.
         name: letters, digits and underscores; devices refuse anything else.
         output_dir: made if need be; an existing package of this name is replaced.
-        model_path: the base model's folder, if the adapter does not say what it was made for.
-        metadata: `author`, `description`, `license`, `signature`.
+        model_path: the base model's folder; logits are compared only if `compare=True` is given.
+        **settings: of `ExportConfig`, such as `author`, `signature`, `reduce_rank`.
 
     Raises:
-        ConfigError: a name or metadata that devices refuse.
-        AdapterError: an adapter that a package cannot hold exactly.
+        ConfigError, AdapterError, FormatError: see `export_package`.
     """
-    require_adapter_name(name)
-    adapter = _open(Path(adapter_path), model_path)
-    settings = Metadata(name=name, rank=adapter.config.rank, **metadata)  # type: ignore[arg-type]
-    target = Path(output_dir) / f"{name}{SUFFIX}"
-    write_adapter_package(target, adapter, settings)
-    return target, check_fmadapter(target)
+    model = None if model_path is None else Path(model_path)
+    settings = {"compare": False, **settings}
+    exported = export_package(
+        ExportConfig(adapter=Path(adapter_path), name=name, output_dir=Path(output_dir), model=model, **settings)
+    )
+    return exported.package, exported.report
 
 
-def convert_adapter(source: str | Path, target: str | Path, *, model_path: str | Path | None = None) -> Path:
+def convert_adapter(
+    source: str | Path,
+    target: str | Path,
+    *,
+    model_path: str | Path | None = None,
+    reduce_rank: bool = False,
+    zero_untrained: bool = False,
+    on_note: Callable[[str], None] = lambda text: None,
+) -> Path:
     """Writes an adapter in the form that the target's suffix asks for: `.pt`, `.fmadapter`, or a folder.
+
+    A folder holds any adapter as it is. The other two are brought into the form that their readers take:
+    rank 32 and scale 0.5 on all modules, or what the toolkit's JSON of the model says.
+
+    Args:
+        source: any form.
+        target: must not exist, but for a package, which is replaced.
+        model_path: the base model's folder.
+        reduce_rank, zero_untrained: see `DeviceForm`.
+        on_note: told what was done to the adapter, a sentence at a time.
 
     Raises:
         AdapterError: the form cannot hold this adapter exactly. ConfigError: the target is in the way.
     """
     source, target = Path(source), Path(target)
-    if target.suffix == ".fmadapter":
-        require_adapter_name(target.stem)
-    elif target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    model = None if model_path is None else resolve(model_path)
+    if target.suffix == SUFFIX:
+        config = ExportConfig(
+            adapter=source,
+            name=target.stem,
+            output_dir=target.parent,
+            model=model,
+            reduce_rank=reduce_rank,
+            zero_untrained=zero_untrained,
+            compare=False,
+        )
+        exported = export_package(config)
+        for text in exported.notes():
+            on_note(text)
+        return exported.package
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConfigError("the target exists already", where=target, advice="Remove it or choose another name.")
-    adapter = _open(source, model_path)
-    if target.suffix == ".fmadapter":
-        return write_adapter_package(target, adapter, Metadata(name=target.stem, rank=adapter.config.rank))
+    adapter = _open(source, model)
     if target.suffix == ".pt":
-        write_adapter_pt(target, adapter)
+        form = replace(toolkit_form(model), reduce_rank=reduce_rank, zero_untrained=zero_untrained)
+        in_form, change = to_device_form(adapter, _base_adapter(model), form)
+        write_adapter_pt(target, in_form, form.scale)
+        for text in change.notes():
+            on_note(text)
     else:
         write_adapter_folder(target, adapter)
     return target
 
 
-def _open(path: Path, model_path: str | Path | None) -> Adapter:
+def toolkit_form(model: Path | None) -> DeviceForm:
+    """Rank and scale that the toolkit's JSON of a model states; without it, the shipped model's."""
+    adapter = None if model is None else read_toolkit_config(model).adapter
+    return DeviceForm() if adapter is None else DeviceForm(rank=adapter.rank, scale=adapter.scale)
+
+
+def _base_adapter(model: Path | None) -> Adapter | None:
+    return None if model is None else base_adapter(model)
+
+
+def _open(path: Path, model: Path | None) -> Adapter:
     if not path.exists():
         expected = "an adapter folder, a .pt or a .fmadapter"
         raise AdapterError("no such adapter", where=path, expected=expected)
-    return read_adapter(path) if model_path is None else open_adapter(Path(model_path), path)
+    return read_adapter(path) if model is None else open_adapter(model, path)

@@ -1,30 +1,70 @@
-"""Merge an adapter into the weights: a plain model folder that needs no adapter."""
+"""Merge an adapter into the weights: a plain model folder that needs no adapter.
+
+Codes are never rounded anew. Of a quantised model either everything becomes dense, or the codes stay as
+they are, bit for bit, and the adapter goes into the folder beside them, where it is active.
+"""
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_afm.adapters import fuse_adapter, has_adapter
+from mlx_afm.adapters import Adapter, fuse_adapter, is_zero, write_adapter_folder
 from mlx_afm.checkpoints.arrays import from_mlx
 from mlx_afm.checkpoints.hub import resolve
-from mlx_afm.checkpoints.model_folder import KEPT_FILES, OBSERVERS, kept_settings, write_config
+from mlx_afm.checkpoints.model_folder import (
+    BASE_ADAPTER,
+    KEPT_FILES,
+    OBSERVERS,
+    kept_settings,
+    load_model,
+    quantization_settings,
+    read_quantization,
+    write_config,
+)
 from mlx_afm.errors import AdapterError, ConfigError
 from mlx_afm.files import atomic_folder
-from mlx_afm.formats.mlx_folder import write_shards
-from mlx_afm.workflows.load import load
+from mlx_afm.formats.mlx_folder import INDEX, shard_files, write_shards
+from mlx_afm.interop import write_shim
+from mlx_afm.model import Model
+from mlx_afm.workflows.load import attach, base_adapter, load, open_adapter
+
+PROMPT_TOKENS = 32  # of the fixed prompt the difference is measured on
 
 
-def fuse(model_path: str | Path, adapter_path: str | Path | None, save_path: str | Path) -> Path:
+@dataclass(frozen=True)
+class Fused:
+    """What fusing did.
+
+    Attributes:
+        folder: where the result is.
+        form: "dense", or "codes" with the adapter beside them.
+        difference: the largest change of a logit against the live adapter, on a fixed prompt, of the
+            folder as it loads.
+        effect: the largest change of a logit that the adapter makes there, to compare with.
+    """
+
+    folder: Path
+    form: str
+    difference: float
+    effect: float
+
+
+def fuse(
+    model_path: str | Path, adapter_path: str | Path | None, save_path: str | Path, *, dequantize: bool = False
+) -> Fused:
     """Writes the model with the adapter added to its weights (in float32, rounded once to their dtype).
 
     Args:
         model_path: an MLX model folder.
         adapter_path: any of the three adapter forms; None fuses the folder's own `base_adapter`.
         save_path: the folder to write; it must not exist yet, or be empty.
+        dequantize: make a quantised model dense. Without it its codes are copied and the adapter is kept as
+            the folder's `base_adapter`, which `load`, `generate` and `lora` apply.
 
     Raises:
         AdapterError: an adapter for another model, or nothing to fuse.
@@ -33,18 +73,52 @@ def fuse(model_path: str | Path, adapter_path: str | Path | None, save_path: str
     source, target = resolve(model_path), Path(save_path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError("the target exists already", where=target, advice="Remove it or choose another --save-path.")
-    model, _ = load(source, adapter_path)
-    if not has_adapter(model):
+    in_codes = bool(read_quantization(source))
+    adapter = base_adapter(source) if adapter_path is None else open_adapter(source, Path(adapter_path))
+    if adapter is None or (adapter_path is None and is_zero(adapter)):
         raise AdapterError("nothing to fuse", where=source, advice="Give --adapter-path.")
-    fuse_adapter(model)
-    mx.eval(model.parameters())
+    keeps_codes = in_codes and not dequantize
+    if keeps_codes and adapter_path is None:
+        advice = "It is active already. To merge it, make the model dense: fuse --dequantize."
+        raise AdapterError("the base adapter of a quantised model stays beside its codes", where=source, advice=advice)
+    model = load_model(source)
+    plain = _logits(model)
+    attach(model, adapter, where=adapter_path or source / BASE_ADAPTER)
+    live = _logits(model)
     with atomic_folder(target) as partial:
-        tensors = {name: from_mlx(array) for name, array in tree_flatten(model.parameters())}
-        write_shards(partial, tensors)
-        # The base adapter and the toolkit's JSON, which names it, no longer hold.
+        settings = kept_settings(source)
+        if keeps_codes:
+            settings.update({**quantization_settings(source), **_copy_codes(source, partial, adapter)})
+        else:
+            fuse_adapter(model, dequantize=in_codes)
+            write_shards(partial, {name: from_mlx(array) for name, array in tree_flatten(model.parameters())})
+        # The toolkit's JSON, which names the base adapter, no longer holds.
         for name in (*KEPT_FILES, OBSERVERS):
             if (source / name).is_file():
                 (partial / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(source / name, partial / name)
-        write_config(partial, model.args, kept_settings(source))
-    return target
+        write_config(partial, model.args, settings)
+        del model
+        difference = _distance(_logits(load(partial)[0]), live)
+    return Fused(target, "codes" if keeps_codes else "dense", difference, _distance(plain, live))
+
+
+def _copy_codes(source: Path, partial: Path, adapter: Adapter) -> dict[str, str]:
+    """Copies the weights as they are and puts the adapter beside them."""
+    for file in (*shard_files(source), source / INDEX):
+        if file.is_file():
+            shutil.copyfile(file, partial / file.name)
+    write_adapter_folder(partial / BASE_ADAPTER, adapter)
+    return write_shim(partial)
+
+
+def _logits(model: Model) -> mx.array:
+    """Logits of a prompt that depends on nothing but the size of the vocabulary."""
+    tokens = (mx.arange(PROMPT_TOKENS) * 7919 + 1) % model.args.vocab_size
+    logits = model(tokens[None]).astype(mx.float32)
+    mx.eval(logits)
+    return logits
+
+
+def _distance(first: mx.array, second: mx.array) -> float:
+    return float(mx.abs(first - second).max().item())

@@ -9,8 +9,9 @@ from typing import Any
 
 from mlx_afm.adapters import read_adapter
 from mlx_afm.adapters.store import CONFIG as ADAPTER_CONFIG
-from mlx_afm.checkpoints.model_folder import BASE_ADAPTER, OBSERVERS, TOOLKIT_CONFIG, read_config
+from mlx_afm.checkpoints.model_folder import BASE_ADAPTER, OBSERVERS, TOOLKIT_CONFIG, read_config, read_quantization
 from mlx_afm.checkpoints.names import adapter_ids, count_layers
+from mlx_afm.checkpoints.quantized import bits_per_weight, count_values
 from mlx_afm.checkpoints.toolkit import STEMS, find_toolkit_files
 from mlx_afm.errors import FormatError
 from mlx_afm.files import read_json
@@ -88,6 +89,8 @@ def _folder(path: Path) -> dict[str, Any]:
         adapter = read_adapter(path)
         return {
             "kind": "MLX adapter folder",
+            "fine_tune_type": adapter.config.fine_tune_type,
+            "layers": adapter.config.layers,
             "rank": adapter.config.rank,
             "scale": adapter.config.scale,
             "targets": list(adapter.config.targets),
@@ -121,8 +124,21 @@ def _model_folder(path: Path) -> dict[str, Any]:
         "base_adapter": (path / BASE_ADAPTER).is_dir(),
         "observers": (path / OBSERVERS).is_file(),
         "toolkit_config": (path / TOOLKIT_CONFIG).is_file(),
-        **_summary(read_shards(path)),
+        **_quantization(path),
     }
+
+
+def _quantization(path: Path) -> dict[str, Any]:
+    """The summary of a model's weights; codes count as the values they stand for."""
+    tensors, schemes = read_shards(path), read_quantization(path)
+    summary = _summary(tensors)
+    if schemes:
+        values = {name: tensor for name, tensor in tensors.items() if not name.endswith("_scale")}
+        parameters = count_values(values, schemes)
+        forms = Counter(str(scheme) for scheme in schemes.values())
+        summary.update({"parameters": parameters, "recognised": KNOWN_COUNTS.get(parameters)})
+        summary.update({"quantization": dict(forms), "bits_per_weight": round(bits_per_weight(tensors, schemes), 4)})
+    return summary
 
 
 def _torch_summary(checkpoint: TorchFile) -> dict[str, Any]:

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_afm.adapters import Adapter, add_adapter, is_zero, read_adapter, set_adapter_weights
+from mlx_afm.adapters import Adapter, add_adapter, is_zero, read_adapter, set_adapter_weights, set_full_weights
 from mlx_afm.checkpoints.arrays import to_mlx
 from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.checkpoints.model_folder import BASE_ADAPTER, load_model, read_config, read_toolkit_config
 from mlx_afm.model import Model
 from mlx_afm.text.tokenizer import AFMTokenizer
+
+TOKENIZER = "tokenizer.model"
 
 
 def load(
@@ -39,7 +41,7 @@ def load(
 
 def load_tokenizer(folder: Path) -> AFMTokenizer | None:
     """The tokenizer of a model folder, or None if it has none."""
-    file = folder / "tokenizer.model"
+    file = folder / TOKENIZER
     return AFMTokenizer.from_file(file) if file.is_file() else None
 
 
@@ -57,7 +59,11 @@ def base_adapter(folder: Path) -> Adapter | None:
 
 
 def attach(model: Model, adapter: Adapter, *, where: object) -> None:
-    """Puts an adapter on a model, values included."""
+    """Puts an adapter on a model, values included; weights of full fine-tuning take the model's dtype."""
+    if adapter.config.fine_tune_type == "full":
+        set_full_weights(model, {name: to_mlx(tensor) for name, tensor in adapter.weights.items()})
+        mx.eval(model.parameters())
+        return
     add_adapter(model, adapter.config)
     weights = {name: to_mlx(tensor).astype(mx.float32) for name, tensor in adapter.weights.items()}
     set_adapter_weights(model, weights, where=where)

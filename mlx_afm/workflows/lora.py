@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from mlx_afm.adapters import Adapter, LoRAConfig, adapter_weights, add_adapter, is_zero, train_only
+from mlx.utils import tree_flatten
+
+from mlx_afm.adapters import LoRAConfig
 from mlx_afm.adapters.config import to_adapter_json
-from mlx_afm.adapters.store import CONFIG, WEIGHTS, write_adapter_weights
-from mlx_afm.checkpoints.arrays import from_mlx
+from mlx_afm.adapters.store import CONFIG, WEIGHTS
 from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.checkpoints.model_folder import load_model, read_config, read_toolkit_config
 from mlx_afm.checkpoints.names import DEFAULT_ADAPTER
-from mlx_afm.data import Tokens, encode_examples, read_examples
-from mlx_afm.data.encode import CONTEXT_TOKENS
+from mlx_afm.data import DataConfig, TokenTable, default_cache, find_splits, read_tokens
+from mlx_afm.data.sources import Files
 from mlx_afm.errors import ConfigError, FormatError
-from mlx_afm.files import sha256_of, write_json
+from mlx_afm.files import require_space, sha256_of
 from mlx_afm.formats.fmadapter import require_adapter_name
+from mlx_afm.generation import generate
 from mlx_afm.model import Model
 from mlx_afm.text.tokenizer import AFMTokenizer
-from mlx_afm.training import Event, EventHandler, TrainConfig, evaluate_data, to_record
+from mlx_afm.training import Callback, DataOrder, DataRead, Event, Hooks, Notice, TrainConfig, evaluate_data
 from mlx_afm.training import train as run_training
-from mlx_afm.workflows.load import attach, base_adapter, load, load_tokenizer
+from mlx_afm.training.hooks import ignore
+from mlx_afm.workflows.lineage import BASE_SOURCE, SOURCES, fingerprint_of_model
+from mlx_afm.workflows.load import TOKENIZER, load, load_tokenizer
+from mlx_afm.workflows.lora_start import start_adapter
+from mlx_afm.workflows.reports import open_reports, require_reports
+from mlx_afm.workflows.run_folder import RunFolder, describe_unfinished, find_saved_run
+from mlx_afm.workflows.run_state import (
+    Course,
+    SavedRun,
+    course_of,
+    fingerprint_of_data,
+    fingerprint_of_files,
+    require_same_course,
+)
 
-SPLITS = ("train", "valid", "test")
-METRICS = "metrics.jsonl"
-BEST = "best"  # the adapter with the lowest validation loss, a folder beside the last
+WRITTEN_TIMES = 8  # times the trained weights: two states of three times, last and best adapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +54,16 @@ class LoRAJob:
         adapter_path: folder for the adapter and its records.
         lora: form of the adapter.
         train: how long and how fast.
-        max_tokens: longest example allowed.
+        reading: how the data becomes tokens.
+        cache: folder that keeps encoded data; None keeps nothing.
         name: name of a package to be exported later; checked before training.
         test: the adapter will be scored on the test split afterwards, so that is checked first too.
+        resume: go on with the run in `adapter_path`; a folder without any run starts one.
+        resume_adapter_file: an adapter of any form whose values training starts from; a new run.
+        sample_prompts: answered after each evaluation.
+        sample_tokens: longest answer.
+        report_to: some of wandb, swanlab, tensorboard.
+        project_name: the project of these reports.
     """
 
     model: Path
@@ -52,9 +71,16 @@ class LoRAJob:
     adapter_path: Path
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    max_tokens: int = CONTEXT_TOKENS
+    reading: DataConfig = field(default_factory=DataConfig)
+    cache: Path | None = field(default_factory=default_cache)
     name: str | None = None
     test: bool = False
+    resume: bool = False
+    resume_adapter_file: Path | None = None
+    sample_prompts: tuple[str, ...] = ()
+    sample_tokens: int = 64
+    report_to: tuple[str, ...] = ()
+    project_name: str = "mlx-afm"
 
 
 @dataclass(frozen=True)
@@ -65,11 +91,13 @@ class Trained:
         adapter_path: the last adapter; the best is in its folder `best` if there was validation data.
         steps: optimizer steps done.
         best_loss: lowest validation loss, nats per token; None without validation data.
+        interrupted: it was asked to stop before its end, and can be resumed.
     """
 
     adapter_path: Path
     steps: int
     best_loss: float | None
+    interrupted: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,129 +110,178 @@ class Score:
     examples: int
 
 
-def train(job: LoRAJob, on_event: EventHandler = lambda event: None) -> Trained:
+def train(job: LoRAJob, on_event: Callback = ignore, should_stop: Callable[[], bool] = lambda: False) -> Trained:
     """Trains an adapter and writes it.
 
     Everything that can be wrong is found before training starts: name, configuration, every line of
     the data. Files, in `job.adapter_path`, each written atomically: `adapters.safetensors` (the last),
-    `adapter_config.json`, `best/` (an adapter folder), `metrics.jsonl`.
+    `adapter_config.json`, `best/` (an adapter folder), `metrics.jsonl`, `training_state.safetensors`;
+    see `run_folder` for what a crash can do to them (nothing that resuming does not mend).
+
+    Args:
+        job: what to do.
+        on_event: told of progress.
+        should_stop: asked between steps; if it says so the run is saved and ends, to be resumed later.
 
     Raises:
-        ConfigError, FormatError, DataError, TensorsError: see `load` and `read_examples`.
+        ConfigError, FormatError, DataError, TensorsError: see `load`, `read_tokens` and `find_saved_run`.
+        MissingDependencyError: a report whose library is not installed.
     """
     if job.name is not None:
         require_adapter_name(job.name)
-    job = replace(job, model=resolve(job.model))
+    require_reports(job.report_to)
+    start = job.resume_adapter_file
+    if start is not None and start.name == WEIGHTS:
+        start = start.parent  # mlx-lm names the file
+    job = replace(job, model=resolve(job.model), resume_adapter_file=start)
     _require_folder(job.adapter_path)
     tokenizer = _require_tokenizer(job.model)
     read_config(job.model)
-    train_data = read_split(job.data, "train", tokenizer, job.max_tokens)
-    if job.test:
-        read_split(job.data, "test", tokenizer, job.max_tokens)
-    valid_data = read_split(job.data, "valid", tokenizer, job.max_tokens) if has_split(job.data, "valid") else []
+    saved = find_saved_run(job.adapter_path) if job.resume else None
+    data = _read_data(job, on_event)
+    total_steps, course = DataOrder(data["train"], job.train).total_steps, _course(job, data)
+    if saved is not None:
+        require_same_course(saved, course, job.train, total_steps, where=job.adapter_path)
+    for text in _notices(job, saved, total_steps):
+        on_event(Notice(text=text))
     model = load_model(job.model)
-    form = start_adapter(model, job.model, job.lora, seed=job.train.seed)
-    files = _RunFiles(job, model, form)
-    with files.metrics() as record:
+    form = start_adapter(model, job.model, job.lora, seed=job.train.seed, adapter_file=job.resume_adapter_file)
+    trained_bytes = sum(array.nbytes for _, array in tree_flatten(model.trainable_parameters()))
+    require_space(job.adapter_path, WRITTEN_TIMES * trained_bytes)
+    settings = {**_settings(job, model, form), SOURCES: course["from"]}
+    with (
+        RunFolder(job.adapter_path, model, settings, course, total_steps) as folder,
+        open_reports(job.report_to, job.project_name, job.adapter_path, settings) as reports,
+    ):
+        if saved is not None:
+            folder.go_on(saved)
+        watchers = (folder.record, *reports, on_event)
 
-        def handle(event: Event) -> None:
-            record(event)
-            on_event(event)
+        def tell(event: Event) -> None:
+            for watch in watchers:
+                watch(event)
 
-        state = run_training(model, train_data, valid_data, job.train, on_event=handle, save=files.save)
-    return Trained(job.adapter_path, state.step, state.best_loss)
-
-
-def start_adapter(model: Model, folder: Path, lora: LoRAConfig, *, seed: int) -> LoRAConfig:
-    """Puts the adapter to be trained on the model and freezes the rest; returns its full form.
-
-    If the base carries an adapter of the same rank and scale, training starts from its values and
-    untrained projections keep theirs. If it does something and has another form, training is refused,
-    since it is part of the base model.
-    """
-    base = base_adapter(folder)
-    if base is None or (base.config.rank, base.config.scale) != (lora.rank, lora.scale):
-        if base is not None and not is_zero(base):
-            advice = (
-                "Train with its rank and scale, or fuse it into the base first: mlx-afm fuse --model M --save-path F"
-            )
-            expected = f"rank {base.config.rank}, scale {base.config.scale}"
-            found = f"rank {lora.rank}, scale {lora.scale}"
-            raise ConfigError(
-                "the base model has an active adapter", where=folder, expected=expected, found=found, advice=advice
-            )
-        add_adapter(model, lora, seed=seed)
-        return lora
-    form = LoRAConfig(rank=lora.rank, scale=lora.scale, dropout=lora.dropout)
-    attach(model, Adapter(form, base.base, base.weights, base.name), where=folder)
-    train_only(model, lora.targets)
-    return form
-
-
-class _RunFiles:
-    """What a run writes."""
-
-    def __init__(self, job: LoRAJob, model: Model, form: LoRAConfig) -> None:
-        self.folder, self.model = job.adapter_path, model
-        adapter = read_toolkit_config(job.model).adapter
-        self.settings = {
-            **to_adapter_json(form, model.args, adapter.name if adapter else DEFAULT_ADAPTER),
-            "model": str(job.model),
-            "data": {name: sha256_of(split_file(job.data, name)) for name in SPLITS if has_split(job.data, name)},
-            "trained_targets": list(job.lora.targets),
-            "train": asdict(job.train),
-        }
-
-    def save(self, kind: str) -> None:
-        """Writes the adapter as "last" or "best"."""
-        folder = self.folder if kind == "last" else self.folder / BEST
-        folder.mkdir(parents=True, exist_ok=True)
-        write_adapter_weights(
-            folder / WEIGHTS, {name: from_mlx(array) for name, array in adapter_weights(self.model).items()}
+        hooks = Hooks(
+            on_event=tell,
+            save_state=folder.save_state,
+            save=folder.save,
+            should_stop=should_stop,
+            sample=_sampler(model, tokenizer, job),
         )
-        write_json(folder / CONFIG, self.settings)
+        snapshot = None if saved is None else saved.snapshot
+        state = run_training(model, data["train"], data.get("valid", ()), job.train, hooks, resume=snapshot)
+    return Trained(job.adapter_path, state.step, state.best_loss, state.interrupted)
 
-    @contextmanager
-    def metrics(self) -> Iterator[EventHandler]:
-        """Gives a handler that appends each event to `metrics.jsonl`, flushed at once."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / METRICS).open("w", encoding="utf-8") as handle:
 
-            def record(event: Event) -> None:
-                handle.write(json.dumps(to_record(event)) + "\n")
-                handle.flush()
+def _course(job: LoRAJob, data: Mapping[str, TokenTable]) -> Course:
+    """What decides where the run goes; see `run_state`."""
+    read = {name: table for name, table in data.items() if name != "test"}
+    sources = {**fingerprint_of_data(read), BASE_SOURCE: fingerprint_of_model(job.model)}
+    if job.resume_adapter_file is not None:
+        path = job.resume_adapter_file
+        names = [path / CONFIG, path / WEIGHTS] if path.is_dir() and path.suffix != ".fmadapter" else path.rglob("*")
+        files = [path] if path.is_file() else [file for file in sorted(names) if file.is_file()]
+        sources["adapter to start from"] = fingerprint_of_files(files)
+    return course_of(job.train, job.lora, sources)
 
-            yield record
+
+def _notices(job: LoRAJob, saved: SavedRun | None, total_steps: int) -> Iterator[str]:
+    """What to say before the run begins, about one that is there."""
+    if not job.resume:
+        unfinished = describe_unfinished(job.adapter_path)
+        if unfinished:
+            yield unfinished
+    elif saved is None:
+        yield f"nothing to resume in {job.adapter_path}: starting anew"
+    elif saved.step >= total_steps or 0 < job.train.patience <= saved.snapshot.state.evaluations_without_best:
+        yield f"nothing left to do: the run in {job.adapter_path} is finished (step {saved.step})"
+
+
+def _settings(job: LoRAJob, model: Model, form: LoRAConfig) -> dict[str, Any]:
+    """Content of `adapter_config.json`: the adapter's form, and how it was made."""
+    adapter = read_toolkit_config(job.model).adapter
+    return {
+        **to_adapter_json(form, model.args, adapter.name if adapter else DEFAULT_ADAPTER),
+        "model": str(job.model),
+        "data": _hashes(job.data),
+        "trained_targets": list(job.lora.targets),
+        "trained_layers": job.lora.layers,
+        "train": asdict(job.train),
+    }
+
+
+def _sampler(model: Model, tokenizer: AFMTokenizer, job: LoRAJob) -> Callable[[], Iterator[tuple[str, str]]] | None:
+    """Gives (prompt, greedy answer) for each sample prompt; None if there are none."""
+
+    def sample() -> Iterator[tuple[str, str]]:
+        for prompt in job.sample_prompts:
+            yield prompt, generate(model, tokenizer, prompt, max_tokens=job.sample_tokens)
+
+    return sample if job.sample_prompts else None
 
 
 def score(
-    model_path: Path, adapter_path: Path | None, data: Path, *, batch_size: int = 4, max_tokens: int = CONTEXT_TOKENS
+    model_path: Path,
+    adapter_path: Path | None,
+    data: Path,
+    *,
+    batch_size: int = 4,
+    reading: DataConfig | None = None,
+    cache: Path | None = None,
 ) -> Score:
-    """Loss of a model with an adapter on `test.jsonl` (or on `data` itself if it is a file)."""
+    """Loss of a model with an adapter on the test split of `data` (or on `data` itself if it is a file)."""
     model_path = resolve(model_path)
-    tokenizer = _require_tokenizer(model_path)
-    examples = read_split(data, "test", tokenizer, max_tokens)
+    _require_tokenizer(model_path)
+    examples = read_tokens(split_files(data, "test"), model_path / TOKENIZER, reading, cache=cache)
     model, _ = load(model_path, adapter_path)
     total, tokens = evaluate_data(model, examples, batch_size)
     loss = total / tokens
     return Score(loss, math.exp(loss), round(tokens), len(examples))
 
 
-def split_file(data: Path, split: str) -> Path:
-    """The file of a split: data itself if it is a file."""
-    return data if data.is_file() else data / f"{split}.jsonl"
+def split_files(data: Path, split: str) -> Files:
+    """The files of a split; data itself if it is a file.
+
+    Raises:
+        FormatError: there are none.
+    """
+    splits = find_splits(data)
+    if data.is_file():
+        return splits["train"]
+    if split not in splits:
+        expected = f"{split}.jsonl (or .json, .csv, .parquet, a saved data set)"
+        raise FormatError(f"no {split} split", where=data, expected=expected)
+    return splits[split]
 
 
-def has_split(data: Path, split: str) -> bool:
-    """Whether there is such a file; one file alone is the one to train on."""
-    return split == "train" if data.is_file() else (data / f"{split}.jsonl").is_file()
+def _read_data(job: LoRAJob, on_event: Callback) -> dict[str, TokenTable]:
+    """The splits that the run will read, each checked and announced."""
+    there = find_splits(job.data)
+    wanted = ("train", *(("valid",) if "valid" in there else ()), *(("test",) if job.test else ()))
+    data = {}
+    for split in wanted:
+        data[split] = table = read_split(job, split)
+        on_event(
+            DataRead(
+                split=split,
+                examples=len(table),
+                tokens=len(table.ids),
+                trained_tokens=int(table.trained.sum()),
+                dropped_examples=table.dropped,
+                removed_tokens=table.removed_tokens,
+            )
+        )
+    return data
 
 
-def read_split(data: Path, split: str, tokenizer: AFMTokenizer, max_tokens: int) -> list[Tokens]:
-    """The encoded examples of a split, every line checked."""
-    if not data.exists():
-        raise FormatError("no such file or folder", where=data, expected="training data")
-    return encode_examples(read_examples(split_file(data, split), tokenizer.special_pieces), tokenizer, max_tokens)
+def read_split(job: LoRAJob, split: str) -> TokenTable:
+    """The encoded examples of a split, every record checked."""
+    return read_tokens(split_files(job.data, split), job.model / TOKENIZER, job.reading, cache=job.cache)
+
+
+def _hashes(data: Path) -> dict[str, list[str]]:
+    """SHA-256 of the files of each split; folders have none."""
+    return {name: [sha256_of(file) for file in files if file.is_file()] for name, files in find_splits(data).items()}
 
 
 def _require_folder(path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 from mlx_afm.errors import FormatError
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 360, 56, 16, 36, 40
-COLORS = {"train": "#1f77b4", "eval": "#d62728"}
+COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
 NAMES = {"train": "training", "eval": "validation"}
 
 Points = list[tuple[int, float]]
@@ -26,15 +28,15 @@ def read_losses(metrics: Path) -> dict[str, Points]:
     for number, line in enumerate(metrics.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             event = json.loads(line)
-            if event["event"] in losses:
+            if event["event"] in losses and event["loss"] is not None:  # None: every step was skipped
                 losses[event["event"]].append((int(event["step"]), float(event["loss"])))
         except (ValueError, KeyError, TypeError) as error:
             raise FormatError("not an event of a run", where=f"{metrics} line {number}") from error
     return losses
 
 
-def loss_curve_svg(losses: dict[str, Points], title: str) -> str:
-    """An SVG document: loss (nats per trained token) over optimizer steps, one line per series."""
+def loss_curve_svg(losses: Mapping[str, Points], title: str) -> str:
+    """An SVG document, a line per series with its name: loss (nats per trained token) over optimizer steps."""
     points = [point for series in losses.values() for point in series]
     last = max((step for step, _ in points), default=1) or 1
     highest = max((loss for _, loss in points), default=1.0) * 1.05 or 1.0
@@ -49,7 +51,7 @@ def loss_curve_svg(losses: dict[str, Points], title: str) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
         'font-family="sans-serif" font-size="12">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-        f'<text x="{LEFT}" y="20" font-size="14">{title}</text>',
+        f'<text x="{LEFT}" y="20" font-size="14">{escape(title)}</text>',
     ]
     for share in (0, 0.25, 0.5, 0.75, 1):
         level, step = highest * share, round(last * share)
@@ -59,10 +61,11 @@ def loss_curve_svg(losses: dict[str, Points], title: str) -> str:
             f'<text x="{x(step):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{step}</text>'
         )
     for number, (name, series) in enumerate(losses.items()):
+        color = COLORS[number % len(COLORS)]
         line = " ".join(f"{x(step):.1f},{y(loss):.1f}" for step, loss in series)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{COLORS[name]}" stroke-width="2"/>')
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
         parts.append(
-            f'<text x="{WIDTH - RIGHT - 90}" y="{20 + 16 * number}" fill="{COLORS[name]}">{NAMES[name]}</text>'
+            f'<text x="{WIDTH - RIGHT}" y="{20 + 16 * number}" text-anchor="end" fill="{color}">{escape(name)}</text>'
         )
     parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">step</text>')
     return "\n".join([*parts, "</svg>", ""])

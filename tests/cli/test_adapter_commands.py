@@ -84,14 +84,15 @@ def test_check_lists_every_broken_rule_and_exits_3(as_json, adapter_forms, copy_
     weights.write_bytes(weights.read_bytes()[:-64])
     ran = cli("check", package, *(["--json"] if as_json else []))
     assert (ran.code, ran.err) == (3, "")
-    broken = {"M5", "M7", "A1", "A7"}
+    broken, following = {"M5", "M7", "adapter-C9"}, {"A1", "A7"}
     if as_json:
         told = json.loads(ran.out)
         assert told["ok"] is False
-        assert broken <= {finding["rule"] for finding in told["findings"] if finding["severity"] == "fail"}
+        failed = {finding["rule"]: finding["cause"] for finding in told["findings"] if finding["severity"] == "fail"}
+        assert failed == {**dict.fromkeys(broken, ""), **dict.fromkeys(following, "adapter-C9")}
+        assert set(told["broken"]) == broken
         assert {finding["file"] for finding in told["findings"]} <= {"metadata.json", "adapter_weights.bin", None}
     else:
-        verdict = ran.out.splitlines()[-1].split()
-        assert "INVALID," in verdict
-        assert broken <= set(verdict)
-        assert all(f"FAIL {rule} " in ran.out for rule in broken)
+        assert ran.out.splitlines()[-1].endswith("INVALID, broken rules M5 M7 adapter-C9")
+        assert all(f"FAIL {rule} " in ran.out for rule in broken | following)
+        assert ran.out.count("(follows from adapter-C9)") == len(following)

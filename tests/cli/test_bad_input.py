@@ -289,14 +289,14 @@ def test_all_faulty_lines_come_in_one_message(tmp_path, expect_data_refusal):
             "message 0, content column 6: content spells out the special token '<turn_end>'",
         ),
         5: (line("a", "b", "c", " "), "message 3: an empty answer teaches the model to say nothing"),
-        6: ('"text"', "no messages (expected a list of messages"),
+        6: ('"text"', "not a record (expected a list of messages or an object, found str)"),
         8: (line("a"), "nothing to learn from: no assistant message. Add the answer"),
         9: (line("a", "b", "c"), "message 2: the conversation does not end with an answer (expected role 'assistant'"),
         10: ('[{"role": "user", "content": ["a"]}]', "message 0: content is not text (expected a string, found list)"),
         11: ('[{"role": "assistant", "content": "a"}]', "message 0: assistant message in the wrong place"),
         12: ('[{"role": "user", "content": "a", "weight": 1}]', "unknown keys for role 'user': weight"),
         13: ("[" + "9" * 5000 + "]", "not JSON"),
-        14: ('{"prompt": "a", "completion": "b"}', "no messages"),
+        14: ('{"prompt": "a", "answer": "b"}', "a record of no dialect we know"),
         15: ("[" * 100_000, "JSON nested too deeply"),
     }
     lines = [faults[number][0] if number in faults else ["", line("a", "b")][number % 2] for number in range(1, 16)]
@@ -317,9 +317,8 @@ def test_of_very_many_faults_twenty_are_shown(expect_data_refusal):
 
 def test_examples_that_are_too_long(expect_data_refusal):
     lines = [line("a", "b"), line("word " * 90, "b"), line("a", "b"), line("a", "word " * 90)]
-    message = expect_data_refusal(
-        lines, ["2 example(s) longer than 60 tokens", "--max-seq-length"], "--max-seq-length", 60
-    )
+    says = ["2 faulty line(s)", "too long (expected at most 60 tokens", "--max-seq-length", "--overflow"]
+    message = expect_data_refusal(lines, says, "--max-seq-length", 60)
     assert [text.partition(":")[0].strip() for text in message.splitlines()[1:]] == [
         "train.jsonl line 2",
         "train.jsonl line 4",
@@ -372,7 +371,7 @@ def test_data_that_is_not_there(model_folder, data_folder, tmp_path, expect_refu
         ),
         (["--learning-rate", "0"], ["learning_rate: expected a finite number above 0, found 0"]),
         (["--learning-rate", "nan"], ["learning_rate: expected a finite number above 0, found nan"]),
-        (["--warmup", "2"], ["warmup: expected a share from 0 to 1, found 2"]),
+        (["--warmup", "1.5"], ["warmup: expected a share from 0 to below 1 or a whole number of steps, found 1.5"]),
         (["--val-batches", "0"], ["val_batches: expected at least 1, or -1 for all, found 0"]),
         (["--seed", "-1"], ["seed: expected from 0 to 2^63 - 1, found -1"]),
         (["--rank", "0", "--scale", "-1"], ["rank: expected a whole number from 1 on", "scale: expected more than 0"]),
@@ -471,7 +470,7 @@ def test_a_tensor_of_the_adapter_is_missing(adapter_forms, model_folder, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"fine_tune_type": "dora"}, ["expected fine_tune_type lora, found dora"]),
+        ({"fine_tune_type": "prefix"}, ["expected fine_tune_type lora, dora, full, found prefix"]),
         ({"lora_parameters": None}, ["not an adapter configuration", "expected an object with lora_parameters"]),
         ({"lora_parameters": {"rank": 32}}, ["lora_parameters without scale"]),
         ({"lora_parameters": {"rank": "a", "scale": 0.5}}, ["rank: expected a whole number from 1 on, found 'a'"]),
@@ -490,18 +489,26 @@ def test_an_adapter_configuration_that_cannot_be_used(changes, says, adapter_for
             says=[folder / "adapter_config.json", *says])  # fmt: skip
 
 
-def test_what_a_form_cannot_hold_is_not_written(adapter_forms, tmp_path, copy_of, edit_json, expect_refusal):
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("dora", ["row lengths have no place in it", "found dora", "mlx-afm fuse"]),
+        ("full", ["low-rank updates, not weights", "found full", "mlx-afm fuse"]),
+    ],
+)
+def test_what_a_form_cannot_hold_is_not_written(kind, says, adapter_forms, tmp_path, copy_of, edit_json,
+                                                expect_refusal):  # fmt: skip
     folder = copy_of(adapter_forms["folder"])
-    edit_json(folder / "adapter_config.json", lora_parameters={"rank": 32, "scale": 2.0, "dropout": 0.0})
-    advice = ["found 2.0", "Train with scale 0.5"]
-    expect_refusal("adapter", "convert", folder, tmp_path / "a.pt", says=["a toolkit .pt implies scale 0.5", *advice])
+    edit_json(folder / "adapter_config.json", fine_tune_type=kind)
+    expect_refusal("adapter", "convert", folder, tmp_path / "a.pt", says=says)
+    expect_refusal("export", "--adapter-path", folder, "--name", "box", "--output-dir", tmp_path / "out", says=says)
+
+
+def test_an_adapter_whose_configuration_is_not_its_own(adapter_forms, tmp_path, copy_of, edit_json, expect_refusal):
+    folder = copy_of(adapter_forms["folder"])
+    edit_json(folder / "adapter_config.json", lora_parameters={"rank": 32, "scale": 0.5, "targets": ["q"]})
     expect_refusal("export", "--adapter-path", folder, "--name", "box", "--output-dir", tmp_path / "out",
-            says=["a .fmadapter implies scale 0.5", *advice])  # fmt: skip
-    config = read_json(folder / "adapter_config.json")
-    config["lora_parameters"] = {"rank": 32, "scale": 0.5, "dropout": 0.0, "targets": ["q"]}
-    edit_json(folder / "adapter_config.json", **config)
-    expect_refusal("export", "--adapter-path", folder, "--name", "box", "--output-dir", tmp_path / "out",
-            says=["holds every projection", "without k,v,o,gate,up,down", "Train on all seven"])  # fmt: skip
+            says=["surplus: model.layers.0.self_attn.qkv_proj.k.lora_a", "configuration its own"])  # fmt: skip
 
 
 def test_nothing_to_fuse(model_folder, tmp_path, expect_refusal):

@@ -71,6 +71,7 @@ def test_adapter_folder(adapter_forms, look):
     told = look(adapter_forms["folder"])
     assert told["kind"] == "MLX adapter folder"
     assert (told["rank"], told["scale"], told["parameters"]) == (32, 0.5, ADAPTER)
+    assert (told["fine_tune_type"], told["layers"]) == ("lora", "all")
     assert told["targets"] == ["q", "k", "v", "o", "gate", "up", "down"]
 
 

@@ -1,5 +1,8 @@
 import json
 import math
+import os
+import shlex
+import signal
 
 import pytest
 
@@ -15,7 +18,7 @@ def run(model_folder, data_folder, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("run") / "adapter"
     options = ("--model", model_folder, "--data", data_folder, "--adapter-path", folder, *STEPS)
-    rate = ("--learning-rate", 0.1, "--warmup", 1, "--schedule", "constant", "--name", "tidy")
+    rate = ("--learning-rate", 0.1, "--warmup", 4, "--schedule", "constant", "--name", "tidy")
     with pytest.raises(SystemExit) as stop:
         main(["lora", "--train", *map(str, options), *map(str, rate)])
     assert not stop.value.code
@@ -29,7 +32,7 @@ def events(folder):
 def test_files_of_a_run(run):
     files = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
     adapter = {"adapters.safetensors", "adapter_config.json"}
-    assert files == adapter | {f"best/{name}" for name in adapter} | {"metrics.jsonl"}
+    assert files == adapter | {f"best/{name}" for name in adapter} | {"metrics.jsonl", "training_state.safetensors"}
     assert not is_zero(read_adapter(run))
 
 
@@ -136,5 +139,105 @@ def test_what_will_be_scored_is_checked_before_training(model_folder, data_folde
     (data / "test.jsonl").unlink()
     ran = cli("lora", "--train", "--test", "--model", model_folder, "--data", data, "--adapter-path", tmp_path / "a")
     assert ran.code == 1
-    assert "test.jsonl: no such file" in ran.err
+    assert "no test split (expected test.jsonl" in ran.err
+    assert not (tmp_path / "a").exists()
+
+
+OPTIONS = ("--iters", 6, "--batch-size", 4, "--steps-per-report", 2, "--save-every", 2, "--rank", 4)
+
+
+@pytest.fixture
+def signal_at(monkeypatch):
+    """A function that makes training send this process signals when it gets to a step."""
+    from mlx_afm.training import trainer
+
+    def at(step, *numbers):
+        plain = trainer.train_step
+
+        def step_and_signal(*arguments, **settings):
+            result = plain(*arguments, **settings)
+            done.append(result)
+            if len(done) == step:
+                for number in numbers:
+                    os.kill(os.getpid(), number)
+            return result
+
+        done = []
+        monkeypatch.setattr(trainer, "train_step", step_and_signal)
+
+    return at
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_step_and_the_run_can_be_resumed(
+    number, code, model_folder, data_folder, tmp_path, cli, signal_at, monkeypatch
+):
+    whole, folder = tmp_path / "whole", tmp_path / "a b"
+    line = ["lora", "--train", "--model", model_folder, "--data", data_folder, *OPTIONS, "--json", "--adapter-path"]
+    assert cli(*line, whole).json["steps"] == 6
+    before = signal.getsignal(number)
+    signal_at(3, number)
+    monkeypatch.setattr("sys.argv", ["mlx-afm", *map(str, line), str(folder)])
+    ran = cli(*line, folder)
+    assert ran.code == code
+    assert signal.getsignal(number) is before
+    told = json.loads(ran.out)
+    assert (told["adapter_path"], told["steps"], told["interrupted"]) == (str(folder), 3, True)
+    assert "stopped and saved after step 3 of 6" in ran.err
+    (told,) = [text for text in ran.err.splitlines() if text.startswith("to go on: ")]
+    assert shlex.split(told)[3:] == ["mlx-afm", *map(str, line), str(folder), "--resume"]
+    again = cli(*line, folder, "--resume")
+    assert again.json["steps"] == 6
+    assert "resuming after step 3 of 6" in again.err
+    assert (folder / "adapters.safetensors").read_bytes() == (whole / "adapters.safetensors").read_bytes()
+    finished = cli(*line, folder, "--resume")
+    assert "nothing left to do" in finished.err
+    assert finished.json["steps"] == 6
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_second_signal_stops_at_once(number, code, model_folder, data_folder, tmp_path, cli, signal_at):
+    line = [
+        "lora",
+        "--train",
+        "--model",
+        model_folder,
+        "--data",
+        data_folder,
+        *OPTIONS,
+        "--adapter-path",
+        tmp_path / "a",
+    ]
+    signal_at(3, number, number)
+    ran = cli(*line)
+    assert ran.code == code
+    assert "stopped and saved" not in ran.err
+    assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".part")]
+    assert cli(*line, "--resume").code == 0
+
+
+def test_samples_spikes_and_patience_are_told(model_folder, data_folder, tmp_path, cli):
+    ran = cli("lora", "--train", "--model", model_folder, "--data", data_folder, "--adapter-path", tmp_path / "a",
+              "--iters", 40, "--learning-rate", 3.0, "--schedule", "constant", "--warmup", 0, "--steps-per-eval", 1,
+              "--patience", 2, "--sample-prompt", "list all", "--sample-tokens", 3, "--rank", 4)  # fmt: skip
+    assert ran.code == 0
+    assert "step 0  'list all' -> " in ran.err
+    assert "(no better than at step" in ran.err
+    sampled = [line for line in events(tmp_path / "a") if line["event"] == "sample"]
+    assert [line["step"] for line in sampled] == list(range(len(sampled)))
+    end = events(tmp_path / "a")[-1]
+    assert (end["event"], end["stopped_early"], end["step"]) == ("end", True, sampled[-1]["step"])
+    assert end["best_step"] == end["step"] - 2
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_before_there_is_anything_to_save_one_signal_is_enough(
+    number, code, model_folder, data_folder, tmp_path, cli, monkeypatch
+):
+    from mlx_afm.workflows import lora
+
+    plain = lora.load_model
+    monkeypatch.setattr(lora, "load_model", lambda folder: os.kill(os.getpid(), number) or plain(folder))
+    ran = cli("lora", "--train", "--model", model_folder, "--data", data_folder, "--adapter-path", tmp_path / "a")
+    assert ran.code == code
     assert not (tmp_path / "a").exists()

@@ -30,7 +30,7 @@ def test_defaults_are_the_dataclasses():
     request = request_from(None, {**PLACES, "iters": None, "rank": None})
     job = request.job
     assert (job.lora, job.train) == (LoRAConfig(), TrainConfig())
-    assert (job.adapter_path, job.name, job.max_tokens) == (Path("adapters"), None, 4096)
+    assert (job.adapter_path, job.name, job.reading.max_tokens) == (Path("adapters"), None, 4096)
     assert (request.train, request.test, request.adapter_given) == (False, False, False)
 
 
@@ -39,7 +39,7 @@ def test_defaults_then_file_then_flags(yaml_file):
     request = request_from(file, {"iters": 2, "data": Path("elsewhere"), "seed": None})
     job = request.job
     assert (job.train.iters, job.train.seed, job.train.batch_size) == (2, 3, TrainConfig().batch_size)
-    assert (job.model, job.data, job.max_tokens, job.name) == (Path("m"), Path("elsewhere"), 99, "tidy")
+    assert (job.model, job.data, job.reading.max_tokens, job.name) == (Path("m"), Path("elsewhere"), 99, "tidy")
     assert (request.train, request.test, job.test) == (False, True, True)
 
 
@@ -79,7 +79,9 @@ def test_model_and_data_are_needed(flags, missing):
     ("text", "says"),
     [
         ("itres: 3\nbatchsize: 2\nqwerty: 1", ["itres: is it 'iters'?", "batchsize: is it 'batch_size'?", "  qwerty"]),
-        ("lora_parameters: {rank: 8, alpha: 16}", ["unknown options", "alpha"]),
+        ("lora_parameters: {rank: 8, aplha: 16}", ["unknown options", "aplha: is it 'alpha'?"]),
+        ("optimizer_config: 3\nrate_factors: [1]", ["optimizer_config: expected a mapping", "rate_factors: expected"]),
+        ("sample_prompt: 3\nuse_rslora: 1", ["sample_prompt: expected a text", "use_rslora: expected true or false"]),
         ("lora_parameters: 8", ["lora_parameters is not a mapping", "expected rank, scale, dropout, found 8"]),
         ("iters: 2.5\nbatch_size: four", ["iters: expected a whole number, found 2.5", "found 'four'"]),
         ("learning_rate: fast\nwarmup: [1]", ["learning_rate: expected a number, found 'fast'", "found [1]"]),
@@ -106,3 +108,66 @@ def test_a_faulty_file_names_every_fault(text, says, yaml_file):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.yaml: no such file \(expected a YAML file of options\)"):
         read_settings(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "scale"),
+    [
+        ("alpha: 16", {}, 0.5),
+        ("lora_parameters: {rank: 8, alpha: 16}", {}, 2.0),
+        ("alpha: 16\nrank: 16\nuse_rslora: true", {}, 4.0),
+        ("scale: 3", {"alpha": 8.0, "rank": 4}, 2.0),
+        ("alpha: 3", {"scale": 0.25}, 0.25),
+    ],
+)
+def test_the_scale_in_both_ways(text, flags, scale, yaml_file):
+    assert request_from(yaml_file(text), {**PLACES, **flags}).job.lora.scale == scale
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "layers"),
+    [
+        ("num_layers: 16", {}, "last-16"),
+        ("num_layers: -1", {}, "all"),
+        ("layers: 0-3", {"num_layers": 2}, "last-2"),
+        ("num_layers: 4", {"layers": "reuse"}, "reuse"),
+    ],
+)
+def test_the_layers_in_both_ways(text, flags, layers, yaml_file):
+    assert request_from(yaml_file(text), {**PLACES, **flags}).job.lora.layers == layers
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"alpha": 8.0, "scale": 0.5}, "alpha and scale say the same thing"),
+        ({"layers": "reuse", "num_layers": 3}, "layers and num_layers say the same thing"),
+        ({"num_layers": 0}, "num_layers out of range"),
+        ({"use_rslora": True}, "use_rslora: expected with alpha"),
+        ({"fine_tune_type": "full", "targets": "q"}, "full fine-tuning takes whole layers"),
+    ],
+)
+def test_what_cannot_be_said(flags, says):
+    with pytest.raises(ConfigError, match=says):
+        request_from(None, {**PLACES, **flags})
+
+
+def test_optimizer_settings_flat_or_as_mlx_lm_has_them(yaml_file):
+    flat = yaml_file("optimizer: sgd\noptimizer_config: {momentum: 0.9}\nno_decay: a, b\nloraplus_ratio: 16")
+    train = request_from(flat, PLACES).job.train
+    assert (train.optimizer, train.optimizer_config) == ("sgd", {"momentum": 0.9})
+    assert (train.no_decay, train.rate_factors) == (("a", "b"), {"lora_b": 16})
+    nested = yaml_file("optimizer_config: {adamw: {betas: [0.9, 0.98], eps: 1e-6}, sgd: {}}")
+    assert request_from(nested, PLACES).job.train.optimizer_config == {"betas": [0.9, 0.98], "eps": 1e-6}
+    assert request_from(nested, {**PLACES, "optimizer": "muon"}).job.train.optimizer_config == {}
+
+
+def test_the_rest_of_a_run(yaml_file):
+    file = yaml_file("sample_prompt: one, two\nreport_to: wandb, swanlab\nresume: true\nproject_name: p")
+    request = request_from(file, {**PLACES, "sample_prompt": (), "sample_tokens": 5})
+    job = request.job
+    assert (request.train, job.resume) == (True, True)
+    assert (job.sample_prompts, job.sample_tokens) == (("one, two",), 5)
+    assert (job.report_to, job.project_name) == (("wandb", "swanlab"), "p")
+    again = request_from(file, {**PLACES, "sample_prompt": ("a", "b"), "resume_adapter_file": Path("x.pt")}).job
+    assert (again.sample_prompts, again.resume_adapter_file) == (("a", "b"), Path("x.pt"))

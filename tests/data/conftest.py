@@ -1,4 +1,6 @@
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -31,3 +33,13 @@ def write(tmp_path):
         return path
 
     return write_lines
+
+
+@pytest.fixture(scope="session")
+def tldr_train():
+    """The training part of the tldr data set, which does not belong to the repository."""
+    beside = Path(__file__).parents[3] / "shared"
+    path = Path(os.environ.get("MLX_AFM_SHARED", beside)) / "data" / "tldr_train.jsonl"
+    if not path.is_file():
+        pytest.skip(f"no data set: {path.name} is in neither $MLX_AFM_SHARED/data nor beside the checkout")
+    return path

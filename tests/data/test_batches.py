@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_afm.data import Tokens, make_batch, plan_batches, plan_in_order
+from mlx_afm.data import Tokens, padded_batch, plan_batches, plan_in_order
 from mlx_afm.errors import ConfigError
 
 
@@ -14,7 +14,7 @@ def tokens_of(*weights: float) -> Tokens:
 
 
 def test_a_batch_shifts_by_one_and_keeps_what_is_needed():
-    batch = make_batch([tokens_of(0, 0, 1, 1), tokens_of(0, 0.5, 0, 0, 0, 1), tokens_of(1, 0)])
+    batch = padded_batch([tokens_of(0, 0, 1, 1), tokens_of(0, 0.5, 0, 0, 0, 1), tokens_of(1, 0)])
     assert batch.inputs_BL.tolist() == [[10, 11, 12, 0, 0], [10, 11, 12, 13, 14], [10, 0, 0, 0, 0]]
     assert batch.needed_BN.tolist() == [[1, 2], [0, 4], [0, 0]]
     assert batch.targets_BN.tolist() == [[12, 13], [11, 15], [0, 0]]

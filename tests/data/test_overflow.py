@@ -36,7 +36,7 @@ def test_an_error_says_how_much_of_the_answer_would_be_lost(encoded):
     answer = sum(example.trained)
     lost = answer - (100 - (len(example.ids) - answer))
     assert f"found {len(example.ids)} tokens" in str(error.value)
-    assert f"would lose {lost} of the {answer} trained tokens" in str(error.value)
+    assert f"would lose {lost} of {answer} trained tokens" in str(error.value)
     assert error.value.kind == "too-long"
 
 

@@ -194,3 +194,34 @@ def test_number_of_parameters_of_the_real_model():
     assert sum(sizes.values()) == 3_111_368_064
     assert len(model.make_cache()) == 35
     assert len(model.layers) == 56
+
+
+def test_documents_read_the_ones_they_begin_with():
+    """Documents 1 1 2 2 3 of which 2 and 3 go on from 1: each is as it would be alone behind 1."""
+    model, tokens = tiny_model(kv_quant=False), random_tokens((1, 5))
+    placed = {
+        "positions": mx.array([[0, 1, 2, 3, 2]]),
+        "documents": mx.array([[1, 1, 2, 2, 3]]),
+        "last_readers": mx.array([[3, 3, 2, 2, 3]]),
+    }
+    packed = model.hidden(tokens, **placed)
+    assert most(packed[:, :4], model.hidden(tokens[:, :4])) <= tolerances.SAME_ARITHMETIC
+    alone = model.hidden(tokens[:, [0, 1, 4]])
+    assert most(packed[:, 4:], alone[:, 2:]) <= tolerances.SAME_ARITHMETIC
+    needed = model.hidden(tokens, needed=mx.array([[4, 1]]), **placed)
+    assert most(needed, packed[:, [4, 1]]) <= tolerances.SAME_ARITHMETIC
+
+
+def test_placements_that_exclude_each_other_are_refused():
+    from mlx_afm.data import Tokens
+    from mlx_afm.data.batches import packed_batch
+    from mlx_afm.data.packing import pack
+
+    model, ones = tiny_model(), mx.ones((1, 32), mx.int32)
+    row = packed_batch(pack([Tokens(np.arange(3, dtype=np.int32), np.ones(3, np.float32), "x")]), read_tokens=2)
+    with pytest.raises(ConfigError, match="packing says where tokens stand"):
+        model.hidden(row.inputs_BL, packing=row.packing, documents=ones)
+    with pytest.raises(ConfigError, match="last_readers needs positions and documents"):
+        model.hidden(ones, last_readers=ones)
+    with pytest.raises(ConfigError, match="either cache or documents"):
+        model.hidden(row.inputs_BL, packing=row.packing, cache=model.make_cache())

@@ -33,10 +33,17 @@ def tokenizer(model_file):
 
 
 @pytest.fixture(scope="session")
-def tldr_file():
-    """The validation part of the tldr data set, which does not belong to the repository."""
+def tldr_files():
+    """The parts of the tldr data set, which does not belong to the repository."""
     beside = Path(__file__).parents[3] / "shared"
-    path = Path(os.environ.get("MLX_AFM_SHARED", beside)) / "data" / "tldr_valid.jsonl"
-    if not path.is_file():
-        pytest.skip(f"no data set: {path.name} is in neither $MLX_AFM_SHARED/data nor beside the checkout")
-    return path
+    folder = Path(os.environ.get("MLX_AFM_SHARED", beside)) / "data"
+    files = {split: folder / f"tldr_{split}.jsonl" for split in ("train", "valid", "test")}
+    if missing := [path.name for path in files.values() if not path.is_file()]:
+        pytest.skip(f"no data set: {', '.join(missing)} is in neither $MLX_AFM_SHARED/data nor beside the checkout")
+    return files
+
+
+@pytest.fixture(scope="session")
+def tldr_file(tldr_files):
+    """Its validation part."""
+    return tldr_files["valid"]

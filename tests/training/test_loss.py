@@ -86,7 +86,7 @@ def test_chunks_come_one_after_the_other():
     mx.eval(gradient(hidden))
     peak = mx.get_peak_memory() - before
     chunk_bytes, all_bytes = 32 * vocabulary * 4, tokens * vocabulary * 4
-    assert peak < 11 * chunk_bytes < all_bytes / 4
+    assert peak < 12 * chunk_bytes < all_bytes / 4
 
 
 def test_chunk_size_is_checked():

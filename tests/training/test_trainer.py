@@ -14,8 +14,19 @@ from mlx.utils import tree_flatten
 from mlx_afm.adapters import LoRAConfig, adapter_weights, add_adapter, train_only
 from mlx_afm.data import Tokens, make_batch
 from mlx_afm.errors import ConfigError
-from mlx_afm.training import Evaluated, StepsReported, TrainConfig, TrainingFinished, TrainingStarted, to_record, train
-from mlx_afm.training.schedule import learning_rate
+from mlx_afm.training import (
+    Evaluated,
+    Hooks,
+    Sampled,
+    StepsReported,
+    TrainConfig,
+    TrainingFinished,
+    TrainingStarted,
+    to_record,
+    train,
+)
+from mlx_afm.training.schedule import depends_on_length, learning_rate, warmup_steps
+from mlx_afm.training.state import TrainState
 from mlx_afm.training.step import batch_loss, evaluate, train_step
 from tiny import tiny_model, with_adapter
 
@@ -42,7 +53,7 @@ def test_training_lowers_the_loss_and_tells_what_happens():
     events, saves, model = [], [], adapted()
     before = {name: np.array(array) for name, array in tree_flatten(model.parameters()) if "lora" not in name}
     config = TrainConfig(iters=30, batch_size=4, learning_rate=0.02, steps_per_eval=10, save_every=20)
-    state = train(model, examples(40), examples(8, seed=1), config, on_event=events.append, save=saves.append)
+    state = train(model, examples(40), examples(8, seed=1), config, Hooks(on_event=events.append, save=saves.append))
     losses = [event.loss for event in events if isinstance(event, Evaluated)]
     assert losses[-1] < 0.8 * losses[0]
     assert state.step == 30
@@ -62,7 +73,7 @@ def test_training_lowers_the_loss_and_tells_what_happens():
 def test_epochs_use_every_example_and_the_last_partial_window():
     events = []
     config = TrainConfig(epochs=2, batch_size=4, grad_accumulation_steps=2, steps_per_report=1)
-    state = train(adapted(), examples(11), [], config, on_event=events.append)
+    state = train(adapted(), examples(11), [], config, Hooks(on_event=events.append))
     # 11 examples are 3 batches, 2 windows: 2 steps an epoch.
     assert (state.step, state.epoch, state.cursor) == (4, 2, 0)
     assert state.trained_tokens == 2 * 11 * 3
@@ -140,7 +151,7 @@ def test_a_step_without_a_finite_gradient_is_left_out_and_ten_stop_the_run():
     before = adapter_weights(model)
     events = []
     with pytest.raises(ConfigError, match=r"10 steps in a row .*learning-rate"):
-        train(model, examples(1), [], TrainConfig(iters=20, steps_per_report=1), on_event=events.append)
+        train(model, examples(1), [], TrainConfig(iters=20, steps_per_report=1), Hooks(on_event=events.append))
     assert all(mx.array_equal(before[name], array) for name, array in adapter_weights(model).items())
     assert events[-1].skipped_steps == 9
     assert to_record(events[-1])["loss"] is None
@@ -149,8 +160,11 @@ def test_a_step_without_a_finite_gradient_is_left_out_and_ten_stop_the_run():
 def test_sixteen_bit_adapters_and_nothing_to_train_are_refused():
     model = with_adapter(tiny_model())
     model.apply(lambda array: array.astype(mx.bfloat16))
-    with pytest.raises(ConfigError, match=r"must be float32\n.*lora_a: mlx.core.bfloat16"):
-        train(model, examples(2), [], TrainConfig(iters=1))
+    reason = r"must be float32\. In 16 bits an update is smaller than the rounding of what it changes"
+    for dtype in (mx.bfloat16, mx.float16):
+        model.apply(lambda array, dtype=dtype: array.astype(dtype))
+        with pytest.raises(ConfigError, match=rf"{reason}(.|\n)*lora_a: {dtype}"):
+            train(model, examples(2), [], TrainConfig(iters=1))
     model.freeze()
     with pytest.raises(ConfigError, match="nothing to train"):
         train(model, examples(2), [], TrainConfig(iters=1))
@@ -182,5 +196,71 @@ def test_schedules():
 
 def test_settings_out_of_range_are_all_named():
     with pytest.raises(ConfigError) as error:
-        TrainConfig(batch_size=0, learning_rate=-1.0, warmup=2.0, schedule="steps", iters=0)
+        TrainConfig(batch_size=0, learning_rate=-1.0, warmup=2.5, schedule="steps", iters=0)
     assert all(name in str(error.value) for name in ("batch_size", "learning_rate", "warmup", "schedule", "iters"))
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(0, 0), (0.25, 2), (0.99, 8), (1, 1), (3, 3), (100, 8)])
+def test_warm_up_is_a_share_below_one_and_steps_from_one_on(warmup, steps):
+    config = TrainConfig(learning_rate=1.0, warmup=warmup, schedule="constant")
+    rates = [learning_rate(config, step, 8) for step in range(8)]
+    assert warmup_steps(config, 8) == steps
+    assert rates == sorted(rates)
+    assert rates[0] == (1 / max(warmup, 1) if warmup >= 1 else 1 / max(steps, 1))
+    assert all(rate == 1.0 for rate in rates[steps:])
+
+
+def test_only_a_constant_rate_without_a_share_ignores_the_length():
+    told = {
+        (schedule, warmup): depends_on_length(TrainConfig(schedule=schedule, warmup=warmup))
+        for schedule in ("cosine", "linear", "constant")
+        for warmup in (0, 0.1, 5)
+    }
+    assert {key for key, depends in told.items() if not depends} == {("constant", 0), ("constant", 5)}
+
+
+def test_patience_ends_the_run_and_an_evaluation_an_epoch():
+    events = []
+    config = TrainConfig(epochs=20, batch_size=4, learning_rate=5.0, schedule="constant", warmup=0, steps_per_eval=0,
+                         patience=2, steps_per_report=100, clip_grad_norm=0)  # fmt: skip
+    state = train(adapted(), examples(10), examples(8, seed=1), config, Hooks(on_event=events.append))
+    evaluations = [event for event in events if isinstance(event, Evaluated)]
+    assert [event.step for event in evaluations] == [3 * number for number in range(len(evaluations))]
+    assert [event.best for event in evaluations[-2:]] == [False, False]
+    assert state.stopped_early
+    assert state.step == evaluations[-1].step < 60
+    assert state.best_step == max(event.step for event in evaluations if event.best)
+    assert isinstance(events[-1], TrainingFinished)
+    assert events[-1].stopped_early
+    assert events[-2].step == state.step, "the steps since the last report are told"
+
+
+def test_a_spike_is_told_once_its_window_is_full():
+    state = TrainState()
+    told = [state.is_spike(loss, 4.0, 10)[0] for loss in (9.0, 1.0, 1.1, 0.9, 1.0, 1.1, 0.9, 1.0, 1.1, 0.9)]
+    assert not any(told)
+    assert [state.is_spike(1.0, 4.0, 10)[0] for _ in range(3)] == [False] * 3
+    assert state.is_spike(3.0, 4.0, 10) == (True, pytest.approx(0.99))
+    assert not state.is_spike(100.0, 0, 10)[0]
+    assert state.spikes == 1
+
+
+def test_samples_do_not_move_the_random_numbers():
+    results = []
+    for sample in (None, lambda: [("hello", str(mx.random.uniform().item() > 2))]):
+        events, model = [], tiny_model()
+        add_adapter(model, LoRAConfig(rank=4, dropout=0.3))
+        config = TrainConfig(iters=3, steps_per_eval=1)
+        train(model, examples(8), examples(3), config, Hooks(on_event=events.append, sample=sample))
+        results.append(adapter_weights(model))
+    assert all(mx.array_equal(results[0][name], results[1][name]) for name in results[0])
+    sampled = [event for event in events if isinstance(event, Sampled)]
+    assert [(event.step, event.prompt, event.answer) for event in sampled] == [(s, "hello", "False") for s in range(4)]
+
+
+def test_it_stops_when_asked_after_the_step_and_saves():
+    saves, model = [], adapted()
+    hooks = Hooks(save=saves.append, should_stop=lambda: len(saves) > 1)
+    state = train(model, examples(20), [], TrainConfig(iters=10, save_every=1), hooks)
+    assert (state.step, state.interrupted) == (2, True)
+    assert saves == ["last"] * 3

@@ -23,7 +23,7 @@ from mlx.optimizers import AdamW
 from mlx.utils import tree_flatten
 
 from mlx_afm.checkpoints.arrays import cast, from_mlx
-from mlx_afm.data import Tokens, make_batch, plan_batches, read_tokens
+from mlx_afm.data import Tokens, make_batch, padded_batch, plan_batches, read_tokens
 from mlx_afm.formats.safetensors_file import write_safetensors
 from mlx_afm.model import AdapterSpec, AFMConfig, Model, ToolkitConfig, to_toolkit_config
 from mlx_afm.text.tokenizer import AFMTokenizer
@@ -55,7 +55,7 @@ def set_quantizer_steps(model: Model, keys: list[float], values: list[float]) ->
 def measured_ranges(model: Model, rows: list[Tokens]) -> tuple[list[float], list[float]]:
     """Largest absolute key and value of each layer on some examples."""
     caches = model.make_cache()
-    model.hidden(make_batch(rows).inputs_BL, cache=caches)
+    model.hidden(padded_batch(rows).inputs_BL, cache=caches)
     sides = [[cache.keys, cache.values] for cache in caches]
     keys, values = ([mx.abs(array).max().item() for array in side] for side in zip(*sides))
     return keys, values

@@ -1,0 +1,318 @@
+"""Our training step beside mlx-lm's: same weights, same data, interleaved, one run, float32.
+
+    python benchmarks/bench_train.py --data tldr_train.jsonl [--cases a,c] [--repeat 3] [--json FILE]
+
+    a   one step, 12 + 6 layers, width 1024, vocabulary 16,384, no packing: time
+    b   the same: peak memory
+    c   one step, 4 + 2 layers, width 512, vocabulary 153,600: time and peak memory
+    d   an epoch over 500 lines of the data, 8 + 4 layers, width 512, vocabulary 16,384: time
+    e   150 of these lines behind a system prompt of 300 tokens: time
+
+In a, b and c a step is 4 rows of 256 tokens, of which the last quarter is trained. In d and e each side has its own
+best batching: mlx-lm the fastest of some batch sizes, and what it then takes is the limit for ours. Rank 16 on all
+linear layers, Adam; random weights; the demo tokenizer. Each side is alone in a process that loads, warms up, and
+then runs when it is its turn. Times are medians (a, c) or sums over an epoch in turns (d, e); memory is MLX's peak,
+weights included, and the peak of anonymous memory is told beside it. A ratio is ours / mlx-lm. The ratio of CPU
+seconds is what to look at when the machine was not idle.
+
+The BLAS in MLX's CPU wheel is slow, so OpenBLAS is preloaded for both if it is found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from measured import anonymous_bytes, described
+from mlx.utils import tree_flatten
+
+from mlx_afm.model import AFMConfig, Model
+from mlx_afm.text.tokenizer import AFMTokenizer
+from mlx_afm.workflows.demo import ASSETS
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "train.json"
+ROWS, ROW_TOKENS, TRAINED_SHARE = 4, 256, 0.25
+RANK, SCALE = 16, 0.5
+SIZES = {
+    "a": {"hidden_dim": 1024, "num_layers": 18, "num_kv_reuse_layers": 6, "vocab_size": 16384},
+    "c": {"hidden_dim": 512, "num_layers": 6, "num_kv_reuse_layers": 2, "vocab_size": 153600},
+    "d": {"hidden_dim": 512, "num_layers": 12, "num_kv_reuse_layers": 4, "vocab_size": 16384},
+}
+LINES = {"d": 64, "e": 48}
+SYSTEM_TOKENS = 300
+BATCH_SIZES = (2, 4)
+BATCH_TOKENS = (1024, 2048)
+TRIED_EXAMPLES = 8  # to choose a batching
+TURNS = 2  # of an epoch
+SIDES = ("ours", "mlx-lm")
+
+
+class Side:
+    """One contender in a process of its own."""
+
+    def __init__(self, name: str, spec: dict) -> None:
+        line = [sys.executable, str(HERE / "train_sides.py"), json.dumps({"side": name, **spec})]
+        self.name, self.anonymous_peak = name, 0
+        self.process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        threading.Thread(target=self._watch, daemon=True).start()
+        facts = self._answer()
+        self.steps, self.warm_up = facts["steps"], facts["warm_up"]
+
+    def _watch(self) -> None:
+        status = Path(f"/proc/{self.process.pid}/status")
+        while self.process.poll() is None:
+            self.anonymous_peak = max(self.anonymous_peak, anonymous_bytes(status))
+            time.sleep(0.02)
+
+    def _answer(self) -> dict:
+        line = self.process.stdout.readline() if self.process.stdout else ""
+        if not line:
+            raise SystemExit(f"{self.name} ended with {self.process.wait()}")
+        answer: dict = json.loads(line)
+        return answer
+
+    def run(self, steps: list[int]) -> dict[str, list[float]]:
+        """Runs some steps; seconds, CPU seconds and loss of each."""
+        self._order({"do": "run", "steps": steps})
+        return self._answer()
+
+    def peak(self) -> int:
+        self._order({"do": "peak"})
+        return self._answer()["mlx_peak_bytes"]
+
+    def _order(self, order: dict) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+
+    def end(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@dataclass
+class Outcome:
+    """What was measured of one side."""
+
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    mlx_peak_bytes: int = 0
+    anonymous_peak_bytes: int = 0
+
+
+def steps_in_turn(specs: dict[str, dict], repeat: int) -> dict[str, Outcome]:
+    """`repeat` timed steps of each side after a warm-up, turn by turn."""
+    sides = {name: Side(name, specs[name]) for name in SIDES}
+    outcomes = {name: Outcome() for name in SIDES}
+    for side in sides.values():
+        side.run(side.warm_up)
+    for _ in range(repeat):
+        for name, side in sides.items():
+            done = side.run([0])
+            outcomes[name].seconds += done["seconds"]
+            outcomes[name].cpu_seconds += done["cpu_seconds"]
+            outcomes[name].losses += done["losses"]
+    return finished(sides, outcomes)
+
+
+def epoch_in_turns(specs: dict[str, dict]) -> dict[str, Outcome]:
+    """An epoch of each side, cut into pieces that take turns."""
+    sides = {name: Side(name, specs[name]) for name in SIDES}
+    outcomes = {name: Outcome() for name in SIDES}
+    for side in sides.values():
+        side.run(side.warm_up)
+    for turn in range(TURNS):
+        for name, side in sides.items():
+            steps = range(side.steps * turn // TURNS, side.steps * (turn + 1) // TURNS)
+            done = side.run(list(steps))
+            outcomes[name].seconds.append(sum(done["seconds"]))
+            outcomes[name].cpu_seconds.append(sum(done["cpu_seconds"]))
+            outcomes[name].losses.append(statistics.mean(done["losses"]))
+    return finished(sides, outcomes)
+
+
+def finished(sides: dict[str, Side], outcomes: dict[str, Outcome]) -> dict[str, Outcome]:
+    for name, side in sides.items():
+        outcomes[name].mlx_peak_bytes = side.peak()
+        side.end()
+        outcomes[name].anonymous_peak_bytes = side.anonymous_peak
+    return outcomes
+
+
+def tried(name: str, spec: dict, examples: int) -> tuple[float, int]:
+    """CPU seconds per example, which other programs disturb least, and peak memory of a batching."""
+    side = Side(name, spec)
+    side.run(side.warm_up)
+    chosen = list(range(min(side.steps, max(2, TRIED_EXAMPLES * side.steps // examples))))
+    seconds = sum(side.run(chosen)["cpu_seconds"]) / len(chosen) * side.steps / examples
+    peak = side.peak()
+    side.end()
+    return seconds, peak
+
+
+def best_batching(spec: dict, examples: int) -> tuple[dict[str, dict], list[str]]:
+    """mlx-lm's fastest batch size; our fastest number of tokens within the memory mlx-lm takes for it."""
+    notes, found = [], {}
+    for size in BATCH_SIZES:
+        found[size] = tried("mlx-lm", {**spec, "batching": {"batch_size": size}}, examples)
+        notes.append(f"mlx-lm, {size} examples: {found[size][0] * 1e3:.0f} ms each, {found[size][1] / 1e6:.0f} MB")
+    theirs = min(found, key=lambda size: found[size][0])
+    limit, mine = found[theirs][1], {}
+    for tokens in BATCH_TOKENS:
+        seconds, peak = tried("ours", {**spec, "batching": {"batch_tokens": tokens}}, examples)
+        notes.append(f"ours, {tokens} tokens: {seconds * 1e3:.0f} ms each, {peak / 1e6:.0f} MB")
+        if peak > limit:
+            break
+        mine[tokens] = seconds
+    ours = min(mine, key=lambda tokens: mine[tokens])
+    notes.append(f"chosen: mlx-lm {theirs} examples, its fastest; ours {ours} tokens, the fastest within its memory")
+    batchings = {"mlx-lm": {"batch_size": theirs}, "ours": {"batch_tokens": ours}}
+    return {name: {**spec, "batching": batchings[name]} for name in SIDES}, notes
+
+
+def write_weights(sizes: dict, folder: Path) -> dict:
+    """Random weights by names that both sides have; the configuration."""
+    config = {**sizes, "num_heads": sizes["hidden_dim"] // 128, "num_kv_heads": 2}
+    mx.random.seed(0)
+    model = Model(AFMConfig(**config))
+    for layer in model.model.layers:
+        layer.self_attn.quant_key_scale = layer.self_attn.quant_value_scale = mx.array(0.03)
+    path = folder / f"{config['hidden_dim']}-{config['num_layers']}-{config['vocab_size']}.safetensors"
+    if not path.exists():
+        mx.save_safetensors(str(path), dict(tree_flatten(model.parameters())))
+    return {"config": config, "weights": str(path), "rank": RANK, "scale": SCALE}
+
+
+def tokenized(data: Path, count: int, system: str | None = None) -> list[tuple[list[int], int]]:
+    """Ids of each line, and the index of the first token of the answer."""
+    tokenizer = AFMTokenizer.from_file(ASSETS / "tokenizer.model")
+    rows = []
+    with data.open(encoding="utf-8") as lines:
+        for line, _ in zip(lines, range(count)):
+            first, *others = json.loads(line)
+            messages = [{**first, "content": system or first["content"]}, *others]
+            prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)
+            rows.append((tokenizer.apply_chat_template(messages), len(prompt)))
+    return rows
+
+
+def system_prompt(data: Path) -> str:
+    """Sentences of the data, until the system turn has 300 tokens."""
+    text, lines = "Answer with one shell command.", iter(data.read_text(encoding="utf-8").splitlines())
+    while len(tokenized(data, 1, text)[0][0]) < SYSTEM_TOKENS + 25:
+        text += " " + json.loads(next(lines))[1]["content"]
+    return text
+
+
+def write_rows(rows: list[tuple[list[int], int]], path: Path) -> str:
+    ids = np.concatenate([np.array(row, np.int32) for row, _ in rows])
+    np.savez(path, ids=ids, lengths=[len(row) for row, _ in rows], first_trained=[first for _, first in rows])
+    return str(path)
+
+
+def fixed_rows(data: Path, path: Path) -> str:
+    """Rows of equal length cut from the data, the last quarter trained."""
+    ids = [token for row, _ in tokenized(data, 60) for token in row]
+    width, first = ROW_TOKENS + 1, ROW_TOKENS + 1 - round(TRAINED_SHARE * ROW_TOKENS)
+    return write_rows([(ids[width * index : width * (index + 1)], first) for index in range(ROWS)], path)
+
+
+def measure(name: str, data: Path, folder: Path, repeat: int) -> tuple[dict[str, Outcome], list[str]]:
+    """Outcome of both sides in a case, and how batches were chosen."""
+    spec = write_weights(SIZES["d" if name in LINES else name], folder)
+    if name not in LINES:
+        spec |= {"rows": fixed_rows(data, folder / "fixed.npz"), "batching": {"rows": ROWS}}
+        return steps_in_turn(dict.fromkeys(SIDES, spec), repeat), []
+    rows = tokenized(data, LINES[name], system_prompt(data) if name == "e" else None)
+    specs, notes = best_batching({**spec, "rows": write_rows(rows, folder / f"{name}.npz")}, len(rows))
+    return epoch_in_turns(specs), notes
+
+
+def as_case(outcomes: dict[str, Outcome], total: bool) -> dict[str, object]:
+    summed = sum if total else statistics.median
+    seconds = {name: summed(item.seconds) for name, item in outcomes.items()}
+    cpu_seconds = {name: summed(item.cpu_seconds) for name, item in outcomes.items()}
+    ours, theirs = (outcomes[name] for name in SIDES)
+    return {
+        "time_ratio": seconds["ours"] / seconds["mlx-lm"],
+        "cpu_time_ratio": cpu_seconds["ours"] / cpu_seconds["mlx-lm"],
+        "memory_ratio": ours.mlx_peak_bytes / theirs.mlx_peak_bytes,
+        "anonymous_memory_ratio": ours.anonymous_peak_bytes / theirs.anonymous_peak_bytes,
+        **{
+            name: {
+                "seconds": seconds[name],
+                "cpu_seconds": cpu_seconds[name],
+                "each": [round(each, 3) for each in item.seconds],
+                "losses": [round(each, 4) for each in item.losses],
+                "mlx_peak_bytes": item.mlx_peak_bytes,
+                "anonymous_peak_bytes": item.anonymous_peak_bytes,
+            }
+            for name, item in outcomes.items()
+        },
+    }
+
+
+def with_openblas() -> str:
+    """The name of the preloaded OpenBLAS; starts this program again with it if need be."""
+    held = os.environ.get("LD_PRELOAD", "")
+    if "openblas" not in held and sys.platform == "linux":
+        found = ctypes.util.find_library("openblas")
+        if found is None:
+            print("OpenBLAS was not found: both sides run on the wheel's own BLAS", file=sys.stderr)
+            return "none"
+        os.environ["LD_PRELOAD"] = f"{found} {held}".strip()
+        print(f"started again with LD_PRELOAD={found}", file=sys.stderr)
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+    return held or "none"
+
+
+def printed(name: str, case: dict) -> str:
+    ours, theirs = case["ours"], case["mlx-lm"]
+    return (
+        f"| {name} | {ours['seconds']:.2f} | {theirs['seconds']:.2f} | {case['time_ratio']:.2f} | {case['cpu_time_ratio']:.2f}"
+        f" | {ours['mlx_peak_bytes'] / 1e6:.0f} | {theirs['mlx_peak_bytes'] / 1e6:.0f} | {case['memory_ratio']:.2f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="JSON lines of messages")
+    parser.add_argument("--cases", default="a,b,c,d,e")
+    parser.add_argument("--repeat", type=int, default=3, help="timed steps in a, b and c")
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    blas = with_openblas()
+    wanted = ["a" if name == "b" else name for name in args.cases.split(",")]
+    cases: dict[str, dict] = {}
+    print("| case | ours s | mlx-lm s | ratio | CPU time ratio | ours MB | mlx-lm MB | ratio |\n|" + "---|" * 8)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in dict.fromkeys(wanted):
+            outcomes, notes = measure(name, args.data, Path(folder), args.repeat)
+            cases[name] = as_case(outcomes, name in LINES)
+            if notes:
+                cases[name]["batching"] = notes
+            if name == "a":
+                cases["b"] = cases["a"]
+            print("\n".join([printed(name, cases[name]), *(f"|  {note}" for note in notes)]), flush=True)
+    args.json.parent.mkdir(exist_ok=True)
+    facts = described("mlx", "mlx-lm", "numpy")
+    args.json.write_text(json.dumps({"cases": cases, **facts, "blas": blas}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The options of everything that reads training data: which data, and how. `DataConfig` has the defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from mlx_afm.data.config import CONTEXT_TOKENS, OVERFLOWS, DataConfig
+from mlx_afm.data.dialects import DIALECTS
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+# Option -> field of `DataConfig`.
+FIELDS = {
+    "dialect": "dialect",
+    "field": "fields",
+    "transform": "transform",
+    "system_prompt": "system",
+    "max_seq_length": "max_tokens",
+    "overflow": "overflow",
+}
+OPTIONS = [
+    click.option(
+        "--dialect",
+        type=click.Choice(["auto", *DIALECTS]),
+        help="Form of the records.  [default: auto, told from each record's keys]",
+    ),
+    click.option(
+        "--field",
+        multiple=True,
+        metavar="NAME=COLUMN",
+        help="Read COLUMN where the dialect says NAME, such as prompt=question; may be repeated.",
+    ),
+    click.option(
+        "--transform",
+        metavar="MODULE:FUNCTION",
+        help="Called with the messages of each conversation and its index; returns messages.",
+    ),
+    click.option(
+        "--system-prompt",
+        metavar="TEXT",
+        help="For conversations without a system message; '' for none.  [default: the model's own]",
+    ),
+    click.option("--max-seq-length", type=int, help=f"Longest example, in tokens.  [default: {CONTEXT_TOKENS}]"),
+    click.option("--overflow", type=click.Choice(OVERFLOWS), help="What becomes of a longer one.  [default: error]"),
+]
+
+
+def reading_options(function: Command) -> Command:
+    """The command gets the options above, and in their place one argument, `reading`: a `DataConfig`."""
+    return _read_by(function, list(FIELDS))
+
+
+def record_options(function: Command) -> Command:
+    """The same without what is about tokens."""
+    return _read_by(function, ["dialect", "field", "transform"])
+
+
+def _read_by(function: Command, names: list[str]) -> Command:
+    @wraps(function)
+    def with_reading(*args: Any, **options: Any) -> Any:
+        given = {name: options.pop(name) for name in names}
+        return function(*args, reading=reading_from(given), **options)
+
+    command: Any = with_reading
+    for option in reversed(OPTIONS[: len(names)]):
+        command = option(command)
+    return command  # type: ignore[no-any-return]
+
+
+def reading_from(options: Mapping[str, Any]) -> DataConfig:
+    """How to read, from options by their names; what is None or not there keeps its default.
+
+    Raises:
+        ConfigError: settings out of range. UsageError: a --field without a column.
+    """
+    given = {name: options[name] for name in FIELDS if options.get(name) not in (None, (), [])}
+    if "field" in given:
+        given["field"] = tuple(_pair(text) for text in given["field"])
+    if given.get("system_prompt") == "":
+        given["system_prompt"] = None
+    return DataConfig(**{FIELDS[name]: value for name, value in given.items()})
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, _, column = text.partition("=")
+    if not name or not column:
+        raise click.UsageError(f"--field {text}: expected NAME=COLUMN, such as prompt=question")
+    return name, column
+
+
+def data_argument(function: Command) -> Command:
+    """The command gets `data`, a path: an argument, or --data as in `lora`."""
+
+    @wraps(function)
+    def with_data(*args: Any, positional: Path | None, data: Path | None, **options: Any) -> Any:
+        if (positional is None) == (data is None):
+            raise click.UsageError("give the data once: a folder with train, valid and test files, or one file")
+        return function(*args, data=positional or data, **options)
+
+    option = click.option("--data", type=Path, help="The same as DATA.")
+    command: Any = click.argument("positional", type=Path, required=False, metavar="[DATA]")(option(with_data))
+    return command  # type: ignore[no-any-return]

@@ -1,0 +1,82 @@
+"""The options of `mlx-afm lora`.
+
+Training and adapter options have no defaults here: the dataclasses have, below file and flags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from . import data_options
+
+RUN = [
+    click.option("--model", type=Path, help="MLX model folder."),
+    click.option("--data", type=Path, help="Folder with train/valid/test.jsonl, or one file."),
+    click.option("--adapter-path", type=Path, help="Folder for the adapter.  [default: adapters]"),
+    click.option("--config", "-c", type=Path, help="YAML file with these options; flags win."),
+    click.option("--train", is_flag=True, help="Train."),
+    click.option("--test", is_flag=True, help="Score the adapter on test.jsonl."),
+    click.option("--resume", is_flag=True, help="Train on where the run in --adapter-path was left."),
+    click.option("--resume-adapter-file", type=Path, help="Adapter of any form whose values a new run starts from."),
+    click.option("--name", help="Name of a later package; checked before training."),
+]
+DATA = [
+    *data_options.OPTIONS,
+    click.option("--no-cache", is_flag=True, default=None, help="Encode the data anew, and keep nothing of it."),
+]
+LENGTH = [
+    click.option("--iters", type=int, help="Optimizer steps; default: by epochs."),
+    click.option("--epochs", type=int, help="Passes over the data.  [default: 2]"),
+    click.option("--batch-size", type=int, help="Examples per step.  [default: 4]"),
+    click.option("--grad-accumulation-steps", type=int, help="Batches per step.  [default: 1]"),
+    click.option("--seed", type=int, help="[default: 0]"),
+]
+RATE = [
+    click.option("--learning-rate", type=float, help="Peak rate.  [default: 0.001]"),
+    click.option("--warmup", type=float, help="To reach it: share of the steps below 1, else steps.  [default: 0.05]"),
+    click.option("--schedule", type=click.Choice(["cosine", "linear", "constant"]), help="[default: cosine]"),
+    click.option(
+        "--optimizer",
+        type=click.Choice(["adamw", "adam", "sgd", "muon", "adafactor"]),
+        help="Its betas, eps, momentum: optimizer_config in the YAML file.  [default: adamw]",
+    ),
+    click.option("--weight-decay", type=float, help="[default: 0.01 for adamw and muon, 0 for others]"),
+    click.option("--no-decay", help="Tensors without it, by the end of their names.  [default: norm.weight,.m]"),
+    click.option("--loraplus-ratio", type=float, help="LoRA+: rate of lora_b as a multiple of the rate."),
+    click.option("--clip-grad-norm", type=float, help="0 for no limit.  [default: 1.0]"),
+    click.option(
+        "--max-skipped-steps", type=int, help="Steps in a row without a finite gradient that end it.  [default: 10]"
+    ),
+]
+WATCH = [
+    click.option("--steps-per-report", type=int, help="[default: 10]"),
+    click.option("--steps-per-eval", type=int, help="0 for once an epoch.  [default: 200]"),
+    click.option("--val-batches", type=int, help="-1 for all.  [default: -1]"),
+    click.option("--patience", type=int, help="Evaluations without a new best that end it; 0 for never."),
+    click.option("--save-every", type=int, help="Steps.  [default: 100]"),
+    click.option("--sample-prompt", multiple=True, help="Answered after each evaluation; may be repeated."),
+    click.option("--sample-tokens", type=int, help="Longest such answer.  [default: 64]"),
+    click.option("--report-to", help="Some of wandb,swanlab,tensorboard, beside metrics.jsonl."),
+    click.option("--project-name", help="Project of these reports.  [default: mlx-afm]"),
+]
+FORM = [
+    click.option("--fine-tune-type", type=click.Choice(["lora", "dora", "full"]), help="[default: lora]"),
+    click.option("--rank", type=int, help="Devices take 32.  [default: 32]"),
+    click.option("--scale", type=float, help="alpha / rank; devices apply 0.5.  [default: 0.5]"),
+    click.option("--alpha", type=float, help="Instead of --scale."),
+    click.option("--use-rslora", is_flag=True, default=None, help="The scale is alpha / sqrt(rank)."),
+    click.option("--dropout", type=float, help="[default: 0]"),
+    click.option("--targets", help="Some of q,k,v,o,gate,up,down.  [default: all]"),
+    click.option("--layers", help="all, ordinary, reuse, or numbers such as 0-34,50.  [default: all]"),
+    click.option("--num-layers", type=int, help="The last so many layers; -1 for all."),
+]
+
+
+def with_options(function: Callable[..., int]) -> Callable[..., int]:
+    """The function with every option, in the order of the help."""
+    for option in reversed([*RUN, *DATA, *LENGTH, *RATE, *WATCH, *FORM]):
+        function = option(function)
+    return function

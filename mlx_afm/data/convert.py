@@ -1,0 +1,168 @@
+"""Training data from any dialect and file form to any dialect, each record proven to teach the same.
+
+Every record written is read back, by its keys alone as training would, and must render to the same
+text with the same trained spans. What a dialect cannot say is refused with its line, and nothing is
+written.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from mlx_afm.data.config import DataConfig
+from mlx_afm.data.dialect_writer import cannot_say, write_record
+from mlx_afm.data.dialects import DIALECTS
+from mlx_afm.data.encode import render_example
+from mlx_afm.data.problems import Problem, to_problems
+from mlx_afm.data.records import Example, RecordReader
+from mlx_afm.data.rows import Row
+from mlx_afm.data.sources import Files, iter_rows
+from mlx_afm.data.split import require_other_files
+from mlx_afm.errors import ConfigError, DataError
+from mlx_afm.files import atomic_file
+from mlx_afm.text.messages import to_dict
+from mlx_afm.tree import shorten
+
+FLAT = ("prompt-completion", "prompt-response", "instruction", "text")  # fields are texts: they fit a table
+TABLES = (".csv", ".tsv")
+
+
+def convert_data(
+    files: Files, target: Path, dialect: str, reading: DataConfig | None = None, columns: Sequence[str] = ()
+) -> int:
+    """Writes the records of some files in a dialect, and says how many.
+
+    Args:
+        files: from `find_splits`.
+        target: `.jsonl`, `.ndjson`, `.json` (an array), `.csv` or `.tsv`.
+        dialect: one of `DIALECTS`.
+        reading: how to read. A transform is applied; the default system message is not written.
+        columns: names of the columns of tables whose first line does not name them.
+
+    Raises:
+        DataError: faulty records, or what the dialect cannot say: all lines in one error. Nothing was written.
+        ConfigError: no such dialect, one that is not flat for a table, a target that is a source, or columns
+            for files that are no tables.
+        FormatError: see `iter_rows`.
+    """
+    reading = reading or DataConfig()
+    _require_target(files, target, dialect)
+    _require_columns(files, columns)
+    problems: list[Problem] = []
+    with atomic_file(target) as partial:
+        with partial.open("w", encoding="utf-8", newline="") as handle:
+            records = _records(files, dialect, reading, columns, problems)
+            count = _WRITERS[target.suffix](handle, records, target)
+        if problems or not count:
+            raise _refusal(files, problems)
+    return count
+
+
+def _require_target(files: Files, target: Path, dialect: str) -> None:
+    if dialect not in DIALECTS:
+        raise ConfigError("no such dialect", expected=f"one of {', '.join(DIALECTS)}", found=dialect)
+    if target.suffix in TABLES and dialect not in FLAT:
+        advice = "Write .jsonl, or choose another dialect."
+        found = f"{dialect} for {target.name}"
+        raise ConfigError("a table holds flat records only", expected=", ".join(FLAT), found=found, advice=advice)
+    if target.suffix not in _WRITERS or target.is_dir():
+        raise ConfigError("cannot write this", where=target, expected=f"a file {', '.join(_WRITERS)}")
+    require_other_files(files, [target])
+
+
+def _require_columns(files: Files, columns: Sequence[str]) -> None:
+    if columns and any(file.suffix not in TABLES for file in files):
+        raise ConfigError("only tables have columns to name", where=files[0], expected=" or ".join(TABLES))
+    if len(set(columns)) < len(columns) or not all(columns):
+        raise ConfigError("columns need names, each its own", found=", ".join(columns))
+
+
+def _refusal(files: Files, problems: list[Problem]) -> DataError:
+    if not problems:
+        return DataError("no examples", kind="no-examples", where=files[0], expected="at least one record")
+    lines = len({(problem.file, problem.line) for problem in problems})
+    details = shorten(map(str, problems))
+    what, advice = f"{lines} line(s) cannot be converted", "Nothing was written."
+    return DataError(what, kind="faulty-lines", where=files[0], advice=advice, details=details)
+
+
+def _records(
+    files: Files, dialect: str, reading: DataConfig, columns: Sequence[str], problems: list[Problem]
+) -> Iterator[Any]:
+    """The records, as long as nothing is wrong; after that, what is wrong with the others."""
+    read, index = RecordReader(reading), 0
+    for path in files:
+        for row in iter_rows(path, columns):
+            try:
+                record = _rewritten(read(row, index, f"{path.name} line {row.line}"), dialect)
+                if not problems:
+                    yield record
+            except DataError as error:
+                problems += to_problems(error, str(path), row.line)
+            index += 1
+
+
+_READ_BACK = RecordReader(DataConfig())
+
+
+def _rewritten(example: Example, dialect: str) -> Any:
+    messages = [to_dict(message) for message in example.messages]
+    record = write_record(messages, example.tools, example.text, dialect)
+    row = Row(1, json.dumps(record, ensure_ascii=False).encode("utf-8"))
+    try:
+        same = render_example(_READ_BACK(row, 0, example.where)) == render_example(example)
+    except DataError as error:
+        raise cannot_say(dialect, f"read back it would be faulty ({error})") from error
+    if not same:
+        raise cannot_say(dialect, "read back it would be another conversation")
+    return record
+
+
+def _write_lines(handle: TextIO, records: Iterator[Any], target: Path) -> int:
+    count = 0
+    for record in records:
+        handle.write(json.dumps(record, ensure_ascii=False) + "\n")
+        count += 1
+    return count
+
+
+def _write_array(handle: TextIO, records: Iterator[Any], target: Path) -> int:
+    count = 0
+    for record in records:
+        handle.write(("[\n" if not count else ",\n") + json.dumps(record, ensure_ascii=False))
+        count += 1
+    handle.write("\n]\n" if count else "[]\n")
+    return count
+
+
+def _write_table(handle: TextIO, records: Iterator[Any], target: Path) -> int:
+    """A table; it has the columns that any record has, so all of them are kept until the end."""
+    rows = list(records)
+    present = {name for row in rows for name in row}
+    columns = [name for name in COLUMNS if name in present]
+    dialect = "excel-tab" if target.suffix == ".tsv" else "excel"
+    writer = csv.DictWriter(handle, columns, dialect=dialect, quoting=csv.QUOTE_ALL, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: value if isinstance(value, str) else _json(value) for name, value in row.items()})
+    return len(rows)
+
+
+COLUMNS = ("system", "history", "instruction", "input", "output", "prompt", "completion", "response", "text", "tools")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+_WRITERS: dict[str, Callable[[TextIO, Iterator[Any], Path], int]] = {
+    ".jsonl": _write_lines,
+    ".ndjson": _write_lines,
+    ".json": _write_array,
+    ".csv": _write_table,
+    ".tsv": _write_table,
+}

@@ -1,0 +1,258 @@
+"""The forms of files of records, each read into rows: JSON lines, a JSON array, a table, a data set."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, AnyStr, BinaryIO, TextIO
+
+from mlx_afm.errors import DataError, FormatError, MissingDependencyError
+
+MAX_LINE_BYTES = 4 << 20  # no example of 4,096 tokens comes near; bounds what one line can take in memory
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record of a file.
+
+    Attributes:
+        line: its line, counted from 1 (its number, in a form without lines).
+        text: JSON in UTF-8; empty if there is a fault.
+        fault: why there is no text.
+    """
+
+    line: int
+    text: bytes
+    fault: DataError | None = None
+
+
+def encoding_of(path: Path) -> str:
+    """The encoding a file of text says it has; UTF-8 if it says nothing."""
+    if path.is_dir():
+        return "utf-8"
+    require_file(path)
+    if path.suffix == ".parquet":
+        return "utf-8"
+    with path.open("rb") as handle:
+        start = handle.read(4)
+    if start.startswith(b"\xef\xbb\xbf"):
+        return "utf-8-sig"
+    if start in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
+        return "utf-32"
+    return "utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"
+
+
+def require_file(path: Path) -> None:
+    """Raises FormatError unless there is a file, which is no folder, pipe or device."""
+    if not path.is_file():
+        what = "not a file" if path.exists() else "no such file"
+        raise FormatError(what, where=path, expected="training data")
+
+
+def json_line_rows(handle: BinaryIO, path: Path) -> Iterator[Row]:
+    """The records of a file that has one a line; blank lines are skipped."""
+    for number, line in enumerate(_lines(handle, encoding_of(path)), start=1):
+        if isinstance(line, int):
+            yield Row(number, b"", _huge(line))
+        elif line.strip():
+            yield Row(number, line.rstrip(b"\r\n"))
+
+
+def _lines(handle: BinaryIO, encoding: str) -> Iterator[bytes | int]:
+    """The lines of a file in UTF-8; of one that is too long its size alone."""
+    if encoding in ("utf-8", "utf-8-sig"):
+        handle.read(3 if encoding == "utf-8-sig" else 0)
+        yield from _bounded_lines(handle.readline, b"\n")
+        return
+    with io.TextIOWrapper(handle, encoding, errors="replace", newline="\n") as text:
+        for line in _bounded_lines(text.readline, "\n"):
+            yield line if isinstance(line, int) else line.encode("utf-8", "replace")
+
+
+def _bounded_lines(readline: Callable[[int], AnyStr], newline: AnyStr) -> Iterator[AnyStr | int]:
+    """Lines; of a line longer than `MAX_LINE_BYTES` its size alone."""
+    while line := readline(MAX_LINE_BYTES + 1):
+        if len(line) <= MAX_LINE_BYTES or line.endswith(newline):
+            yield line
+            continue
+        size = len(line)
+        while line := readline(MAX_LINE_BYTES):
+            size += len(line)
+            if line.endswith(newline):
+                break
+        yield size
+
+
+def _huge(size: int) -> DataError:
+    expected = f"at most {MAX_LINE_BYTES:,} bytes"
+    advice = "No example of 4,096 tokens is this long; is a line break missing?"
+    return DataError("a huge line", kind="huge-line", expected=expected, found=f"{size:,} bytes", advice=advice)
+
+
+def json_rows(handle: BinaryIO, path: Path) -> Iterator[Row]:
+    """The records of a JSON array; if two stand on one line, their numbers in place of their lines."""
+    raw = handle.read()
+    try:
+        text = raw.decode(encoding_of(path))
+    except UnicodeDecodeError as error:
+        yield Row(raw.count(b"\n", 0, error.start) + 1, b"", not_utf8(error))
+        return
+    start = _after_space(text, 0)
+    if text[start : start + 1] != "[":
+        expected = "an array of records (one record a line is .jsonl)"
+        yield Row(1, b"", DataError("not an array", kind="bad-json", expected=expected))
+        return
+    elements = list(_elements(text, start + 1))
+    lines = [line for line, _ in elements]
+    if len(set(lines)) < len(lines):  # several on a line: then they are counted
+        lines = list(range(1, len(lines) + 1))
+    for line, (_, found) in zip(lines, elements):
+        if isinstance(found, DataError):
+            yield Row(line, b"", found)
+        elif found.stop - found.start > MAX_LINE_BYTES:
+            yield Row(line, b"", _huge(found.stop - found.start))
+        else:
+            yield Row(line, text[found].replace("\n", " ").encode("utf-8", "surrogatepass"))
+
+
+def _elements(text: str, position: int) -> Iterator[tuple[int, slice | DataError]]:
+    """The elements of an array as they are spelled, each with its line; or what ends it early."""
+    decoder, line, counted, closing = json.JSONDecoder(), 1, 0, "]"
+    while True:
+        position = _after_space(text, position)
+        line, counted = line + text.count("\n", counted, position), position
+        if text.startswith(closing or "\0", position):
+            break
+        try:
+            _, end = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            yield getattr(error, "lineno", line), _broken(error)
+            return
+        yield line, slice(position, end)
+        position = _after_space(text, end)
+        if not text.startswith((",", "]"), position):
+            yield line + text.count("\n", counted, position), _broken(ValueError("expected a comma or ]"))
+            return
+        closing = "" if text[position] == "," else "]"
+        position += text[position] == ","
+    if _after_space(text, position + 1) < len(text):
+        yield line, _broken(ValueError("something stands after the array"))
+
+
+def _broken(error: ValueError | RecursionError) -> DataError:
+    """Why the elements of an array end here."""
+    kind = "nested-too-deeply" if isinstance(error, RecursionError) else "bad-json"
+    what = (
+        "JSON nested too deeply" if isinstance(error, RecursionError) else f"not JSON: {getattr(error, 'msg', error)}"
+    )
+    advice = "What follows in this file could not be read"
+    return DataError(what, kind=kind, column=getattr(error, "colno", None), advice=advice)
+
+
+def _after_space(text: str, position: int) -> int:
+    while text[position : position + 1] in (" ", "\t", "\r", "\n"):
+        position += 1
+    return position
+
+
+def csv_rows(handle: BinaryIO, path: Path, columns: Sequence[str] = ()) -> Iterator[Row]:
+    """The records of a table, named by its first line unless `columns` are given; each has the line it begins on.
+
+    A first line that says what `columns` says is no record.
+    """
+    encoding = encoding_of(path)
+    errors = "surrogateescape" if encoding.startswith("utf-8") else "replace"
+    before = csv.field_size_limit(MAX_LINE_BYTES)
+    try:
+        with io.TextIOWrapper(handle, encoding, errors=errors, newline="") as text:
+            yield from _table_rows(text, "excel-tab" if path.suffix == ".tsv" else "excel", list(columns))
+    finally:
+        csv.field_size_limit(before)
+
+
+def _table_rows(text: TextIO, dialect: str, columns: list[str]) -> Iterator[Row]:
+    reader = csv.reader(text, dialect=dialect, strict=True)
+    line = 1
+    try:
+        for values in reader:
+            fault = _csv_fault(values, columns)
+            if fault is not None:
+                yield Row(line, b"", fault)
+            if not columns and values:
+                columns = values
+                if fault is not None:
+                    return  # without names of columns there are no records
+            elif values and fault is None and not (line == 1 and values == columns):
+                yield _row(line, dict(zip(columns, values)))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        advice = "What follows in this file could not be read"
+        yield Row(line, b"", DataError(f"not CSV: {error}", kind="bad-csv", advice=advice))
+
+
+def _csv_fault(values: list[str], columns: list[str]) -> DataError | None:
+    """What is wrong with a record, or with the names of the columns if there are none yet."""
+    for value in values:
+        if not value.isascii() and (escaped := _ESCAPED.search(value)):
+            found = f"byte 0x{ord(escaped.group()) - 0xDC00:02x}"
+            return DataError("not UTF-8 text", kind="not-utf8", found=found, advice="Save the file as UTF-8")
+    if not columns and len(set(values)) < len(values):
+        twice = next(name for name in values if values.count(name) > 1)
+        return DataError(f"two columns are named {twice!r}", kind="wrong-columns", advice="Give each its own name")
+    if columns and values and len(values) != len(columns):
+        expected, found = f"{len(columns)} columns, as the first line has", str(len(values))
+        return DataError("wrong number of columns", kind="wrong-columns", expected=expected, found=found)
+    return None
+
+
+_ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are no UTF-8, as "surrogateescape" reads them
+
+
+def not_utf8(error: UnicodeDecodeError) -> DataError:
+    """The fault of text that is not UTF-8."""
+    column = len(error.object[: error.start].rpartition(b"\n")[2].decode("utf-8", "replace")) + 1
+    found = f"byte 0x{error.object[error.start]:02x}"
+    advice = "Save the file as UTF-8"
+    return DataError("not UTF-8 text", kind="not-utf8", column=column, found=found, advice=advice)
+
+
+def dataset_rows(path: Path) -> Iterator[Row]:
+    """The records of a Parquet file or a saved data set, counted from 1."""
+    for number, record in enumerate(_dataset(path), start=1):
+        yield _row(number, _without_nulls(record))
+
+
+def _row(line: int, record: Any) -> Row:
+    return Row(line, json.dumps(record, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass"))
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow gives every struct every key; what a record does not have is null."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+# What the library and Arrow raise for damaged files, whichever part of them it is.
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError)
+
+
+def _dataset(path: Path) -> Iterable[dict[str, Any]]:
+    try:
+        import datasets
+    except ImportError as error:
+        advice = "pip install 'mlx-afm[data]'"
+        raise MissingDependencyError("reading this needs the datasets library", where=path, advice=advice) from error
+    try:
+        if path.is_dir():
+            rows: Iterable[dict[str, Any]] = datasets.load_from_disk(str(path))
+        else:
+            rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        yield from rows
+    except (*_UNREADABLE, datasets.exceptions.DatasetsError) as error:
+        raise FormatError("the datasets library cannot read this", where=path, found=error) from error

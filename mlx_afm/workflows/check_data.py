@@ -1,0 +1,74 @@
+"""Check training data before training, and write a copy without its problems."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlx_afm.checkpoints.hub import resolve
+from mlx_afm.data.check import OnProgress, check_data
+from mlx_afm.data.config import DataConfig
+from mlx_afm.data.fix import Fixed, fix_data
+from mlx_afm.data.report import DataReport
+from mlx_afm.data.sources import Files, find_splits
+from mlx_afm.errors import ConfigError, FormatError
+from mlx_afm.text.tokenizer import AFMTokenizer
+from mlx_afm.workflows.load import TOKENIZER
+
+
+def check(
+    data: Path,
+    reading: DataConfig | None = None,
+    *,
+    model: Path | None = None,
+    fix: Path | None = None,
+    on_progress: OnProgress | None = None,
+) -> tuple[DataReport, Fixed | None]:
+    """What is wrong with training data, and what was done about it.
+
+    Args:
+        data: a folder with train, valid and test files, or one file.
+        reading: how the data becomes tokens.
+        model: model folder, or the hub id of one; its tokenizer tells how long examples are.
+        fix: folder for a copy without the problems; None writes none.
+        on_progress: told of bytes read and in all.
+
+    Raises:
+        FormatError: no such data. ConfigError: a model folder without tokenizer, no such transform, or
+            a folder for the copy that is not empty. DataError: no example would be left in the copy.
+    """
+    splits = require_splits(data)
+    tokenizer_file = None if model is None else tokenizer_of(model)
+    if fix is None:
+        return check_data(splits, reading, tokenizer_file, on_progress=on_progress), None
+    fixed = fix_data(splits, fix, reading, tokenizer_file, on_progress=on_progress)
+    return fixed.report, fixed
+
+
+def require_splits(data: Path) -> dict[str, Files]:
+    """The files of each split, of which there is at least one.
+
+    Raises:
+        FormatError: no such data, or a folder without any.
+    """
+    splits = find_splits(data)
+    if not splits:
+        names = ", ".join(sorted(path.name for path in data.iterdir())[:10]) or "an empty folder"
+        expected = "train.jsonl, valid.jsonl or test.jsonl (or .json, .csv, .parquet, a saved data set)"
+        raise FormatError("no training data in this folder", where=data, expected=expected, found=names)
+    return splits
+
+
+def tokenizer_of(model: Path) -> Path:
+    """The `tokenizer.model` of a model folder, read once to see that it is one.
+
+    Raises:
+        ConfigError: the folder has none. FormatError: no such folder, or no tokenizer.
+    """
+    folder = resolve(model)
+    if not folder.is_dir():
+        raise FormatError("no such folder", where=model, expected="a model folder, for its tokenizer")
+    if not (folder / TOKENIZER).is_file():
+        advice = "Choose one with tokenizer.model; without --model lengths are not checked."
+        raise ConfigError("the model folder has no tokenizer", where=folder, advice=advice)
+    AFMTokenizer.from_file(folder / TOKENIZER)
+    return folder / TOKENIZER

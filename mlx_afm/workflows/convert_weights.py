@@ -1,0 +1,96 @@
+"""The weights of a conversion to an MLX folder: as they are, cast, in codes, or dense again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_afm.adapters import Adapter, is_zero, write_adapter_folder
+from mlx_afm.adapters.config import DEFAULT_SCALE
+from mlx_afm.checkpoints.model_folder import BASE_ADAPTER, NORM
+from mlx_afm.checkpoints.quantized import (
+    Quantization,
+    cast_tensors,
+    dequantize_tensors,
+    quantize_tensors,
+    to_quantization_json,
+)
+from mlx_afm.checkpoints.verify import require_same_values
+from mlx_afm.errors import ConfigError
+from mlx_afm.formats.mlx_folder import read_shards, write_shards
+from mlx_afm.formats.tensors import LazyTensor, OnBytes
+from mlx_afm.interop import write_shim
+from mlx_afm.quant import QuantConfig, Scheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What is to become of the weights; see `convert`."""
+
+    dtype: str | None = None
+    quantization: QuantConfig | None = None
+    dequantize: bool = False
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What will be written.
+
+    Attributes:
+        tensors: in order.
+        schemes: the matrices in codes.
+        made: how they came about, if they are made now.
+        computed: by MLX while they are written, so not in another thread.
+    """
+
+    tensors: Mapping[str, LazyTensor]
+    schemes: Mapping[str, Scheme]
+    made: Quantization | None = None
+    computed: bool = False
+
+
+def change_weights(
+    tensors: Mapping[str, LazyTensor], schemes: Mapping[str, Scheme], change: Change, *, where: Path
+) -> Weights:
+    """The tensors that a change makes of a model's; nothing is computed yet.
+
+    Raises:
+        ConfigError: codes are to be made of codes, or dense weights dense.
+    """
+    if change.quantization is not None:
+        if schemes:
+            advice = "Make it dense first (convert -d); every further rounding loses."
+            raise ConfigError("the model is quantised already", where=where, advice=advice)
+        made = quantize_tensors(tensors, change.quantization, change.dtype)
+        return Weights(made.tensors, made.plan.schemes, made, computed=True)
+    if change.dequantize:
+        if not schemes:
+            raise ConfigError("nothing to dequantise", where=where, expected="a quantised MLX folder")
+        dense = dequantize_tensors(tensors, schemes, change.dtype or tensors[NORM].dtype)
+        return Weights(dense, {}, computed=True)
+    return Weights(cast_tensors(tensors, schemes, change.dtype), schemes)
+
+
+def write_weights(
+    partial: Path, weights: Weights, adapter: Adapter | None, *, verify: bool, on_bytes: OnBytes
+) -> dict[str, object]:
+    """Writes weights and base adapter, read back if asked; returns what `config.json` has to say of them."""
+    write_shards(partial, weights.tensors, on_bytes=on_bytes, ahead=not weights.computed)
+    if adapter is not None:
+        write_adapter_folder(partial / BASE_ADAPTER, adapter)
+    if verify:
+        require_same_values(weights.tensors, read_shards(partial), where=partial)
+    settings: dict[str, object] = {"torch_dtype": weights.tensors[NORM].dtype}
+    if weights.made is not None:
+        settings["quantization"] = to_quantization_json(weights.made.plan)
+    if weights.schemes:
+        settings.update(write_shim(partial))
+    return settings
+
+
+def worth_keeping(adapter: Adapter | None, weights: Weights) -> Adapter | None:
+    """The base adapter; not of a quantised folder if it does nothing and has the scale that files imply."""
+    if adapter is None or not weights.schemes or adapter.config.scale != DEFAULT_SCALE or not is_zero(adapter):
+        return adapter
+    return None

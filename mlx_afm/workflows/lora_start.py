@@ -1,0 +1,107 @@
+"""What training starts from: a new adapter, the base model's own, any other adapter, or the whole model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_afm.adapters import Adapter, LoRAConfig, adapter_weights, add_adapter, is_zero, set_adapter_weights, train_only
+from mlx_afm.adapters.layers import ALL
+from mlx_afm.checkpoints.arrays import to_mlx
+from mlx_afm.errors import AdapterError, ConfigError
+from mlx_afm.model import Model
+from mlx_afm.workflows.load import attach, base_adapter, open_adapter
+
+FUSE = "fuse it into the base first: mlx-afm fuse --model M --save-path F"
+
+
+def start_adapter(
+    model: Model, folder: Path, lora: LoRAConfig, *, seed: int, adapter_file: Path | None = None
+) -> LoRAConfig:
+    """Puts the adapter to be trained on the model and freezes the rest; returns its full form.
+
+    Without `adapter_file`: if the base carries an adapter of the same rank and scale, training starts
+    from its values and untrained projections keep theirs. If it does something and has another form,
+    training is refused, since it is part of the base model.
+
+    Args:
+        model: changed in place.
+        folder: its folder.
+        lora: the form wanted.
+        seed: of new values.
+        adapter_file: an adapter of any form; it takes the place of the base's own, and training starts
+            from its values. Its counters do not matter: this is a new run.
+
+    Raises:
+        ConfigError: a form that cannot go on from what is there. AdapterError: an adapter of another model.
+    """
+    if adapter_file is not None:
+        return _start_from(model, open_adapter(folder, adapter_file), lora, seed=seed, where=adapter_file)
+    base = base_adapter(folder)
+    wanted = (lora.fine_tune_type, lora.rank, lora.scale)
+    if base is None or ("lora", base.config.rank, base.config.scale) != wanted:
+        if base is not None and not is_zero(base):
+            raise ConfigError(
+                "the base model has an active adapter",
+                where=folder,
+                expected=_form(base.config),
+                found=_form(lora),
+                advice=f"Train with its rank and scale, or {FUSE}",
+            )
+        add_adapter(model, lora, seed=seed)
+        mx.eval(model.parameters())
+        return lora
+    form = LoRAConfig(rank=lora.rank, scale=lora.scale, dropout=lora.dropout)
+    attach(model, Adapter(form, base.base, base.weights, base.name), where=folder)
+    train_only(model, lora.targets, lora.layers)
+    return form
+
+
+def _form(config: LoRAConfig) -> str:
+    kind = "" if config.fine_tune_type == "lora" else f"{config.fine_tune_type} "
+    return f"{kind}rank {config.rank}, scale {config.scale}"
+
+
+def _start_from(model: Model, adapter: Adapter, lora: LoRAConfig, *, seed: int, where: Path) -> LoRAConfig:
+    """Starts from an adapter's values; what it has and is not trained stays, what it lacks is new."""
+    given, full = adapter.config, lora.fine_tune_type == "full"
+    same = given.fine_tune_type == lora.fine_tune_type
+    if not same or (not full and (given.rank, given.scale) != (lora.rank, lora.scale)):
+        kind = given.fine_tune_type
+        advice = f"Give its form: --fine-tune-type {kind}" + (
+            "" if kind == "full" else f" --rank {given.rank} --scale {given.scale:g}"
+        )
+        expected = kind if full or kind == "full" else _form(given)
+        raise ConfigError(
+            "the adapter to start from has another form",
+            where=where,
+            expected=expected,
+            found="full" if full else _form(lora),
+            advice=advice,
+        )
+    if full:
+        return _start_from_full(model, adapter, lora, where=where)
+    targets = tuple(target for target in LoRAConfig().targets if target in {*given.targets, *lora.targets})
+    layers = lora.layers if given.layers == lora.layers else ALL
+    form = replace(lora, targets=targets, layers=layers)
+    add_adapter(model, form, seed=seed)
+    weights = {**adapter_weights(model), **{name: to_mlx(tensor) for name, tensor in adapter.weights.items()}}
+    set_adapter_weights(model, weights, where=where)
+    train_only(model, lora.targets, lora.layers)
+    mx.eval(model.parameters())
+    return form
+
+
+def _start_from_full(model: Model, adapter: Adapter, lora: LoRAConfig, *, where: Path) -> LoRAConfig:
+    add_adapter(model, lora)
+    missing = sorted(set(adapter.weights) - set(adapter_weights(model)))
+    if missing:  # frozen tensors would not be saved
+        advice = f"Train at least its layers: --layers {adapter.config.layers}"
+        raise AdapterError("the adapter changes more than would be trained", where=where, advice=advice)
+    model.load_weights(
+        [(name, to_mlx(tensor).astype(mx.float32)) for name, tensor in adapter.weights.items()], strict=False
+    )
+    mx.eval(model.parameters())
+    return lora
