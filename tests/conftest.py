@@ -3,31 +3,19 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 
 from mlx_afm.adapters import (
-    Adapter,
-    LoRAConfig,
-    adapter_shapes,
     write_adapter_folder,
     write_adapter_package,
     write_adapter_pt,
 )
 from mlx_afm.checkpoints.model_folder import read_config
 from mlx_afm.formats.fmadapter import Metadata
-from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.model import AFMConfig
 from mlx_afm.workflows.convert import convert
 from mlx_afm.workflows.demo import ASSETS, write_toolkit_folder
-
-
-def random_adapter(base, config=None, seed=3):
-    """An adapter that changes the model, with values that every form holds exactly (fp16 has the fewest)."""
-    config, rng = config or LoRAConfig(), np.random.default_rng(seed)
-    shapes = adapter_shapes(base, config)
-    values = {name: (0.2 * rng.standard_normal(shape)).astype(np.float16) for name, shape in shapes.items()}
-    return Adapter(config, base, {name: LazyTensor.of(array.astype(np.float32)) for name, array in values.items()})
+from tiny import random_adapter
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,8 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_afm.adapters import LoRAConfig, adapter_weights, add_adapter, set_adapter_weights
+from mlx_afm.adapters import Adapter, LoRAConfig, adapter_shapes, adapter_weights, add_adapter, set_adapter_weights
+from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.model import AFMConfig, Model
 
 SIZES = {
@@ -53,3 +54,11 @@ def with_adapter(model: Model, config: LoRAConfig | None = None, seed: int = 1) 
 
 def random_tokens(shape: tuple[int, ...], seed: int = 0, vocab: int = 61) -> mx.array:
     return mx.array(np.random.default_rng(seed).integers(1, vocab, shape).astype(np.int32))
+
+
+def random_adapter(base, config=None, seed=3):
+    """An adapter that changes the model, with values that every form holds exactly (fp16 has the fewest)."""
+    config, rng = config or LoRAConfig(), np.random.default_rng(seed)
+    shapes = adapter_shapes(base, config)
+    values = {name: (0.2 * rng.standard_normal(shape)).astype(np.float16) for name, shape in shapes.items()}
+    return Adapter(config, base, {name: LazyTensor.of(array.astype(np.float32)) for name, array in values.items()})

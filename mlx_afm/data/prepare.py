@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -142,21 +143,31 @@ class Preparer:
 def _fingerprints(spans: Sequence[Span]) -> tuple[int, int, int]:
     """64 bits each of the whole example, of what comes before its last answer, and of its system turn."""
     texts = [span.text for span in spans]
-    system = _hash(texts[1]) if spans[0].role == "system" else 0
-    return _hash("".join(texts)), _hash("".join(texts[:-1])), system
+    system = _system_hash(texts[1]) if spans[0].role == "system" else 0
+    prompt = blake2b("".join(texts[:-1]).encode("utf-8", "surrogatepass"), digest_size=8)
+    example = prompt.copy()
+    example.update(texts[-1].encode("utf-8", "surrogatepass"))
+    return _number(example.digest()), _number(prompt.digest()), system
 
 
-def _hash(text: str) -> int:
-    digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+@lru_cache(maxsize=64)
+def _system_hash(text: str) -> int:
+    return _number(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+
+
+def _number(digest: bytes) -> int:
     return int.from_bytes(digest, "little", signed=True)
+
+
+_NEWLINE, _REPLACEMENT = NEWLINE.encode(), "\ufffd".encode()
 
 
 def _warnings(example: Example, row: Row, file: str) -> Iterator[Problem]:
     """What is odd about a good example."""
-    if NEWLINE.encode() in row.text:
+    if _NEWLINE in row.text:
         message = f"a text spells {NEWLINE!r}, which the model reads as a newline"
         yield Problem(file, row.line, "newline-mark", message, _column(row.text, NEWLINE))
-    if "\ufffd".encode() in row.text or b"\\ufffd" in row.text.lower():
+    if _REPLACEMENT in row.text or (b"\\u" in row.text and b"\\ufffd" in row.text.lower()):
         message = "a text holds the replacement character U+FFFD: something was lost where the data was made"
         yield Problem(file, row.line, "replacement-character", message, _column(row.text, "\ufffd"))
     for index, message_ in enumerate(example.messages):

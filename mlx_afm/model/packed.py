@@ -16,8 +16,8 @@ import numpy as np
 
 from mlx_afm.quant.scheme import BALANCED, Scheme
 
-# Rows of inputs from which MLX's CPU backend is quicker with the matrix made dense, in float32: measured by
-# benchmarks/bench_quant.py. Its quantised product takes as long for each row as for the first.
+# Rows of inputs from which MLX's CPU backend is quicker with the matrix made dense, in float32, as measured (see
+# docs/quantisation.md). Its quantised product takes as long for each row as for the first.
 CPU_DENSE_ROWS = {"affine": 8, BALANCED: 4, "mxfp4": 32, "nvfp4": 32, "mxfp8": 4}
 DENSE_VALUES = 1 << 24  # of a matrix, dense at a time; only the embedding is larger
 SHIFTED_BITS = (2, 4, 8)  # codes that do not cross words: shifting them out beats the CPU's mx.dequantize
@@ -84,12 +84,11 @@ def _kernel(packed: Packed, x: mx.array) -> mx.array:
     """MLX's quantised product; balanced codes go in as affine ones of scale 1, and s multiplies the output."""
     scheme = packed.scheme
     if scheme.mode != BALANCED:
-        settings = {"group_size": scheme.group_size, "bits": scheme.bits, "mode": scheme.mode}
-        y = mx.quantized_matmul(x, *packed.arrays, transpose=True, **settings)
+        y = mx.quantized_matmul(x, packed.weight, packed.scales, packed.biases, **scheme.to_dict())
         return y.astype(x.dtype)
     unit = HALF_UNIT if x.dtype == mx.float16 else 1.0
     scales, biases = _unit_grid(packed.weight.shape[0], packed.columns // scheme.group_size, unit, x.dtype)
-    y = mx.quantized_matmul(x, packed.weight, scales, biases, transpose=True, group_size=scheme.group_size, bits=2)
+    y = mx.quantized_matmul(x, packed.weight, scales, biases, group_size=scheme.group_size, bits=2)
     return (y.astype(mx.float32) * (packed.scales / unit)).astype(x.dtype)
 
 
@@ -110,9 +109,9 @@ def _values(scheme: Scheme, weight: mx.array, scales: mx.array, biases: mx.array
         codes = _codes(weight, scheme.bits).reshape(*scales.shape, scheme.group_size)
         values = codes * scales[..., None].astype(mx.float32) + biases[..., None].astype(mx.float32)
         return values.reshape(*weight.shape[:-1], -1)
-    wide = (scales,) if biases is None else (scales.astype(mx.float32), biases.astype(mx.float32))
-    settings = {"group_size": scheme.group_size, "bits": scheme.bits, "mode": scheme.mode}
-    return mx.dequantize(weight, *wide, dtype=mx.float32, **settings)
+    if biases is not None:
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    return mx.dequantize(weight, scales, biases, dtype=mx.float32, **scheme.to_dict())
 
 
 def _codes(weight: mx.array, bits: int) -> mx.array:

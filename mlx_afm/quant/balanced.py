@@ -162,7 +162,8 @@ def _fit_rows(weight_ON: Floats, columns_N: npt.NDArray[np.float64], *, uniform:
     denominator = 2.25 * counts[:, -1:] - 2 * counts
     best = np.argmax(numerator * numerator / denominator, axis=1)[:, None]
     scales = np.take_along_axis(numerator, best, axis=1) / np.take_along_axis(denominator, best, axis=1)
-    return scales[:, 0].astype(np.float32)
+    fitted: Floats = scales[:, 0].astype(np.float32)
+    return fitted
 
 
 def codes_of(weight_ON: Floats, scales_O: Floats) -> npt.NDArray[np.uint8]:

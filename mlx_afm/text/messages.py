@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from mlx_afm.errors import DataError
-from mlx_afm.text.values import at, parse_arguments, refuse_in, require_json
+from mlx_afm.text.values import at, is_good_text, parse_arguments, refuse_in, require_json
 
 ROLES = ("system", "user", "assistant", "tool")
 _KEYS = {
@@ -72,14 +73,18 @@ def parse_messages(value: object, *, where: object, special_pieces: Sequence[str
     messages: list[Message] = []
     faults: list[DataError] = []
     for index, item in enumerate(value):
+        message = _plain_message(item, special_pieces)
+        if message is not None:
+            messages.append(message)
+            continue
         place = at(where, f"message {index}")
         try:
             messages.append(_parse_message(item, place))
             refuse_special(messages[-1], special_pieces, place)
         except DataError as error:
             faults.append(error)
-    if not faults:
-        faults = list(_order_faults(messages, where))
+    if not faults and not _is_good_order(tuple(message.role for message in messages)):
+        faults = list(_order_faults([message.role for message in messages], where))
     if len(faults) == 1:
         raise faults[0]
     if faults:
@@ -134,6 +139,21 @@ def refuse_special(message: Message, special_pieces: Sequence[str], where: objec
     refuse_in("tool_calls", calls, special_pieces, where)
     refuse_in("response_format", message.response_format, special_pieces, where)
     refuse_in("tools", message.tools, special_pieces, where)
+
+
+def _plain_message(item: Any, special_pieces: Sequence[str]) -> Message | None:
+    """A message that is nothing but a role and a good text, as most are; None if it needs a closer look."""
+    if type(item) is not dict or len(item) != 2:
+        return None
+    role, content = item.get("role"), item.get("content")
+    if (
+        type(role) is not str
+        or role not in ROLES
+        or type(content) is not str
+        or not is_good_text(content, special_pieces)
+    ):
+        return None
+    return Message(role, content)
 
 
 def _parse_message(item: object, where: str) -> Message:
@@ -239,8 +259,12 @@ def _dicts(value: object, name: str, where: object) -> tuple[dict[str, Any], ...
     return tuple(value)
 
 
-def _order_faults(messages: Sequence[Message], where: object) -> Iterator[DataError]:
-    roles = [message.role for message in messages]
+@lru_cache(maxsize=256)
+def _is_good_order(roles: tuple[str, ...]) -> bool:
+    return not any(True for _ in _order_faults(roles, None))
+
+
+def _order_faults(roles: Sequence[str], where: object) -> Iterator[DataError]:
     if not {"user", "assistant"} & set(roles):
         yield DataError("no user or assistant message", kind="no-messages", where=where, found=f"{len(roles)} messages")
         return

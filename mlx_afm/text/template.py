@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlx_afm.errors import ConfigError, DataError
 from mlx_afm.text.messages import Message
@@ -29,8 +29,7 @@ EXECUTABLE_START, EXECUTABLE_END = "<executable_start>", "<executable_end>"
 ASSISTANT = "assistant"
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """A piece of a rendered conversation that is trained as a whole or not at all.
 
     The texts of all spans, put together, are the rendered conversation. A turn is two spans: its
@@ -42,8 +41,7 @@ class Span:
     role: str
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """Where one turn lies in the ids.
 
     Attributes:

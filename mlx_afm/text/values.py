@@ -63,6 +63,13 @@ def refuse_in(field: str, value: object, special_pieces: Sequence[str], where: o
             )
 
 
+def is_good_text(text: str, special_pieces: Sequence[str]) -> bool:
+    """Whether `refuse_in` would let it pass."""
+    if "\0" in text or not (text.isascii() or _HALF.search(text) is None):
+        return False
+    return not special_pieces or _any_of(tuple(special_pieces)).search(text) is None
+
+
 def _require_writable(text: str, field: str, where: object) -> None:
     """Raises DataError for what only an escape can bring into a text: NUL, or half of a surrogate pair."""
     if (nul := text.find("\0")) >= 0:

@@ -121,4 +121,4 @@ def _logits(model: Model) -> mx.array:
 
 
 def _distance(first: mx.array, second: mx.array) -> float:
-    return float(mx.abs(first - second).max().item())
+    return float(mx.abs(first - second).max().item())  # type: ignore[arg-type]

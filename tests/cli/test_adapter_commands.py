@@ -96,3 +96,57 @@ def test_check_lists_every_broken_rule_and_exits_3(as_json, adapter_forms, copy_
         assert ran.out.splitlines()[-1].endswith("INVALID, broken rules M5 M7 adapter-C9")
         assert all(f"FAIL {rule} " in ran.out for rule in broken | following)
         assert ran.out.count("(follows from adapter-C9)") == len(following)
+
+
+def test_export_tells_what_it_did(adapter_forms, model_folder, tmp_path, copy_of, edit_json, cli):
+    folder = copy_of(adapter_forms["folder"])
+    edit_json(folder / "adapter_config.json", lora_parameters={"rank": 32, "scale": 1.0, "dropout": 0.0})
+    (tmp_path / "more.json").write_text('{"stage": {"beta": 2}, "team": "file"}')
+    ran = cli("export", "--adapter-path", folder, "--name", "box", "--output-dir", tmp_path / "out", "--json",
+              "--model", model_folder, "--license", "MIT", "--ladder", "--prompt", "copy abc",
+              "--creator-defined", tmp_path / "more.json", "--creator-defined", "team=me=you")  # fmt: skip
+    told = ran.json
+    assert told["form"]["scale"] == 1.0
+    assert told["rounding"]["max_error"] == 0, "twice a float16 is a float16"
+    assert told["logits"]["same_choice"] == 1
+    assert told["ladder"] == str(tmp_path / "out" / "box.ladder.json")
+    for text in (
+        "scale 1 folded into B (times 2)",
+        "rounding to float16: 0 at most",
+        "logits change by",
+        "box.ladder.json",
+    ):
+        assert text in ran.err
+    creator = json.loads((tmp_path / "out" / "box.fmadapter" / "metadata.json").read_text())["creatorDefined"]
+    assert creator["stage"] == {"beta": 2}
+    assert creator["team"] == "me=you"
+
+
+def test_export_without_comparing(adapter_forms, model_folder, tmp_path, cli):
+    told = cli("export", "--adapter-path", adapter_forms["pt"], "--name", "box", "--output-dir", tmp_path, "--json",
+               "--model", model_folder, "--no-compare").json  # fmt: skip
+    assert (told["logits"], told["ladder"]) == (None, None)
+
+
+@pytest.mark.parametrize("given", ["nothing-there.json", "{folder}/list.json", "=x"])
+def test_creator_defined_that_cannot_be_read(given, adapter_forms, tmp_path, cli):
+    (tmp_path / "list.json").write_text("[]")
+    ran = cli("export", "--adapter-path", adapter_forms["folder"], "--name", "box", "--output-dir", tmp_path / "out",
+              "--creator-defined", given.format(folder=tmp_path))  # fmt: skip
+    assert (ran.code, ran.out) == (2, "")
+    assert "--creator-defined" in ran.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_check_compares_with_an_adapter(adapter_forms, model_folder, copy_of, cli):
+    package, model = adapter_forms["fmadapter"], ("--model", model_folder)
+    for form in ("folder", "pt", "fmadapter"):
+        assert cli("check", package, "--expect", adapter_forms[form], *model, "--byte-exact").code == 0
+    damaged = copy_of(package)
+    content = bytearray((damaged / "adapter_weights.bin").read_bytes())
+    content[128] ^= 1
+    (damaged / "adapter_weights.bin").write_bytes(content)
+    ran = cli("check", damaged, "--expect", adapter_forms["folder"])
+    assert ran.code == 3
+    assert ran.out.splitlines()[-1].endswith("INVALID, broken rules E3")
+    assert "record 0 (layers.segment_0.layer_0.attention.qkv_transform" in ran.out

@@ -8,7 +8,6 @@ import json
 
 import pytest
 
-from mlx_afm.files import read_json
 from mlx_afm.formats.safetensors_file import read_safetensors, write_safetensors
 from mlx_afm.formats.torch_file import read_torch, write_torch
 

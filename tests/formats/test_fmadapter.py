@@ -14,6 +14,7 @@ from mlx_afm.formats.fmadapter import (
     APPLE_GEOMETRY,
     Geometry,
     Metadata,
+    Rounding,
     plan_records,
     read_fmadapter,
     stored_values,
@@ -190,3 +191,27 @@ def test_full_size_package_equals_coremltools_and_passes_the_oracle(tmp_path):
     (tmp_path / "expected.npz").unlink()
     weights.unlink()
     assert (done.returncode, done.stdout) == (0, "OK\n"), done.stderr
+
+
+def test_every_tensor_that_fp16_cannot_hold_is_named(tmp_path):
+    tensors = random_tensors(TINY)
+    names = list(tensors)
+    tensors[names[1]] = np.full_like(tensors[names[1]], 1e5)
+    tensors[names[4]][0, 0] = np.nan
+    tensors[names[-1]][0, 0] = -np.inf
+    with pytest.raises(AdapterError) as error:
+        write_fmadapter(tmp_path / "a.fmadapter", tensors, Metadata(name="a", rank=TINY.rank), TINY)
+    places = [line.split(":")[0] for line in error.value.details]
+    assert places == [names[1], names[4], names[-1]]
+    assert "too large for fp16" in error.value.details[0]
+    assert "infinite or not numbers" in error.value.details[1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rounding_is_counted_over_all_tensors(tmp_path):
+    tensors, rounding = random_tensors(TINY), Rounding()
+    write_fmadapter(tmp_path / "a.fmadapter", tensors, Metadata(name="a", rank=TINY.rank), TINY, rounding=rounding)
+    errors = {name: np.abs(value - value.astype(np.float16)).max() for name, value in tensors.items()}
+    assert rounding.values == sum(value.size for value in tensors.values())
+    assert rounding.worst_tensor == max(errors, key=errors.get)
+    assert rounding.max_error == pytest.approx(max(errors.values()))
