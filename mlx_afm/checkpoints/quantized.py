@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from mlx_afm.checkpoints.arrays import cast, from_float32, to_float32
 from mlx_afm.errors import ConfigError
-from mlx_afm.formats.tensors import BLOCK_BYTES, STORAGE_DTYPES, LazyTensor, read_ahead
+from mlx_afm.formats.tensors import STORAGE_DTYPES, LazyTensor, read_ahead
 from mlx_afm.model.packed import Packed
 from mlx_afm.quant import Plan, QuantConfig, Scheme, pack_codes, parse_scheme, plan_schemes, quantize_balanced
 from mlx_afm.quant.balanced import grid_scales
@@ -30,6 +30,7 @@ from mlx_afm.quant.scheme import BALANCED, GROUP_SIZES
 Tensors = Mapping[str, LazyTensor]
 STEPS = (".quant_key_scale", ".quant_value_scale")  # of the key and value quantisers: never cast
 KEY = "quantization"
+BLOCK_BYTES = 1 << 24  # of rows in float32: MLX holds some twenty times that to make small floats
 
 
 def matrices(tensors: Tensors) -> dict[str, tuple[int, int]]:
@@ -103,7 +104,7 @@ def _kept_grid(tensor: LazyTensor) -> Scheme | None:
 
 
 def row_blocks(tensor: LazyTensor, first_rows: int = 0) -> Iterator[npt.NDArray[np.float32]]:
-    """The rows of a matrix, widened to float32, some tens of megabytes at a time.
+    """The rows of a matrix, widened to float32, some megabytes at a time.
 
     With `first_rows` that many come first and alone (of a tensor that is not computed, at no cost).
     """

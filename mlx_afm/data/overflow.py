@@ -68,7 +68,8 @@ def _without_middles(encoded: Encoded, excess: int) -> Encoded:
 def _too_long(encoded: Encoded, max_tokens: int, overflow: str) -> DataError:
     answer, lost = sum(encoded.trained), sum(encoded.trained[max_tokens:])
     advice = (
-        f"Cutting at the end would lose {lost:,} of the {answer:,} trained tokens. Shorten it, or choose --overflow"
+        f"Cutting its end off would lose {lost:,} of {answer:,} trained tokens. "
+        "Shorten it, choose --overflow, or raise --max-seq-length (the context is 4096)"
     )
     if overflow == "truncate-prompt":
         advice = f"The system message and answers alone are too long ({answer:,} trained tokens)"

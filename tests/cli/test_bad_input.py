@@ -325,7 +325,7 @@ def test_examples_that_are_too_long(expect_data_refusal):
 
 
 def test_half_a_surrogate_pair(expect_data_refusal):
-    says = ["1 example(s) that cannot be encoded", "train.jsonl line 2", "half of a surrogate pair (found '\\ud83d')"]
+    says = ["1 faulty line(s)", "train.jsonl line 2: message 0, content column 1: not text: half of a surrogate pair"]
     expect_data_refusal(
         [line("a", "b"), '[{"role": "user", "content": "\\ud83d"}, {"role": "assistant", "content": "b"}]'], says
     )
@@ -333,15 +333,18 @@ def test_half_a_surrogate_pair(expect_data_refusal):
 
 @pytest.mark.parametrize("content", [b"", b"\n \n"])
 def test_no_examples(content, tmp_path, expect_data_refusal):
-    expect_data_refusal(content, [tmp_path / "train.jsonl", "no examples", "expected at least one line"])
+    expect_data_refusal(content, [tmp_path / "train.jsonl", "no examples", "expected at least one record"])
 
 
 def test_text_that_is_not_utf_8(tmp_path, expect_data_refusal):
     content = line("a", "b").encode() + b"\n" + line("caf", "b").encode().replace(b"caf", b"caf\xe9") + b"\n"
     position = content.splitlines()[1].index(b"\xe9") + 1
-    expect_data_refusal(
-        content, [f"{tmp_path / 'train.jsonl'} line 2, byte {position}: not UTF-8 text", "Save the file as UTF-8"]
-    )
+    says = [
+        tmp_path / "train.jsonl",
+        f"train.jsonl line 2, column {position}: not UTF-8 text",
+        "Save the file as UTF-8",
+    ]
+    expect_data_refusal(content, says)
 
 
 def test_data_that_is_not_there(model_folder, data_folder, tmp_path, expect_refusal):
@@ -350,9 +353,7 @@ def test_data_that_is_not_there(model_folder, data_folder, tmp_path, expect_refu
         *run, tmp_path / "nothing", says=[tmp_path / "nothing", "no such file or folder", "expected training data"]
     )
     (tmp_path / "data").mkdir()
-    expect_refusal(
-        *run, tmp_path / "data", says=[tmp_path / "data" / "train.jsonl", "no such file", "one JSON value a line"]
-    )
+    expect_refusal(*run, tmp_path / "data", says=[tmp_path / "data", "no train split", "expected train.jsonl"])
     (tmp_path / "data" / "train.jsonl").write_bytes((data_folder / "train.jsonl").read_bytes())
     (tmp_path / "data" / "valid.jsonl").write_text("{}\n")
     expect_refusal(*run, tmp_path / "data", says=[tmp_path / "data" / "valid.jsonl", "valid.jsonl line 1: no messages"])
