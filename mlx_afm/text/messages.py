@@ -255,6 +255,8 @@ def _dicts(value: object, name: str, where: object) -> tuple[dict[str, Any], ...
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, dict) for item in value):
         facts: dict[str, Any] = {"expected": "a list of objects", "found": _kind(value)}
         raise DataError(f"{name} has the wrong form", kind=kind, where=where, **facts)
+    if not value:
+        return ()
     require_json(value, name, where, kind=kind)
     return tuple(value)
 

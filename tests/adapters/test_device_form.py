@@ -30,8 +30,6 @@ from tiny import random_tokens, tiny_config, tiny_model, with_adapter
 BASE = tiny_config(kv_quant=False)  # a value on the edge of a quantiser step may fall the other way
 
 
-
-
 def new_adapter(config: LoRAConfig, seed: int = 1) -> Adapter:
     model = with_adapter(tiny_model(kv_quant=False), config, seed)
     return Adapter(config, BASE, {name: from_mlx(array) for name, array in adapter_weights(model).items()})

@@ -8,15 +8,13 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import random_adapter
 from mlx.utils import tree_flatten
 
 import mlx_afm
 import tolerances
 from mlx_afm import LoRAConfig, LoRAJob, TrainConfig
-from mlx_afm.adapters import write_adapter_folder
 from mlx_afm.checkpoints.arrays import from_mlx
-from mlx_afm.checkpoints.model_folder import KEPT_FILES, kept_settings, read_config, read_quantization, write_config
+from mlx_afm.checkpoints.model_folder import KEPT_FILES, kept_settings, read_quantization, write_config
 from mlx_afm.checkpoints.quantized import row_blocks
 from mlx_afm.errors import AdapterError, ConfigError
 from mlx_afm.formats.mlx_folder import read_shards, write_shards
@@ -144,11 +142,12 @@ def test_from_the_toolkit_and_from_a_folder_it_is_the_same(toolkit_folder, model
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
 
 
-def test_a_zero_base_adapter_is_left_out_and_an_active_one_kept(model_folder, tmp_path, copy_of):
+def test_a_zero_base_adapter_is_left_out_and_an_active_one_kept(model_folder, adapter_forms, tmp_path, copy_of):
     mlx_afm.convert(model_folder, tmp_path / "a", quantization=QuantConfig(bits=4))
     assert not (tmp_path / "a" / "base_adapter").exists()
     source = copy_of(model_folder)
-    write_adapter_folder(source / "base_adapter", random_adapter(read_config(model_folder)))
+    shutil.rmtree(source / "base_adapter")
+    shutil.copytree(adapter_forms["folder"], source / "base_adapter")
     done = mlx_afm.convert(source, tmp_path / "b", quantization=QuantConfig(bits=4))
     assert done.base_adapter == "active"
     plain, adapted = mlx_afm.load(tmp_path / "a")[0], mlx_afm.load(tmp_path / "b")[0]
