@@ -5,8 +5,8 @@
 FILE holds a list of messages a line. Without --model the demo's model is written to a temporary folder. All
 contenders run in one go, interleaved, each in a process of its own, and each turn begins with another one; medians.
 Timed is what lies between the file on disk and the tokens of all examples with their targets; imports and loading the
-tokenizer are not. Everybody encodes the same lines, and the sums of tokens and targets are compared. A ratio is
-ours / other.
+tokenizer are not. CPU seconds are those of all processes of a contender, which a busy machine changes less. Everybody
+encodes the same lines, and the sums of tokens and targets are compared. A ratio is ours / other.
 
 ours            read_tokens in one process, no cache: every record is checked, and fingerprinted for duplicates
 ours-workers    the same with the default workers
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -34,6 +35,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "data.json"
 OURS = ("ours", "ours-workers", "ours-cached")
 OTHERS = ("tamm", "mlx-lm", "mlx-lm-ours")
 
+Found = dict[str, list[tuple[dict[str, float], Measured]]]
 Encode = Callable[[], tuple[int, int, int]]  # examples, tokens, targets
 
 
@@ -98,14 +100,15 @@ def child(name: str, data: Path, model: Path, cache: Path) -> None:
     }[name]()
     if name == "ours-cached":
         encode()
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), sum(os.times()[:4])
     counts = encode()
-    print(json.dumps({"counts": counts, "seconds": time.perf_counter() - started}))
+    seconds, cpu_seconds = time.perf_counter() - started, sum(os.times()[:4]) - cpu_started
+    print(json.dumps({"counts": counts, "seconds": seconds, "cpu_seconds": cpu_seconds}))
 
 
-def measure(data: Path, model: Path, cache: Path, repeat: int) -> dict[str, list[tuple[float, Measured]]]:
-    """Contender -> of each turn the seconds it told, and what was seen from outside."""
-    found: dict[str, list[tuple[float, Measured]]] = {}
+def measure(data: Path, model: Path, cache: Path, repeat: int) -> Found:
+    """Contender -> of each turn what it told, and what was seen from outside."""
+    found: Found = {}
     names, counts = [*OURS, *OTHERS], set()
     read_once(data)
     for turn in range(repeat):
@@ -113,7 +116,7 @@ def measure(data: Path, model: Path, cache: Path, repeat: int) -> dict[str, list
             seen = run([sys.executable, __file__, "--child", name, "--data", data, "--model", model, "--cache", cache])
             told = json.loads(seen.output.splitlines()[-1])
             counts.add(tuple(told["counts"]))
-            found.setdefault(name, []).append((told["seconds"], seen))
+            found.setdefault(name, []).append((told, seen))
             print(f"turn {turn + 1} {name}: {told['seconds']:.2f} s", file=sys.stderr)
     if len(counts) != 1:
         raise SystemExit(f"the contenders made different tokens or targets: {sorted(counts)}")
@@ -127,22 +130,24 @@ def write_demo_model(folder: Path) -> Path:
     return convert(write_toolkit_folder(folder / "toolkit"), folder / "model").folder
 
 
-def report(found: dict[str, list[tuple[float, Measured]]], examples: int) -> dict[str, dict[str, float]]:
-    seconds = {name: statistics.median(told for told, _ in turns) for name, turns in found.items()}
+def report(found: Found, examples: int) -> dict[str, dict[str, float]]:
+    seconds = {name: statistics.median(told["seconds"] for told, _ in turns) for name, turns in found.items()}
+    cpu = {name: statistics.median(told["cpu_seconds"] for told, _ in turns) for name, turns in found.items()}
     memory = {name: max(seen.peak_anonymous_bytes for _, seen in turns) for name, turns in found.items()}
     cases: dict[str, dict[str, float]] = {}
-    print(f"{'':14}{'seconds':>9}{'examples/s':>12}{'anonymous MB':>14}")
+    print(f"{'':14}{'seconds':>9}{'CPU seconds':>13}{'examples/s':>12}{'anonymous MB':>14}")
     for name in (*OURS, *OTHERS):
         rate = examples / seconds[name]
-        print(f"{name:14}{seconds[name]:9.2f}{rate:12,.0f}{memory[name] / 1e6:14.0f}")
-        cases[name] = {"seconds": seconds[name], "examples_per_second": rate, "anonymous_bytes": memory[name]}
+        print(f"{name:14}{seconds[name]:9.2f}{cpu[name]:13.2f}{rate:12,.0f}{memory[name] / 1e6:14.0f}")
+        facts = {"seconds": seconds[name], "cpu_seconds": cpu[name], "examples_per_second": rate}
+        cases[name] = {**facts, "anonymous_bytes": memory[name]}
     for mine in OURS:
         for other in OTHERS:
-            ratios = {"time_ratio": seconds[mine] / seconds[other], "times_faster": seconds[other] / seconds[mine]}
+            ratios = {"time_ratio": seconds[mine] / seconds[other], "cpu_time_ratio": cpu[mine] / cpu[other]}
             if mine != "ours-workers":  # what its processes use is not seen
                 ratios["memory_ratio"] = memory[mine] / memory[other]
             cases[f"{mine}/{other}"] = ratios
-            print(f"{mine} against {other}: {ratios['times_faster']:.1f} times as fast")
+            print(f"{mine} against {other}: {1 / ratios['time_ratio']:.1f} times as fast")
     return cases
 
 

@@ -22,7 +22,7 @@ from mlx_afm.training import TrainConfig
 from mlx_afm.training.optimizers import GroupedOptimizer
 from mlx_afm.training.step import train_step
 
-STEPS = 3  # the optimizer's state is there from the second on
+STEPS = 2  # the optimizer's state is there from the second on
 
 
 def base_model(config: AFMConfig, base: str) -> Model:

@@ -19,11 +19,12 @@ class StopRequest:
     Attributes:
         signal: what they asked with.
         saves: whether there is something to save yet; before that the first signal is an order too.
+        silent: whether another process tells what happens; it saves, too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, silent: bool = False) -> None:
         self.signal: signal.Signals | None = None
-        self.saves = False
+        self.saves = self.silent = silent
 
     def __call__(self) -> bool:
         """Whether to stop."""
@@ -31,8 +32,8 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """What a shell expects of a program that a signal ended; 0 without one."""
-        return CODES[self.signal] if self.signal is not None else 0
+        """What a shell expects of a program that a signal ended; that of SIGTERM if another process got it."""
+        return CODES[self.signal or signal.SIGTERM]
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The first signal is noted; the second one raises, wherever the program is."""
@@ -41,13 +42,14 @@ class StopRequest:
                 raise SystemExit(CODES[signal.SIGTERM])
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
-        note("finishing the step and saving; once more to stop at once")
+        if not self.silent:
+            note("finishing the step and saving; once more to stop at once")
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Handles SIGINT and SIGTERM while it lasts."""
-    request = StopRequest()
+def stop_on_signals(*, silent: bool = False) -> Iterator[StopRequest]:
+    """Handles SIGINT and SIGTERM while it lasts; `silent`: see `StopRequest`."""
+    request = StopRequest(silent=silent)
     before: dict[signal.Signals, Any] = {number: signal.signal(number, request.handle) for number in CODES}
     try:
         yield request

@@ -21,28 +21,31 @@ from .settings import request_from
 @json_option
 def command(config: Path | None, as_json: bool, **flags: Any) -> int:
     """Train a LoRA adapter (--train), score it on held-out data (--test), or both."""
-    from mlx_afm.training import Event, TrainingResumed, TrainingStarted
+    from mlx_afm.training import Event, TrainingResumed, TrainingStarted, join_ranks
     from mlx_afm.workflows.lora import score, train
 
     request = request_from(config, flags)
     job = request.job
     if not (request.train or request.test):
         raise click.UsageError("nothing to do: give --train, --test or both")
+    ranks = join_ranks(job.train.rank_timeout_seconds)
     result: dict[str, Any] = {"adapter_path": str(job.adapter_path)}
     if request.train:
-        with stop_on_signals() as stop:
+        with stop_on_signals(silent=not ranks.leads) as stop:
 
             def watch(event: Event) -> None:
                 stop.saves = stop.saves or isinstance(event, (TrainingStarted, TrainingResumed))
                 show_event(event)
 
             trained = train(job, on_event=watch, should_stop=stop)
+        if not ranks.leads:
+            return 0  # rank 0 tells, and its exit code counts
         result |= {"steps": trained.steps, "best_valid_loss": trained.best_loss}
         if trained.interrupted:
             note(f"to go on: {_resume_line()}")
             show({**result, "interrupted": True}, as_json)
             return stop.exit_code
-    if request.test:
+    if request.test and ranks.leads:
         has_adapter = request.train or request.adapter_given or job.adapter_path.exists()
         note("scoring" if has_adapter else "scoring the base model: no --adapter-path")
         adapter = job.adapter_path if has_adapter else None
@@ -56,7 +59,8 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> int:
             "test_examples": scored.examples,
             "adapter": has_adapter,
         }
-    show(result, as_json)
+    if ranks.leads:
+        show(result, as_json)
     return 0
 
 

@@ -33,6 +33,9 @@ LENGTH = [
     click.option("--batch-size", type=int, help="Examples per step.  [default: 4]"),
     click.option("--grad-accumulation-steps", type=int, help="Batches per step.  [default: 1]"),
     click.option("--seed", type=int, help="[default: 0]"),
+    click.option(
+        "--rank-timeout-seconds", type=float, help="Under mlx.launch: wait for the other processes.  [default: 600]"
+    ),
 ]
 RATE = [
     click.option("--learning-rate", type=float, help="Peak rate.  [default: 0.001]"),

@@ -6,6 +6,7 @@
     ├── TensorsError (ValueError)       tensors missing, surplus or of the wrong shape
     ├── DataError (ValueError)          a training record
     ├── AdapterError (ValueError)       an adapter that does not belong to this model
+    ├── DistributedError (RuntimeError) the other processes of a run
     └── MissingDependencyError (ImportError)
 
 A message always answers the same questions in the same order: where, what, expected, found, and
@@ -93,6 +94,10 @@ class DataError(AFMError, ValueError):
 
 class AdapterError(AFMError, ValueError):
     """An adapter that does not belong to this model or cannot be expressed in the wanted form."""
+
+
+class DistributedError(AFMError, RuntimeError):
+    """Another process of the run that was lost or cannot be reached."""
 
 
 class MissingDependencyError(AFMError, ImportError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import mmap
@@ -9,13 +10,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlx_afm.errors import ConfigError, FormatError
 
 WRITE_OUT_BYTES = 1 << 27
+REPLACE_ATTEMPTS = 100  # only other processes that write the same folder make more than one necessary
 
 
 @contextmanager
@@ -42,18 +44,38 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary folder beside `path`; on success it replaces `path`.
 
-    On any exception the temporary folder is removed and `path` is as it was.
+    On any exception the temporary folder is removed and `path` is as it was. Of two processes that finish at the
+    same time the later one's folder stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     try:
         yield partial
         os.chmod(partial, 0o777 & ~_umask())
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(partial, path)
+        _replace_folder(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    """Renames a folder to `path`. One that is there is moved aside whole: no reader meets half of it."""
+    aside = Path(f"{new}.old")
+    for _ in range(REPLACE_ATTEMPTS):
+        if path.is_dir() and not path.is_symlink():
+            with suppress(FileNotFoundError):  # another process was faster
+                os.replace(path, aside)
+        try:
+            os.replace(new, path)
+            break
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                if aside.exists():
+                    os.replace(aside, path)
+                raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    else:
+        raise FileExistsError(errno.EEXIST, "other processes keep writing this folder", str(path))
 
 
 def map_file(handle: BinaryIO) -> mmap.mmap:

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -21,7 +22,7 @@ from mlx_afm.data.records import MARKS, Example, RecordReader, transform_source
 from mlx_afm.data.sources import Files, file_faults, iter_rows
 from mlx_afm.data.tokens import TokenTable
 from mlx_afm.data.workers import prepare_all
-from mlx_afm.errors import DataError
+from mlx_afm.errors import DataError, FormatError
 from mlx_afm.files import atomic_folder, read_json, sha256_of, write_json
 from mlx_afm.tree import shorten
 
@@ -57,9 +58,9 @@ def read_tokens(
     """
     config = config or DataConfig()
     entry = None if cache is None else _entry(cache, files, tokenizer_file, config)
-    if entry is not None and (entry / META).is_file():
-        os.utime(entry / META)
-        return _load(entry, files)
+    cached = None if entry is None else _load(entry, files)
+    if cached is not None:
+        return cached
     problems = [p for file in files for fault in file_faults(file) for p in to_problems(fault, str(file), 1)]
     parts = []
     for part in prepare_all(iter_blocks(files), config, tokenizer_file, want_tokens=True, workers=workers):
@@ -141,9 +142,14 @@ def _entry(cache: Path, files: Files, tokenizer_file: Path, config: DataConfig) 
     return cache / "tokens" / sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
-def _load(entry: Path, files: Files) -> TokenTable:
-    arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
-    counts = read_json(entry / META)
+def _load(entry: Path, files: Files) -> TokenTable | None:
+    """An entry; None if there is none, or another process is just putting its own in its place."""
+    try:
+        os.utime(entry / META)
+        arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+        counts = read_json(entry / META)
+    except (FileNotFoundError, FormatError):
+        return None
     return TokenTable(tuple(file.name for file in files), **arrays, **counts)
 
 
@@ -151,9 +157,13 @@ def _store(entry: Path, table: TokenTable) -> None:
     """Writes an entry whole or not at all, and clears away those unused for a month."""
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        for old in entry.parent.iterdir():
-            if time.time() - (old / META).stat().st_mtime > KEPT_DAYS * 86400:
-                shutil.rmtree(old, ignore_errors=True)
+        for old in entry.parent.iterdir():  # also what a killed process left half-written
+            with suppress(FileNotFoundError):
+                used = (old / META if (old / META).exists() else old).stat().st_mtime
+                if time.time() - used > KEPT_DAYS * 86400:
+                    shutil.rmtree(old, ignore_errors=True)
+        if (entry / META).exists():
+            return  # another process was faster
         with atomic_folder(entry) as folder:
             for name in ARRAYS:
                 np.save(folder / f"{name}.npy", getattr(table, name))

@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from mlx_afm.model.config import AFMConfig
 from mlx_afm.model.layers import FusedLinear, Linear, RMSNorm, fake_quantize, rotate
-from mlx_afm.model.recompute import recomputed
+from mlx_afm.model.recompute import recomputed, together
 from mlx_afm.model.views import View, take_rows
 
 
@@ -97,4 +97,4 @@ class KVReuseAttention(nn.Module):
     def __call__(self, x_BLD: mx.array, norm: RMSNorm, view: View, k_GKSE: mx.array, v_GKSE: mx.array) -> mx.array:
         """Output (B, L, D); `norm` comes before the projection."""
         q = recomputed([norm, self.q_proj], lambda x: self.q_proj(norm(x)), x_BLD)
-        return self.out_proj(_attend(self.q_norm, q, k_GKSE, v_GKSE, view))
+        return self.out_proj(_attend(self.q_norm, *together(q, k_GKSE, v_GKSE), view))  # type: ignore[misc]

@@ -43,9 +43,13 @@ def initial_lora_a(input_dims: int, rank: int, key: mx.array | None) -> mx.array
 def add_low_rank(
     y: mx.array, x: mx.array, lora_a: mx.array, lora_b: mx.array, scale: float, dropout: nn.Dropout
 ) -> mx.array:
-    """y + scale * (x A) B with one rounding at the end; A and B are used in the dtype of x."""
+    """y + (x A) (scale * B) with one rounding at the end; A and scale * B are used in the dtype of x.
+
+    Cost: the scale is on the small matrix, since the gradient of `alpha` in `mx.addmm` multiplies arrays as large as y,
+    which takes three times as long.
+    """
     inner = dropout(x) @ lora_a.astype(x.dtype)
-    return mx.addmm(y, inner, lora_b.astype(x.dtype), alpha=scale)
+    return mx.addmm(y, inner, (scale * lora_b).astype(x.dtype))
 
 
 def low_rank_delta(lora_a: mx.array, lora_b: mx.array, scale: float) -> mx.array:

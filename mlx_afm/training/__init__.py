@@ -1,6 +1,7 @@
 """Training: loss, step, loop, state, events. It trains what is trainable and knows nothing of LoRA or files."""
 
 from mlx_afm.training.config import TrainConfig
+from mlx_afm.training.distributed import Ranks, join_ranks
 from mlx_afm.training.events import (
     Callback,
     DataRead,
@@ -22,7 +23,8 @@ from mlx_afm.training.hooks import Hooks
 from mlx_afm.training.loss import chunked_cross_entropy, cross_entropy
 from mlx_afm.training.order import DataOrder
 from mlx_afm.training.state import Snapshot, TrainState, snapshot_from
-from mlx_afm.training.trainer import evaluate_data, train
+from mlx_afm.training.step import evaluate_data
+from mlx_afm.training.trainer import train
 
 __all__ = [
     "Callback",
@@ -34,6 +36,7 @@ __all__ = [
     "Hooks",
     "LossSpiked",
     "Notice",
+    "Ranks",
     "Sampled",
     "Snapshot",
     "StepsReported",
@@ -47,6 +50,7 @@ __all__ = [
     "cross_entropy",
     "evaluate_data",
     "is_recorded",
+    "join_ranks",
     "snapshot_from",
     "to_record",
     "train",

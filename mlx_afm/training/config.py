@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_afm.errors import ConfigError
+from mlx_afm.training.distributed import TIMEOUT_SECONDS
 
 SCHEDULES = ("cosine", "linear", "constant")
 # The settings that `optimizer_config` may give to each optimizer, by the type of their values.
@@ -25,6 +26,7 @@ OPTIMIZERS: Mapping[str, Mapping[str, str]] = {
     },
 }
 USUAL_DECAY = {"adamw": 0.01, "muon": 0.01}  # the others have none unless asked
+MAX_TIMEOUT_SECONDS = 86400
 NOT_DECAYED = ("norm.weight", ".m")  # norms, and DoRA's magnitudes: pulling them to zero is no regularisation
 
 
@@ -62,6 +64,7 @@ class TrainConfig:
         seed: of adapters, data order and dropout.
         grad_checkpoint: keep one array per layer for the backward pass and compute the rest again: least memory,
             about a third more time.
+        rank_timeout_seconds: how long one of several processes waits for the others before it ends the run.
 
     Raises:
         ConfigError: settings out of range; all in one error.
@@ -91,6 +94,7 @@ class TrainConfig:
     val_batches: int = -1
     seed: int = 0
     grad_checkpoint: bool = False
+    rank_timeout_seconds: float = TIMEOUT_SECONDS
 
     def __post_init__(self) -> None:
         if self.weight_decay is None:
@@ -122,6 +126,9 @@ class TrainConfig:
         for name in ("weight_decay", "clip_grad_norm", "spike_sigmas"):
             if not 0 <= getattr(self, name) < math.inf:
                 yield f"{name}: expected a finite number from 0 on, found {getattr(self, name)}"
+        if not 0 < self.rank_timeout_seconds <= MAX_TIMEOUT_SECONDS:
+            found = self.rank_timeout_seconds
+            yield f"rank_timeout_seconds: expected above 0, at most {MAX_TIMEOUT_SECONDS}, found {found}"
         for name, factor in self.rate_factors.items():
             if not 0 < factor < math.inf:
                 yield f"rate_factors: expected a finite number above 0 for {name}, found {factor}"

@@ -6,6 +6,7 @@ Shape suffixes: T tokens, D model width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import mlx.core as mx
 
@@ -85,13 +86,26 @@ def _chunk_loss_and_gradient(
     wide = logits.astype(mx.float32)
     columns, weights = targets_T[:, None], weights_T[:, None]
     highest = mx.max(wide, axis=-1, keepdims=True)
-    powers = mx.exp(wide - highest)
+    powers = _powers(wide, highest)
     sums = mx.sum(powers, axis=-1, keepdims=True)
     loss = mx.sum((mx.log(sums) + highest - mx.take_along_axis(wide, columns, axis=-1)) * weights)
-    chances = powers * (weights / sums)
-    errors = mx.put_along_axis(chances, columns, mx.take_along_axis(chances, columns, axis=-1) - weights, axis=-1)
+    words_1V = mx.arange(wide.shape[-1])[None]
+    errors = _errors(powers, weights / sums, words_1V, columns, weights)
     _, gradients = mx.vjp(head, [hidden_TD], [errors.astype(logits.dtype)])
     return loss, gradients[0]
+
+
+@partial(mx.compile, shapeless=True)  # one pass over the logits, as `nn.silu` is compiled
+def _powers(logits_TV: mx.array, highest_T1: mx.array) -> mx.array:
+    return mx.exp(logits_TV - highest_T1)
+
+
+@partial(mx.compile, shapeless=True)
+def _errors(
+    powers_TV: mx.array, factors_T1: mx.array, words_1V: mx.array, targets_T1: mx.array, weights_T1: mx.array
+) -> mx.array:
+    """Probability of each word, less one for the target; times the weight."""
+    return powers_TV * factors_T1 - mx.where(words_1V == targets_T1, weights_T1, 0.0)
 
 
 def summed_loss(

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from mlx_afm.data import Tokens, find_prefixes, plan_batches, plan_packed, require_fitting
 from mlx_afm.training.config import TrainConfig
+from mlx_afm.training.distributed import Ranks, deal
 
 
 class DataOrder:
@@ -38,6 +41,25 @@ class DataOrder:
         if config.batch_tokens is None:
             return plan_batches(self._lengths, config.batch_size, seed=config.seed, epoch=number)
         return plan_packed(self._prefixes, config.batch_tokens, seed=config.seed, epoch=number)
+
+    def share(self, batches: Sequence[tuple[int, ...]], ranks: Ranks) -> list[tuple[int, ...]]:
+        """One rank's part of the micro-batches of a step.
+
+        Examples are dealt in turn. Packed rows are dealt whole, and those left over cut into parts of about as
+        many tokens, neighbours in the order of their ids staying together, so that they share what they can.
+        """
+        if self._config.batch_tokens is None or ranks.size == 1:
+            return deal(batches, ranks)
+        whole = len(batches) - len(batches) % ranks.size
+        mine = [*batches[ranks.rank : whole : ranks.size], *(self._part(row, ranks) for row in batches[whole:])]
+        return [row for row in mine if row]
+
+    def _part(self, row: tuple[int, ...], ranks: Ranks) -> tuple[int, ...]:
+        ordered = np.array(sorted(row, key=lambda index: int(self._prefixes.ranks[index])))
+        lengths = self._prefixes.lengths[ordered]
+        ends = np.cumsum(lengths, dtype=np.int64)
+        parts = np.minimum((2 * ends - lengths) * ranks.size // (2 * max(1, ends[-1])), ranks.size - 1)
+        return tuple(ordered[parts == ranks.rank].tolist())
 
     @property
     def total_steps(self) -> int:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import Optimizer, clip_grad_norm
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_afm.data import Batch
+from mlx_afm.data import Batch, Tokens, make_batch, plan_in_order
 from mlx_afm.errors import ConfigError
 from mlx_afm.model import Model
+from mlx_afm.training.distributed import ALONE, Ranks, deal
 from mlx_afm.training.loss import chunked_cross_entropy, cross_entropy, summed_loss
 
 
@@ -69,12 +70,19 @@ def batch_loss(model: Model, batch: Batch, grad_checkpoint: bool = False) -> mx.
 
 
 def train_step(
-    model: Model, optimizer: Optimizer, batches: Iterable[Batch], *, clip_norm: float, grad_checkpoint: bool = False
+    model: Model,
+    optimizer: Optimizer,
+    batches: Iterable[Batch],
+    *,
+    clip_norm: float,
+    grad_checkpoint: bool = False,
+    ranks: Ranks = ALONE,
 ) -> StepResult:
     """One optimizer step over the sum of some micro-batches.
 
     Every target weighs the same, however the micro-batches cut the data. One micro-batch's
-    activations are in memory at a time; with `grad_checkpoint` one array per layer of them.
+    activations are in memory at a time; with `grad_checkpoint` one array per layer of them. With several
+    ranks each brings its own micro-batches, perhaps none, and all take the same step over all of them.
     """
     loss_and_grad = nn.value_and_grad(model, batch_loss)
     loss = tokens = mx.array(0.0)
@@ -86,6 +94,8 @@ def train_step(
         gradients = part_gradients if gradients is None else tree_map(mx.add, gradients, part_gradients)
         read_tokens += batch.read_tokens
         mx.eval(loss, tokens, gradients)
+    if ranks.size > 1:
+        loss, tokens, read_tokens, gradients = _over_ranks(ranks, model, loss, tokens, read_tokens, gradients)
     gradients = tree_map(lambda gradient: gradient / tokens, gradients)
     gradients, norm = clip_grad_norm(gradients, clip_norm or math.inf)
     total, gradient_norm = _number(loss), _number(norm)
@@ -94,6 +104,19 @@ def train_step(
         optimizer.update(model, gradients)
         mx.eval(model.trainable_parameters(), optimizer.state)
     return StepResult(total, _number(tokens), read_tokens, gradient_norm, finite)
+
+
+def _over_ranks(
+    ranks: Ranks, model: Model, loss: mx.array, tokens: mx.array, read_tokens: int, gradients: Any
+) -> tuple[mx.array, mx.array, int, Any]:
+    """The sums over all ranks; one without micro-batches brings zeros."""
+    if gradients is None:
+        gradients = tree_map(mx.zeros_like, model.trainable_parameters())
+    named = tree_flatten(gradients)
+    summed = ranks.sum_arrays([gradient for _, gradient in named])
+    total_loss, total_tokens, total_read = ranks.sum_numbers(_number(loss), _number(tokens), read_tokens)
+    tree = tree_unflatten(list(zip((name for name, _ in named), summed)))
+    return mx.array(total_loss), mx.array(total_tokens), round(total_read), tree
 
 
 def _number(scalar: mx.array) -> float:
@@ -112,4 +135,14 @@ def evaluate(model: Model, batches: Iterable[Batch]) -> tuple[float, float]:
         loss += _number(summed_loss(hidden_TD, model.logits, targets_T, weights_T))
         tokens += _number(batch.weights_BN.sum())
     model.train(training)
+    return loss, tokens
+
+
+def evaluate_data(
+    model: Model, data: Sequence[Tokens], batch_size: int, max_batches: int = -1, *, ranks: Ranks = ALONE
+) -> tuple[float, float]:
+    """Sum of losses (nats) and of target weights over examples, in their order; dealt to the ranks."""
+    plan = plan_in_order(len(data), batch_size)
+    plan = deal(plan if max_batches < 0 else plan[:max_batches], ranks)
+    loss, tokens = ranks.sum_numbers(*evaluate(model, (make_batch([data[i] for i in indices]) for indices in plan)))
     return loss, tokens

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_afm.data import Batch, Tokens, make_batch, plan_in_order
-from mlx_afm.errors import ConfigError
+from mlx_afm.data import Batch, Tokens, make_batch
+from mlx_afm.errors import ConfigError, DistributedError
 from mlx_afm.model import Model
 from mlx_afm.training.config import TrainConfig
+from mlx_afm.training.distributed import ALONE, Ranks
 from mlx_afm.training.events import (
     Evaluated,
     LossSpiked,
@@ -29,7 +31,7 @@ from mlx_afm.training.optimizers import GroupedOptimizer
 from mlx_afm.training.order import DataOrder
 from mlx_afm.training.schedule import learning_rate
 from mlx_afm.training.state import Snapshot, TrainState, Window, random_state, set_random_state
-from mlx_afm.training.step import StepResult, evaluate, require_float32, train_step
+from mlx_afm.training.step import StepResult, evaluate_data, require_float32, train_step
 from mlx_afm.tree import require_same_tensors
 
 
@@ -41,6 +43,7 @@ def train(
     hooks: Hooks | None = None,
     *,
     resume: Snapshot | None = None,
+    ranks: Ranks = ALONE,
 ) -> TrainState:
     """Trains whatever is trainable in the model, in place.
 
@@ -51,15 +54,17 @@ def train(
         hooks: who is told, who saves, who may stop the run.
         resume: a snapshot of a run with the same model, data and settings; the run then ends as if it
             had never been left, bit for bit on a device whose arithmetic repeats (the CPU's does).
+        ranks: the processes that train this model together, each given the same; all but rank 0 are silent:
+            of their hooks only `should_stop` is called, and all stop if one is asked to.
 
     Raises:
         ConfigError: nothing to train, or not float32, or no data; or `max_skipped_steps` steps in a row
-            without a finite gradient. TensorsError: a snapshot of another model.
+            without a finite gradient. TensorsError: a snapshot of another model. DistributedError: a rank was lost.
     """
     require_float32(model)
     if not train_data:
         raise ConfigError("no training examples")
-    run = _Run(model, train_data, valid_data, config, hooks or Hooks())
+    run = _Run(model, train_data, valid_data, config, hooks or Hooks(), ranks)
     if resume is None:
         mx.random.seed(config.seed)  # dropout draws from the default stream
     else:
@@ -75,8 +80,10 @@ class _Run:
         valid_data: Sequence[Tokens],
         config: TrainConfig,
         hooks: Hooks,
+        ranks: Ranks,
     ) -> None:
-        self.model, self.config, self.hooks = model, config, hooks
+        self.model, self.config, self.ranks = model, config, ranks
+        self.hooks = hooks if ranks.leads else Hooks(should_stop=hooks.should_stop)
         self.train_data, self.valid_data = train_data, valid_data
         self.order = DataOrder(train_data, config)
         self.total_steps = self.order.total_steps
@@ -116,11 +123,26 @@ class _Run:
                 TrainingResumed(step=self.state.step, total_steps=self.total_steps, best_loss=self.state.best_loss)
             )
         while not self._done:
-            if self.hooks.should_stop():
+            if self._asked_to_stop():
                 return self._interrupt()
             self._one_step()
         self.model.eval()
         return self._finish()
+
+    def _asked_to_stop(self) -> bool:
+        with self._saved_if_a_rank_is_lost():
+            return self.ranks.any(self.hooks.should_stop())
+
+    @contextmanager
+    def _saved_if_a_rank_is_lost(self) -> Iterator[None]:
+        """Then the steps done are saved; of the one under way only the position in the data has moved."""
+        before = deepcopy(self.state) if self.ranks.size > 1 else self.state
+        try:
+            yield
+        except DistributedError:
+            self.state = before
+            self._save()
+            raise
 
     @property
     def _done(self) -> bool:
@@ -159,14 +181,17 @@ class _Run:
     def _step(self) -> StepResult:
         config, state, started = self.config, self.state, time.perf_counter()
         self.optimizer.set_learning_rate(learning_rate(config, state.step, self.total_steps))
-        batches = self._next_batches()
-        result = train_step(
-            self.model,
-            self.optimizer,
-            batches,
-            clip_norm=config.clip_grad_norm,
-            grad_checkpoint=config.grad_checkpoint,
-        )
+        if self.ranks.size > 1:
+            self.ranks.seed(config.seed, state.step)
+        with self._saved_if_a_rank_is_lost():
+            result = train_step(
+                self.model,
+                self.optimizer,
+                self._next_batches(),
+                clip_norm=config.clip_grad_norm,
+                grad_checkpoint=config.grad_checkpoint,
+                ranks=self.ranks,
+            )
         state.add(result, time.perf_counter() - started)
         if state.skipped_in_a_row == config.max_skipped_steps:
             advice = "Lower --learning-rate; convert a float16 base to bfloat16. The last saved adapter is intact."
@@ -183,7 +208,8 @@ class _Run:
         state.cursor += len(chosen)
         if state.cursor >= len(plan):
             state.epoch, state.cursor = state.epoch + 1, 0
-        return [make_batch([self.train_data[index] for index in indices]) for indices in chosen]
+        mine = self.order.share(chosen, self.ranks)
+        return [make_batch([self.train_data[index] for index in indices]) for indices in mine]
 
     def _watch_for_spike(self, result: StepResult) -> None:
         loss = result.loss / result.tokens
@@ -221,7 +247,10 @@ class _Run:
 
     def _score(self) -> None:
         state, started = self.state, time.perf_counter()
-        loss, tokens = evaluate_data(self.model, self.valid_data, self.config.batch_size, self.config.val_batches)
+        config = self.config
+        loss, tokens = evaluate_data(
+            self.model, self.valid_data, config.batch_size, config.val_batches, ranks=self.ranks
+        )
         mean = loss / tokens
         best = state.best_loss is None or mean < state.best_loss
         state.evaluations_without_best = 0 if best else state.evaluations_without_best + 1
@@ -266,10 +295,3 @@ class _Run:
             )
         )
         return state
-
-
-def evaluate_data(model: Model, data: Sequence[Tokens], batch_size: int, max_batches: int = -1) -> tuple[float, float]:
-    """Sum of losses (nats) and of target weights over examples, in their order."""
-    plan = plan_in_order(len(data), batch_size)
-    plan = plan if max_batches < 0 else plan[:max_batches]
-    return evaluate(model, (make_batch([data[index] for index in indices]) for indices in plan))

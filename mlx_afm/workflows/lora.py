@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mlx.utils import tree_flatten
+import mlx.core as mx
 
 from mlx_afm.adapters import LoRAConfig
-from mlx_afm.adapters.config import to_adapter_json
 from mlx_afm.adapters.store import CONFIG, WEIGHTS
 from mlx_afm.checkpoints.hub import resolve
-from mlx_afm.checkpoints.model_folder import load_model, read_config, read_toolkit_config
-from mlx_afm.checkpoints.names import DEFAULT_ADAPTER
+from mlx_afm.checkpoints.model_folder import load_model, read_config
 from mlx_afm.data import DataConfig, TokenTable, default_cache, find_splits, read_tokens
 from mlx_afm.data.sources import Files
 from mlx_afm.errors import ConfigError, FormatError
-from mlx_afm.files import require_space, sha256_of
 from mlx_afm.formats.fmadapter import require_adapter_name
-from mlx_afm.generation import generate
-from mlx_afm.model import Model
 from mlx_afm.text.tokenizer import AFMTokenizer
-from mlx_afm.training import Callback, DataOrder, DataRead, Event, Hooks, Notice, TrainConfig, evaluate_data
+from mlx_afm.training import Callback, DataOrder, DataRead, Hooks, Notice, TrainConfig, evaluate_data, join_ranks
 from mlx_afm.training import train as run_training
 from mlx_afm.training.hooks import ignore
-from mlx_afm.workflows.lineage import BASE_SOURCE, SOURCES, fingerprint_of_model
+from mlx_afm.workflows.lineage import BASE_SOURCE, fingerprint_of_model
 from mlx_afm.workflows.load import TOKENIZER, load, load_tokenizer
+from mlx_afm.workflows.lora_run import Run, notices
 from mlx_afm.workflows.lora_start import start_adapter
-from mlx_afm.workflows.reports import open_reports, require_reports
-from mlx_afm.workflows.run_folder import RunFolder, describe_unfinished, find_saved_run
+from mlx_afm.workflows.reports import require_reports
+from mlx_afm.workflows.run_folder import find_saved_run
 from mlx_afm.workflows.run_state import (
     Course,
     SavedRun,
@@ -40,8 +37,6 @@ from mlx_afm.workflows.run_state import (
     fingerprint_of_files,
     require_same_course,
 )
-
-WRITTEN_TIMES = 8  # times the trained weights: two states of three times, last and best adapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +113,9 @@ def train(job: LoRAJob, on_event: Callback = ignore, should_stop: Callable[[], b
     `adapter_config.json`, `best/` (an adapter folder), `metrics.jsonl`, `training_state.safetensors`;
     see `run_folder` for what a crash can do to them (nothing that resuming does not mend).
 
+    Started as one of several processes (`mlx.launch`), it trains together with the others, which must be given the
+    same job: rank 0 writes, and `on_event` is called there alone.
+
     Args:
         job: what to do.
         on_event: told of progress.
@@ -126,7 +124,11 @@ def train(job: LoRAJob, on_event: Callback = ignore, should_stop: Callable[[], b
     Raises:
         ConfigError, FormatError, DataError, TensorsError: see `load`, `read_tokens` and `find_saved_run`.
         MissingDependencyError: a report whose library is not installed.
+        DistributedError: another process of the run was lost; the steps done are saved.
     """
+    ranks = join_ranks(job.train.rank_timeout_seconds)
+    if not ranks.leads:
+        on_event = ignore
     if job.name is not None:
         require_adapter_name(job.name)
     require_reports(job.report_to)
@@ -142,34 +144,19 @@ def train(job: LoRAJob, on_event: Callback = ignore, should_stop: Callable[[], b
     total_steps, course = DataOrder(data["train"], job.train).total_steps, _course(job, data)
     if saved is not None:
         require_same_course(saved, course, job.train, total_steps, where=job.adapter_path)
-    for text in _notices(job, saved, total_steps):
+    ranks.require_same(_facts(course, total_steps, saved))
+    for text in notices(job, saved, total_steps):
         on_event(Notice(text=text))
     model = load_model(job.model)
     form = start_adapter(model, job.model, job.lora, seed=job.train.seed, adapter_file=job.resume_adapter_file)
-    trained_bytes = sum(array.nbytes for _, array in tree_flatten(model.trainable_parameters()))
-    require_space(job.adapter_path, WRITTEN_TIMES * trained_bytes)
-    settings = {**_settings(job, model, form), SOURCES: course["from"]}
-    with (
-        RunFolder(job.adapter_path, model, settings, course, total_steps) as folder,
-        open_reports(job.report_to, job.project_name, job.adapter_path, settings) as reports,
-    ):
-        if saved is not None:
-            folder.go_on(saved)
-        watchers = (folder.record, *reports, on_event)
-
-        def tell(event: Event) -> None:
-            for watch in watchers:
-                watch(event)
-
-        hooks = Hooks(
-            on_event=tell,
-            save_state=folder.save_state,
-            save=folder.save,
-            should_stop=should_stop,
-            sample=_sampler(model, tokenizer, job),
-        )
-        snapshot = None if saved is None else saved.snapshot
-        state = run_training(model, data["train"], data.get("valid", ()), job.train, hooks, resume=snapshot)
+    snapshot, valid = None if saved is None else saved.snapshot, data.get("valid", ())
+    with ExitStack() as stack:
+        hooks = Hooks(should_stop=should_stop)
+        if ranks.leads:
+            run = Run(job, model, tokenizer, form, course, total_steps)
+            hooks = replace(stack.enter_context(run.hooks(saved, on_event)), should_stop=should_stop)
+        state = run_training(model, data["train"], valid, job.train, hooks, resume=snapshot, ranks=ranks)
+    ranks.wait()  # until rank 0 has written all there is: a launcher ends the others when the first has ended
     return Trained(job.adapter_path, state.step, state.best_loss, state.interrupted)
 
 
@@ -185,39 +172,10 @@ def _course(job: LoRAJob, data: Mapping[str, TokenTable]) -> Course:
     return course_of(job.train, job.lora, sources)
 
 
-def _notices(job: LoRAJob, saved: SavedRun | None, total_steps: int) -> Iterator[str]:
-    """What to say before the run begins, about one that is there."""
-    if not job.resume:
-        unfinished = describe_unfinished(job.adapter_path)
-        if unfinished:
-            yield unfinished
-    elif saved is None:
-        yield f"nothing to resume in {job.adapter_path}: starting anew"
-    elif saved.step >= total_steps or 0 < job.train.patience <= saved.snapshot.state.evaluations_without_best:
-        yield f"nothing left to do: the run in {job.adapter_path} is finished (step {saved.step})"
-
-
-def _settings(job: LoRAJob, model: Model, form: LoRAConfig) -> dict[str, Any]:
-    """Content of `adapter_config.json`: the adapter's form, and how it was made."""
-    adapter = read_toolkit_config(job.model).adapter
-    return {
-        **to_adapter_json(form, model.args, adapter.name if adapter else DEFAULT_ADAPTER),
-        "model": str(job.model),
-        "data": _hashes(job.data),
-        "trained_targets": list(job.lora.targets),
-        "trained_layers": job.lora.layers,
-        "train": asdict(job.train),
-    }
-
-
-def _sampler(model: Model, tokenizer: AFMTokenizer, job: LoRAJob) -> Callable[[], Iterator[tuple[str, str]]] | None:
-    """Gives (prompt, greedy answer) for each sample prompt; None if there are none."""
-
-    def sample() -> Iterator[tuple[str, str]]:
-        for prompt in job.sample_prompts:
-            yield prompt, generate(model, tokenizer, prompt, max_tokens=job.sample_tokens)
-
-    return sample if job.sample_prompts else None
+def _facts(course: Course, total_steps: int, saved: SavedRun | None) -> dict[str, Any]:
+    """What all processes of a run must have in common."""
+    state = None if saved is None else saved.snapshot.values()
+    return {**course, "number of steps": total_steps, "saved state": state, "version of MLX": mx.__version__}  # type: ignore[attr-defined]
 
 
 def score(
@@ -277,11 +235,6 @@ def _read_data(job: LoRAJob, on_event: Callback) -> dict[str, TokenTable]:
 def read_split(job: LoRAJob, split: str) -> TokenTable:
     """The encoded examples of a split, every record checked."""
     return read_tokens(split_files(job.data, split), job.model / TOKENIZER, job.reading, cache=job.cache)
-
-
-def _hashes(data: Path) -> dict[str, list[str]]:
-    """SHA-256 of the files of each split; folders have none."""
-    return {name: [sha256_of(file) for file in files if file.is_file()] for name, files in find_splits(data).items()}
 
 
 def _require_folder(path: Path) -> None:

@@ -32,7 +32,7 @@ STATE = "training_state.safetensors"
 FORMAT, VERSION = "mlx-afm training state", 1
 # Settings that a resumed run may change: none of them moves a weight.
 FREE = {"iters", "epochs", "save_every", "steps_per_report", "patience", "max_skipped_steps"}
-FREE |= {"spike_sigmas", "spike_window"}
+FREE |= {"spike_sigmas", "spike_window", "rank_timeout_seconds"}
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096
 
 Course = dict[str, dict[str, Any]]

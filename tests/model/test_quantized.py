@@ -134,6 +134,19 @@ def test_the_kernel_of_the_gpu_path_gives_the_same(scheme, monkeypatch):
     close(narrow(half), wanted, 0.02)  # the CPU sums in float16
 
 
+@pytest.mark.parametrize("scheme", [Scheme(mode="balanced", group_size=32), Scheme(bits=4)], ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+def test_a_compiled_product_and_gradient_are_the_same(scheme, rows, monkeypatch):
+    for on_cpu in (True, False):
+        packed_module._unit_grid.cache_clear()  # constants made while a trace is on must outlive it
+        monkeypatch.setattr(packed_module, "_on_cpu", lambda on_cpu=on_cpu: on_cpu)
+        layer, x = quantized(linear(), scheme), random((rows, COLUMNS), seed=8)
+        compiled = mx.compile(mx.value_and_grad(lambda x, layer=layer: mx.sum(layer(x) ** 2)))
+        value, gradient = compiled(x)
+        close(gradient, np.array(mx.grad(lambda x, layer=layer: mx.sum(layer(x) ** 2))(x)))
+        assert value.item() == pytest.approx(mx.sum(layer(x) ** 2).item(), rel=1e-5)
+
+
 def test_sums_beyond_float16_do_not_overflow_before_the_scale(monkeypatch):
     monkeypatch.setattr(packed_module, "_on_cpu", lambda: False)
     weight = mx.full((32, COLUMNS), 0.015, mx.float16)

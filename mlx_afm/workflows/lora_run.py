@@ -1,0 +1,117 @@
+"""What a training run tells and leaves behind: the callables that `training` is given, on rank 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx.utils import tree_flatten
+
+from mlx_afm.adapters import LoRAConfig
+from mlx_afm.adapters.config import to_adapter_json
+from mlx_afm.checkpoints.model_folder import read_toolkit_config
+from mlx_afm.checkpoints.names import DEFAULT_ADAPTER
+from mlx_afm.data import find_splits
+from mlx_afm.files import require_space, sha256_of
+from mlx_afm.generation import generate
+from mlx_afm.model import Model
+from mlx_afm.text.tokenizer import AFMTokenizer
+from mlx_afm.training import Callback, Event, Hooks
+from mlx_afm.workflows.lineage import SOURCES
+from mlx_afm.workflows.reports import open_reports
+from mlx_afm.workflows.run_folder import RunFolder, describe_unfinished
+from mlx_afm.workflows.run_state import Course, SavedRun
+
+if TYPE_CHECKING:
+    from mlx_afm.workflows.lora import LoRAJob
+
+WRITTEN_TIMES = 8  # times the trained weights: two states of three times, last and best adapter
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run about to start.
+
+    Attributes:
+        job: what was asked for.
+        model: with the adapter to train.
+        tokenizer: for samples.
+        form: of the adapter.
+        course, total_steps: see `run_state`.
+    """
+
+    job: LoRAJob
+    model: Model
+    tokenizer: AFMTokenizer
+    form: LoRAConfig
+    course: Course
+    total_steps: int
+
+    @contextmanager
+    def hooks(self, saved: SavedRun | None, on_event: Callback) -> Iterator[Hooks]:
+        """Writes the run's folder, reports, and tells `on_event`, while it lasts.
+
+        Raises:
+            ConfigError: not enough space.
+        """
+        job = self.job
+        trained_bytes = sum(array.nbytes for _, array in tree_flatten(self.model.trainable_parameters()))
+        require_space(job.adapter_path, WRITTEN_TIMES * trained_bytes)
+        settings = {**_settings(job, self.model, self.form), SOURCES: self.course["from"]}
+        with (
+            RunFolder(job.adapter_path, self.model, settings, self.course, self.total_steps) as folder,
+            open_reports(job.report_to, job.project_name, job.adapter_path, settings) as reports,
+        ):
+            if saved is not None:
+                folder.go_on(saved)
+            watchers = (folder.record, *reports, on_event)
+
+            def tell(event: Event) -> None:
+                for watch in watchers:
+                    watch(event)
+
+            sample = _sampler(self.model, self.tokenizer, job)
+            yield Hooks(on_event=tell, save_state=folder.save_state, save=folder.save, sample=sample)
+
+
+def notices(job: LoRAJob, saved: SavedRun | None, total_steps: int) -> Iterator[str]:
+    """What to say before the run begins, about one that is there."""
+    if not job.resume:
+        unfinished = describe_unfinished(job.adapter_path)
+        if unfinished:
+            yield unfinished
+    elif saved is None:
+        yield f"nothing to resume in {job.adapter_path}: starting anew"
+    elif saved.step >= total_steps or 0 < job.train.patience <= saved.snapshot.state.evaluations_without_best:
+        yield f"nothing left to do: the run in {job.adapter_path} is finished (step {saved.step})"
+
+
+def _settings(job: LoRAJob, model: Model, form: LoRAConfig) -> dict[str, Any]:
+    """Content of `adapter_config.json`: the adapter's form, and how it was made."""
+    adapter = read_toolkit_config(job.model).adapter
+    return {
+        **to_adapter_json(form, model.args, adapter.name if adapter else DEFAULT_ADAPTER),
+        "model": str(job.model),
+        "data": _hashes(job.data),
+        "trained_targets": list(job.lora.targets),
+        "trained_layers": job.lora.layers,
+        "train": asdict(job.train),
+    }
+
+
+def _hashes(data: Path) -> dict[str, list[str]]:
+    """SHA-256 of the files of each split; folders have none."""
+    return {name: [sha256_of(file) for file in files if file.is_file()] for name, files in find_splits(data).items()}
+
+
+def _sampler(model: Model, tokenizer: AFMTokenizer, job: LoRAJob) -> Callable[[], Iterator[tuple[str, str]]] | None:
+    """Gives (prompt, greedy answer) for each sample prompt; None if there are none."""
+
+    def sample() -> Iterator[tuple[str, str]]:
+        for prompt in job.sample_prompts:
+            yield prompt, generate(model, tokenizer, prompt, max_tokens=job.sample_tokens)
+
+    return sample if job.sample_prompts else None
