@@ -1,7 +1,7 @@
 """One setting of bench_memory.py, alone in a process: some training steps as `lora` does them, and MLX's peak.
 
-    python benchmarks/memory_side.py '{"config": {...}, "rows": 4, "tokens": 256, ...}'
-        ->  {"mlx_peak_bytes": ..., "layout": {...}, "seconds": ...}
+python benchmarks/memory_side.py '{"config": {...}, "rows": 4, "tokens": 256, ...}'
+    ->  {"mlx_peak_bytes": ..., "layout": {...}, "seconds": ...}
 """
 
 from __future__ import annotations
@@ -32,9 +32,12 @@ def base_model(config: AFMConfig, base: str) -> Model:
     model = Model(config)
     model.apply(lambda array: array.astype(getattr(mx, dtype)) if array.ndim else mx.array(0.03))
     if mode:
-        from mlx_afm.model.quantized import Scheme  # noqa: F401
-        from mlx_afm.model.quantized import quantize_module
         from mlx.utils import tree_unflatten
+
+        from mlx_afm.model.quantized import (
+            Scheme,  # noqa: F401
+            quantize_module,
+        )
 
         modules = {n: m for n, m in model.named_modules() if hasattr(m, "to_quantized") and "weight" in m}
         settings = QuantConfig(mode=mode[:-1], bits=int(mode[-1]))

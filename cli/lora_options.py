@@ -31,7 +31,10 @@ LENGTH = [
     click.option("--iters", type=int, help="Optimizer steps; default: by epochs."),
     click.option("--epochs", type=int, help="Passes over the data.  [default: 2]"),
     click.option("--batch-size", type=int, help="Examples per step.  [default: 4]"),
+    click.option("--batch-tokens", type=int, help="Instead: rows filled with examples up to so many tokens."),
     click.option("--grad-accumulation-steps", type=int, help="Batches per step.  [default: 1]"),
+    click.option("--grad-checkpoint", is_flag=True, default=None, help="Least memory, about a third more time."),
+    click.option("--ignore-memory", is_flag=True, default=None, help="Train even if the estimated peak is too high."),
     click.option("--seed", type=int, help="[default: 0]"),
     click.option(
         "--rank-timeout-seconds", type=float, help="Under mlx.launch: wait for the other processes.  [default: 600]"
@@ -75,6 +78,16 @@ FORM = [
     click.option("--targets", help="Some of q,k,v,o,gate,up,down.  [default: all]"),
     click.option("--layers", help="all, ordinary, reuse, or numbers such as 0-34,50.  [default: all]"),
     click.option("--num-layers", type=int, help="The last so many layers; -1 for all."),
+]
+
+
+# What an estimate takes of these: what memory depends on, and what may stand beside it.
+ESTIMATED = [
+    click.option("--config", "-c", type=Path, help="YAML file with options of lora; flags win."),
+    *DATA,
+    *LENGTH,
+    *RATE,
+    *FORM,
 ]
 
 

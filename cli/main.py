@@ -15,6 +15,7 @@ from mlx_afm.errors import AFMError
 COMMANDS = {
     "convert": "Toolkit folder to MLX folder, and back.",
     "lora": "Train a LoRA adapter, or score one.",
+    "estimate": "Say how much memory training will take, and what fits.",
     "plot": "Draw loss curves of runs.",
     "fuse": "Merge an adapter into the weights.",
     "generate": "Answer one prompt.",

@@ -22,7 +22,8 @@ from .data_options import reading_from
 LORA_KEYS = {field.name for field in fields(LoRAConfig)} | {"alpha", "use_rslora"}
 TRAIN_KEYS = {field.name for field in fields(TrainConfig)}
 JOB_KEYS = {"model", "data", "adapter_path", "name", "resume_adapter_file", "project_name", "no_cache", *DATA_FIELDS}
-JOB_KEYS |= {"sample_prompt", "sample_tokens", "report_to"}
+JOB_KEYS |= {"sample_prompt", "sample_tokens", "report_to", "ignore_memory"}
+JOB_DEFAULTS = ("sample_tokens", "report_to", "project_name", "ignore_memory")
 DERIVED_KEYS = {"num_layers": "int", "loraplus_ratio": "float"}  # other ways to say layers and rate_factors
 SWITCHES = {"train", "test", "resume"}
 KNOWN = LORA_KEYS | TRAIN_KEYS | JOB_KEYS | SWITCHES | set(DERIVED_KEYS) | {"lora_parameters"}
@@ -47,7 +48,7 @@ TYPES = {
     "alpha": "float",
     "use_rslora": "bool",
     **dict.fromkeys(("sample_prompt", "field"), "texts"),
-    "no_cache": "bool",
+    **dict.fromkeys(("no_cache", "ignore_memory"), "bool"),
     "report_to": "tuple[str, ...]",
 }
 
@@ -65,8 +66,13 @@ class Request:
     adapter_given: bool
 
 
-def request_from(file: Path | None, flags: Mapping[str, Any]) -> Request:
+def request_from(file: Path | None, flags: Mapping[str, Any], required: tuple[str, ...] = ("model", "data")) -> Request:
     """What file and flags ask for together.
+
+    Args:
+        file: YAML.
+        flags: of the command line.
+        required: what must be given; a path that is not given is the empty one.
 
     Raises:
         ConfigError: a file that cannot be read or keys we do not know. UsageError: no model or no data.
@@ -78,15 +84,15 @@ def request_from(file: Path | None, flags: Mapping[str, Any]) -> Request:
         if one in given and other not in given:
             values.pop(other, None)  # a flag wins over the other way of saying it in the file
     values |= given
-    missing = [f"--{name}" for name in ("model", "data") if not values.get(name)]
+    missing = [f"--{name}" for name in required if not values.get(name)]
     if missing:
         raise click.UsageError(f"missing {' and '.join(missing)}")
     _resolve(values)
     if values.get("iters") is not None and flags.get("epochs") is not None and flags.get("iters") is None:
         values["iters"] = None  # --epochs on the command line wins over iters in the file
     job = LoRAJob(
-        model=Path(values["model"]),
-        data=Path(values["data"]),
+        model=Path(values.get("model", "")),
+        data=Path(values.get("data", "")),
         adapter_path=Path(values.get("adapter_path", "adapters")),
         lora=LoRAConfig(**{name: values[name] for name in LORA_KEYS & values.keys()}),
         train=TrainConfig(**{name: values[name] for name in TRAIN_KEYS & values.keys()}),
@@ -103,7 +109,7 @@ def request_from(file: Path | None, flags: Mapping[str, Any]) -> Request:
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of the job itself that have defaults there."""
-    given = {name: values[name] for name in ("sample_tokens", "report_to", "project_name") if name in values}
+    given = {name: values[name] for name in JOB_DEFAULTS if name in values}
     return {**given, "cache": None} if values.get("no_cache") else given
 
 

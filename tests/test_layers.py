@@ -29,6 +29,7 @@ LEVEL_OF = {unit: level for level, units in enumerate(LEVELS) for unit in units}
 ALLOWED = {
     ("files", "errors"): "the errors it raises",
     ("tree", "errors"): "the errors it raises",
+    ("memory", "training"): "how large the chunks of the loss are",
     ("adapters", "checkpoints"): "the one table of names holds the adapter's too",
 }
 UPWARD = {("__main__", "cli"): "`python -m mlx_afm` is the command"}

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mlx_afm.data.config import DataConfig
 from mlx_afm.data.encode import encode_spans, render_example
+from mlx_afm.data.encode_block import ROLES, encode_block
 from mlx_afm.data.overflow import fit
 from mlx_afm.data.problems import Problem, to_problems
 from mlx_afm.data.records import MARKS, Example, RecordReader
@@ -28,10 +28,10 @@ from mlx_afm.text.tokenizer import AFMTokenizer
 
 BLOCK_BYTES = 1 << 19  # of JSON; small enough that a few of them in flight are little memory
 BLOCK_ROWS = 4096
-ROLES = ("system", "user", "assistant", "tool", "text")
 # Columns of `Prepared.examples`.
 LINE, TOKENS, ROLE_TOKENS = 0, 1, slice(2, 2 + len(ROLES))
 TRAINED, EXAMPLE, PROMPT, SYSTEM = (2 + len(ROLES) + place for place in range(4))
+COLUMNS = SYSTEM + 1
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Prepared:
         file, name: of the block.
         rows: how many there were.
         problems: what is wrong with them.
-        examples: a tuple for each good example: line, tokens, tokens of each role of `ROLES` (marks
+        examples: int64 (examples, columns): of each good example line, tokens, tokens of each role of `ROLES` (marks
             included), trained tokens, fingerprints of the example, of its prompt (without the last answer)
-            and of its system turn (0 if there is none).
+            and of its system turn (0 if there is none); no fingerprints where the tokens are wanted.
         ids, trained: the tokens of all good examples, one after the other; empty if not wanted.
         lost: (line, tokens removed, whether it was left out) of each example that overflow changed.
     """
@@ -70,7 +70,7 @@ class Prepared:
     name: str
     rows: int = 0
     problems: list[Problem] = field(default_factory=list)
-    examples: list[tuple[int, ...]] = field(default_factory=list)
+    examples: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, COLUMNS), np.int64))
     ids: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
     trained: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
     lost: list[tuple[int, int, bool]] = field(default_factory=list)
@@ -104,40 +104,75 @@ class Preparer:
     def __call__(self, block: Block) -> Prepared:
         """What became of the block; nothing is raised for what its rows hold."""
         prepared = Prepared(block.file, block.name, len(block.rows))
-        ids: list[int] = []
-        trained: list[bool] = []
+        lines, rendered = self._rendered(block, prepared)
+        if self.tokenizer is None:
+            self._fill(prepared, lines, rendered, np.zeros((len(lines), 2 + len(ROLES)), np.int64))
+            return prepared
+        encoded = encode_block(rendered, self.tokenizer)
+        lengths = np.diff(encoded.starts)
+        closer = encoded.odd | (lengths > self.config.max_tokens)
+        if closer.any():
+            self._one_by_one(prepared, lines, rendered)
+            return prepared
+        targets = np.diff(np.concatenate([[0], np.cumsum(encoded.trained)])[encoded.starts])
+        self._fill(prepared, lines, rendered, np.column_stack([lengths, encoded.roles, targets]))
+        if self.want_tokens:
+            prepared.ids, prepared.trained = encoded.ids, encoded.trained
+        return prepared
+
+    def _rendered(self, block: Block, prepared: Prepared) -> tuple[list[int], list[tuple[Span, ...]]]:
+        """Lines and spans of the good rows; what is wrong with the others goes to `prepared`."""
+        lines, rendered = [], []
         name = Path(block.name).name
         for index, row in enumerate(block.rows, start=block.first_index):
             try:
-                encoded = self._row(row, index, f"{name} line {row.line}", prepared)
+                example = self.read(row, index, f"{name} line {row.line}")
+                rendered.append(render_example(example, self.config.system))
             except DataError as error:
                 prepared.problems += to_problems(error, block.name, row.line)
                 continue
-            if encoded is not None and self.want_tokens:
-                ids += encoded.ids
-                trained += encoded.trained
-        prepared.ids, prepared.trained = np.array(ids, np.int32), np.array(trained, np.bool_)
-        return prepared
+            lines.append(row.line)
+            prepared.problems += _warnings(example, row, prepared.name)
+        return lines, rendered
 
-    def _row(self, row: Row, index: int, where: str, prepared: Prepared) -> Encoded | None:
-        example = self.read(row, index, where)
-        prepared.problems += _warnings(example, row, prepared.name)
-        spans = render_example(example, self.config.system)
-        encoded, roles = None, [0] * len(ROLES)
-        if self.tokenizer is not None:
-            whole = encode_spans(spans, self.tokenizer)
-            fitted = fit(whole, self.config.max_tokens, self.config.overflow)
+    def _one_by_one(self, prepared: Prepared, lines: list[int], rendered: list[tuple[Span, ...]]) -> None:
+        """The same for a block with examples that are too long, or whose turns are not as rendered."""
+        assert self.tokenizer is not None
+        kept: list[tuple[int, tuple[Span, ...], Encoded]] = []
+        counts = []
+        for line, spans in zip(lines, rendered):
+            try:
+                whole = encode_spans(spans, self.tokenizer)
+                fitted = fit(whole, self.config.max_tokens, self.config.overflow)
+            except DataError as error:
+                prepared.problems += to_problems(error, prepared.name, line)
+                continue
             if fitted.removed_tokens:
-                prepared.lost.append((row.line, fitted.removed_tokens, fitted.encoded is None))
-            encoded = fitted.encoded
-            if encoded is None:
-                return None
-            for turn in whole.turns:
-                roles[ROLES.index(turn.role)] += turn.stop - turn.start
-            roles[ROLES.index("text")] += 0 if whole.turns else len(whole.ids)
-        size, targets = (0, 0) if encoded is None else (len(encoded.ids), sum(encoded.trained))
-        prepared.examples.append((row.line, size, *roles, targets, *_fingerprints(spans)))
-        return encoded
+                prepared.lost.append((line, fitted.removed_tokens, fitted.encoded is None))
+            if fitted.encoded is not None:
+                kept.append((line, spans, fitted.encoded))
+                counts.append((len(fitted.encoded.ids), *_tokens_of_roles(whole), sum(fitted.encoded.trained)))
+        rows = np.array(counts, np.int64).reshape(len(counts), 2 + len(ROLES))
+        self._fill(prepared, [line for line, _, _ in kept], [spans for _, spans, _ in kept], rows)
+        if self.want_tokens:
+            prepared.ids = np.array([token for _, _, encoded in kept for token in encoded.ids], np.int32)
+            prepared.trained = np.array([one for _, _, encoded in kept for one in encoded.trained], np.bool_)
+
+    def _fill(
+        self, prepared: Prepared, lines: list[int], rendered: list[tuple[Span, ...]], counts: npt.NDArray[np.int64]
+    ) -> None:
+        """Fills `prepared.examples`; fingerprints only where nobody wants the tokens themselves."""
+        prints = [(0, 0, 0)] * len(lines) if self.want_tokens else [_fingerprints(spans) for spans in rendered]
+        columns = (np.array(lines, np.int64), counts, np.array(prints, np.int64).reshape(len(lines), 3))
+        prepared.examples = np.column_stack(columns)
+
+
+def _tokens_of_roles(encoded: Encoded) -> list[int]:
+    roles = [0] * len(ROLES)
+    for turn in encoded.turns:
+        roles[ROLES.index(turn.role)] += turn.stop - turn.start
+    roles[ROLES.index("text")] += 0 if encoded.turns else len(encoded.ids)
+    return roles
 
 
 def _fingerprints(spans: Sequence[Span]) -> tuple[int, int, int]:
@@ -182,5 +217,4 @@ def _column(text: bytes, piece: str) -> int | None:
 
 def examples_array(prepared: Iterable[Prepared]) -> npt.NDArray[np.int64]:
     """The `examples` of some blocks, int64 (examples, columns)."""
-    rows: list[Any] = [np.array(part.examples, np.int64) for part in prepared if part.examples]
-    return np.concatenate(rows) if rows else np.zeros((0, SYSTEM + 1), np.int64)
+    return np.concatenate([np.zeros((0, COLUMNS), np.int64), *(part.examples for part in prepared)])

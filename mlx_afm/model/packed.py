@@ -18,7 +18,7 @@ from mlx_afm.quant.scheme import BALANCED, Scheme
 
 # Rows of inputs from which MLX's CPU backend is quicker with the matrix made dense, in float32, as measured (see
 # docs/quantisation.md). Its quantised product takes as long for each row as for the first.
-CPU_DENSE_ROWS = {"affine": 4, BALANCED: 4, "mxfp4": 16, "nvfp4": 16, "mxfp8": 3}
+CPU_DENSE_ROWS = {"affine": 4, BALANCED: 4, "mxfp4": 24, "nvfp4": 24, "mxfp8": 2}
 DENSE_VALUES = 1 << 24  # of a matrix, dense at a time; only the embedding is larger
 HALF_UNIT = 1 / 32  # keeps sums of balanced codes in float16's range until s makes them small
 
@@ -108,39 +108,9 @@ def _values(scheme: Scheme, weight: mx.array, scales: mx.array, biases: mx.array
         codes = _codes(weight, scheme.bits).reshape(*scales.shape, scheme.group_size)
         values = codes * scales[..., None].astype(mx.float32) + biases[..., None].astype(mx.float32)
         return values.reshape(*weight.shape[:-1], -1)
-    if biases is None and _on_cpu():
-        return _small_floats(scheme, weight, scales)
     if biases is not None:
         scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
     return mx.dequantize(weight, scales, biases, dtype=mx.float32, **scheme.to_dict())
-
-
-def _small_floats(scheme: Scheme, weight: mx.array, scales: mx.array) -> mx.array:
-    """The values (..., N) of mxfp4, nvfp4 and mxfp8, float32; several times quicker than the CPU's mx.dequantize.
-
-    The bits of a 4-bit float (e2m1) or an 8-bit one (e4m3), moved to where float16 has its own, are that float
-    times a power of two, and the smallest ones become float16's denormals.
-    """
-    if scheme.bits == 4:
-        codes = (weight.view(mx.uint16)[..., None] >> mx.array([0, 4, 8, 12], mx.uint16)).reshape(
-            *weight.shape[:-1], -1
-        )
-        bits, unit = (codes & 7) << 9 | (codes & 8) << 12, 2.0**14
-    else:
-        bits, unit = _moved_e4m3(weight.view(mx.uint8)), 2.0**8
-    if scheme.mode == "nvfp4":
-        wide = _moved_e4m3(scales).view(mx.float16).astype(mx.float32) * (unit * 2.0**8)
-    else:
-        exponents = scales.astype(mx.uint32)  # of two, above 127; zero is a denormal
-        wide = mx.where(exponents == 0, mx.array(1 << 22, mx.uint32), exponents << 23).view(mx.float32) * unit
-    groups = bits.view(mx.float16).astype(mx.float32).reshape(*scales.shape, scheme.group_size)
-    return (groups * wide[..., None]).reshape(*weight.shape[:-1], -1)
-
-
-def _moved_e4m3(bytes_: mx.array) -> mx.array:
-    """Float16 bits of 8-bit floats divided by 2^8."""
-    wide = bytes_.astype(mx.uint16)
-    return (wide & 0x7F) << 7 | (wide & 0x80) << 8
 
 
 def _codes(weight: mx.array, bits: int) -> mx.array:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlx_afm.errors import DataError
 from mlx_afm.text.values import at, is_good_text, parse_arguments, refuse_in, require_json
@@ -24,11 +23,10 @@ _KEYS = {
 }
 
 
-@dataclass(frozen=True)
-class Message:
+class Message(NamedTuple):
     """One checked message.
 
-    Args:
+    Attributes:
         role: `system`, `user`, `assistant` or `tool` (`function` is the same role).
         content: text; for a tool also its result as a dict, or new tool definitions as a list.
         tool_calls: calls of an assistant, `{"function": {"name", "arguments"}}` each.
@@ -70,20 +68,18 @@ def parse_messages(value: object, *, where: object, special_pieces: Sequence[str
         raise DataError(
             "not a conversation", kind="no-messages", where=where, expected="a list of messages", found=_kind(value)
         )
+    if (plain := _plain_messages(value, special_pieces)) is not None:
+        return plain
     messages: list[Message] = []
     faults: list[DataError] = []
     for index, item in enumerate(value):
-        message = _plain_message(item, special_pieces)
-        if message is not None:
-            messages.append(message)
-            continue
         place = at(where, f"message {index}")
         try:
             messages.append(_parse_message(item, place))
             refuse_special(messages[-1], special_pieces, place)
         except DataError as error:
             faults.append(error)
-    if not faults and not _is_good_order(tuple(message.role for message in messages)):
+    if not faults:
         faults = list(_order_faults([message.role for message in messages], where))
     if len(faults) == 1:
         raise faults[0]
@@ -141,19 +137,21 @@ def refuse_special(message: Message, special_pieces: Sequence[str], where: objec
     refuse_in("tools", message.tools, special_pieces, where)
 
 
-def _plain_message(item: Any, special_pieces: Sequence[str]) -> Message | None:
-    """A message that is nothing but a role and a good text, as most are; None if it needs a closer look."""
-    if type(item) is not dict or len(item) != 2:
+def _plain_messages(value: Sequence[Any], special_pieces: Sequence[str]) -> tuple[Message, ...] | None:
+    """Messages that are nothing but roles and good texts in a good order, as most are; None: look closer."""
+    roles, texts = [], []
+    for item in value:
+        if type(item) is not dict or len(item) != 2:
+            return None
+        role, content = item.get("role"), item.get("content")
+        if type(role) is not str or type(content) is not str:
+            return None
+        roles.append(role)
+        texts.append(content)
+    # All texts at once; should a piece come about between two of them, the closer look will not find it.
+    if not _is_good_order(tuple(roles)) or not is_good_text("\n".join(texts), special_pieces):
         return None
-    role, content = item.get("role"), item.get("content")
-    if (
-        type(role) is not str
-        or role not in ROLES
-        or type(content) is not str
-        or not is_good_text(content, special_pieces)
-    ):
-        return None
-    return Message(role, content)
+    return tuple([Message(role, text) for role, text in zip(roles, texts)])
 
 
 def _parse_message(item: object, where: str) -> Message:
@@ -263,7 +261,7 @@ def _dicts(value: object, name: str, where: object) -> tuple[dict[str, Any], ...
 
 @lru_cache(maxsize=256)
 def _is_good_order(roles: tuple[str, ...]) -> bool:
-    return not any(True for _ in _order_faults(roles, None))
+    return set(roles) <= set(ROLES) and not any(True for _ in _order_faults(roles, None))
 
 
 def _order_faults(roles: Sequence[str], where: object) -> Iterator[DataError]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlx_afm.errors import ConfigError, DataError
-from mlx_afm.text.messages import Message
+from mlx_afm.text.messages import ROLES, Message
 from mlx_afm.text.values import parse_arguments
 
 if TYPE_CHECKING:
@@ -108,11 +108,11 @@ def render(
         raise DataError("tools are given twice", kind="wrong-tools", expected="as an argument or on the system message")
     spans: list[Span] = []
     for message in messages:
-        body = _body(message, tools if message is first else None)
-        spans.append(Span(_head(message.role), False, message.role))
-        spans.append(Span(body + TURN_END, message.role == ASSISTANT, message.role))
+        role = message.role
+        spans.append(_HEADS[role])
+        spans.append(Span(_body(message, tools if message is first else None) + TURN_END, role == ASSISTANT, role))
     if add_generation_prompt and messages[-1].role != ASSISTANT:
-        spans.append(Span(_head(ASSISTANT), False, ASSISTANT))
+        spans.append(_HEADS[ASSISTANT])
     return tuple(spans)
 
 
@@ -177,8 +177,7 @@ def _with_system(messages: Sequence[Message], system: str | None) -> Sequence[Me
     return (Message("system", system), *messages)
 
 
-def _head(role: str) -> str:
-    return f"{TURN_START} {role}{NEWLINE}"
+_HEADS = {role: Span(f"{TURN_START} {role}{NEWLINE}", False, role) for role in ROLES}
 
 
 def _body(message: Message, tools: Sequence[Mapping[str, Any]] | None) -> str:

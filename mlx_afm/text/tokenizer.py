@@ -102,6 +102,20 @@ class AFMTokenizer:
             raise DataError("SentencePiece cannot encode this text", found=error) from error
         return ids
 
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, as `encode` gives them; one call for all, which costs less.
+
+        Raises:
+            DataError: a text that is none.
+        """
+        try:
+            encoded: list[list[int]] = self._processor.encode(
+                [text.replace("\n", template.NEWLINE) for text in texts], num_threads=1
+            )
+        except (UnicodeEncodeError, RuntimeError):
+            return [self.encode(text) for text in texts]  # says which text it is
+        return encoded
+
     def decode(self, ids: Iterable[int], *, strip_prefix: bool = False) -> str:
         """Text of ids that continue a text, as an answer does: each space is kept.
 

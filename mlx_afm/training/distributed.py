@@ -8,6 +8,7 @@ one of several never asks for it.
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import json
 import os
@@ -153,8 +154,13 @@ def join_ranks(timeout_seconds: float = TIMEOUT_SECONDS) -> Ranks:
     size = launched_size()
     if size == 1:
         return ALONE
-    with _patience(timeout_seconds):
+    faulthandler.dump_traceback_later(timeout_seconds, exit=True, file=2)  # MLX holds the interpreter meanwhile
+    try:
         group = mx.distributed.init(strict=True)
+    except RuntimeError as error:
+        raise DistributedError(f"the other processes of the run were not met: {error}") from error
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     if size not in (0, group.size()):
         raise DistributedError("not all processes were met", expected=size, found=group.size())
     return ALONE if group.size() == 1 else Ranks(group.rank(), group.size(), timeout_seconds, group)

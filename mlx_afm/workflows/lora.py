@@ -23,6 +23,7 @@ from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.training import Callback, DataOrder, DataRead, Hooks, Notice, TrainConfig, evaluate_data, join_ranks
 from mlx_afm.training import train as run_training
 from mlx_afm.training.hooks import ignore
+from mlx_afm.workflows.estimate import in_words, layouts_of_data, machine_memory, plan_of_folder, require_memory
 from mlx_afm.workflows.lineage import BASE_SOURCE, fingerprint_of_model
 from mlx_afm.workflows.load import TOKENIZER, load, load_tokenizer
 from mlx_afm.workflows.lora_run import Run, notices
@@ -59,6 +60,7 @@ class LoRAJob:
         sample_tokens: longest answer.
         report_to: some of wandb, swanlab, tensorboard.
         project_name: the project of these reports.
+        ignore_memory: train even if the estimated peak is above this machine's memory.
     """
 
     model: Path
@@ -76,6 +78,7 @@ class LoRAJob:
     sample_tokens: int = 64
     report_to: tuple[str, ...] = ()
     project_name: str = "mlx-afm"
+    ignore_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,7 @@ def train(job: LoRAJob, on_event: Callback = ignore, should_stop: Callable[[], b
     ranks.require_same(_facts(course, total_steps, saved))
     for text in notices(job, saved, total_steps):
         on_event(Notice(text=text))
+    _state_memory(job, data["train"], on_event)
     model = load_model(job.model)
     form = start_adapter(model, job.model, job.lora, seed=job.train.seed, adapter_file=job.resume_adapter_file)
     snapshot, valid = None if saved is None else saved.snapshot, data.get("valid", ())
@@ -158,6 +162,18 @@ def train(job: LoRAJob, on_event: Callback = ignore, should_stop: Callable[[], b
         state = run_training(model, data["train"], valid, job.train, hooks, resume=snapshot, ranks=ranks)
     ranks.wait()  # until rank 0 has written all there is: a launcher ends the others when the first has ended
     return Trained(job.adapter_path, state.step, state.best_loss, state.interrupted)
+
+
+def _state_memory(job: LoRAJob, data: TokenTable, on_event: Callback) -> None:
+    """Tells the estimated peak memory.
+
+    Raises:
+        ConfigError: it is above this machine's memory, and the job does not say to ignore that.
+    """
+    plan = plan_of_folder(job.model, job.lora, job.train, layouts_of_data(data, job.train))
+    on_event(Notice(text=in_words(plan.estimate())))
+    if not job.ignore_memory:
+        require_memory(plan, machine_memory())
 
 
 def _course(job: LoRAJob, data: Mapping[str, TokenTable]) -> Course:

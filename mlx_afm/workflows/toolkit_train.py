@@ -36,6 +36,7 @@ from mlx_afm.training import (
     TrainingInterrupted,
     TrainingResumed,
 )
+from mlx_afm.training.distributed import launched_size
 from mlx_afm.workflows.export import convert_adapter
 from mlx_afm.workflows.lora import LoRAJob, Trained, read_split, train
 
@@ -118,6 +119,9 @@ def train_adapter(settings: ToolkitTraining, on_event: Callback, should_stop: Ca
     Cost: loading the model again for each checkpoint but the last.
     """
     settings.require_data()
+    if launched_size() != 1:
+        advice = "Several train with: mlx.launch -n N -- python -m mlx_afm lora ..."
+        raise ConfigError("train_adapter is for one process", advice=advice)
     job = _job(settings)
     ends = _epoch_ends(job)
     job = replace(job, train=replace(job.train, warmup=_warmup_steps(settings.warmup_epochs, ends)))

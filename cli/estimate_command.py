@@ -1,0 +1,99 @@
+"""`mlx-afm estimate`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .lora_options import ESTIMATED
+from .output import json_option, note, show
+from .settings import Request, request_from
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def _with_options(function: Callable[..., int]) -> Callable[..., int]:
+    for option in reversed(ESTIMATED):
+        function = option(function)
+    return function
+
+
+def _size(_: click.Context, __: click.Parameter, text: str | None) -> int | None:
+    """Bytes of 16GB, 16 GiB or a plain number."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE | re.ASCII)
+    if not match:
+        raise click.BadParameter(f"expected a size such as 16GB, found {text!r}")
+    unit = UNITS[match[2].upper()]
+    exponent = list(UNITS).index(match[2].upper())
+    return round(float(match[1]) * (1024**exponent if match[3] else unit))
+
+
+@click.command("estimate")
+@click.option("--model", type=Path, help="MLX model folder.  [default: the 3.18 B parameter model]")
+@click.option("--data", type=Path, help="Training data, for its real lengths.")
+@click.option("--base", help="Weights as if held so: float32, bfloat16, 8-bit, 4-bit, 2-bit.")
+@click.option("--trained-share", type=click.FloatRange(0, 1), help="Of tokens, without --data.  [default: 0.25]")
+@click.option("--memory", callback=_size, help="Of the machine meant, such as 16GB.  [default: this one's]")
+@click.option("--table", is_flag=True, help="Largest batches for 8 to 64 GB.")
+@_with_options
+@json_option
+def command(
+    config: Path | None,
+    base: str | None,
+    trained_share: float | None,
+    memory: int | None,
+    table: bool,
+    as_json: bool,
+    **flags: Any,
+) -> int:
+    """Say how much memory training takes before anything is loaded, and which settings fit.
+
+    Takes the options of `lora`. Without --data every example is taken to be as long as --max-seq-length.
+    """
+    from mlx_afm.workflows import estimate, estimate_table
+
+    request = request_from(config, flags, required=())
+    plan = _plan(request, base, trained_share)
+    if table:
+        rows = estimate_table.settings_table(plan)
+        show({"table": rows}, True) if as_json else click.echo(estimate_table.as_markdown(rows))
+        return 0
+    result, limit = estimate_table.report(plan, memory or estimate.machine_memory(), mac=memory is not None)
+    ways = result.pop("ways_to_fit")
+    show({**result, "ways_to_fit": ways}, as_json) if as_json else show(result, False)
+    if limit is not None and not as_json:
+        for way, size in ways.items():
+            note(f"fits: {way}: {estimate.gigabytes(size)}")
+    return 0
+
+
+def _plan(request: Request, base: str | None, share: float | None) -> Any:
+    """The run that is asked about."""
+    from mlx_afm.checkpoints.model_folder import read_config
+    from mlx_afm.model import AFMConfig
+    from mlx_afm.workflows import estimate
+    from mlx_afm.workflows.lora import read_split
+
+    job = request.job
+    has_model, has_data = job.model != Path(), job.data != Path()
+    if has_data and not has_model:
+        raise click.UsageError("--data needs --model: its tokenizer")
+    if has_data:
+        layouts = estimate.layouts_of_data(read_split(job, "train"), job.train)
+    else:
+        share = estimate.TRAINED_SHARE if share is None else share
+        layouts = (estimate.layout_by_settings(job.train, job.reading.max_tokens, share),)
+    model = read_config(job.model) if has_model else AFMConfig()
+    if base is not None or not has_model:
+        held = estimate.named_base(base or "bfloat16", model)
+    else:
+        held = estimate.base_of(job.model)
+    return estimate.Plan(
+        model=model, base=held, lora=job.lora, train=job.train, layouts=layouts, backend=estimate.backend()
+    )

@@ -1,0 +1,227 @@
+"""Say how much memory a training run will take, before anything is loaded, and what would fit.
+
+Only `config.json` and the headers of the weights are read; with data, its lengths.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_afm.adapters import LoRAConfig
+from mlx_afm.checkpoints.model_folder import NORM, read_config, read_quantization
+from mlx_afm.checkpoints.names import Kind, plan_names
+from mlx_afm.data import Tokens, make_batch
+from mlx_afm.errors import ConfigError
+from mlx_afm.formats.mlx_folder import read_shards
+from mlx_afm.memory import Base, Layout, MemoryEstimate, estimate_training, layout_of
+from mlx_afm.model import AFMConfig, ToolkitConfig
+from mlx_afm.quant import QuantConfig, plan_schemes
+from mlx_afm.training import DataOrder, TrainConfig
+
+USABLE_SHARE = 0.75  # of a Mac's memory, what macOS recommends to the GPU at most; the rest is the system's
+TRAINED_SHARE = 0.25  # of tokens, where there is no data to tell
+MEASURED_BATCHES = 4  # the longest and the most trained of an epoch; each is laid out as it will be
+MOST_ROWS = 1 << 12
+# Keys a group of queries is brought in packed rows of short examples; see docs/decisions/0005.
+PACKED_QUERIES, PACKED_KEYS = 64, 192
+
+BASES = {
+    "float32": ("float32", None),
+    "bfloat16": ("bfloat16", None),
+    "8-bit": ("bfloat16", QuantConfig(bits=8)),
+    "4-bit": ("bfloat16", QuantConfig(bits=4)),
+    "2-bit": ("bfloat16", QuantConfig(recipe="apple")),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run whose memory is asked for.
+
+    Attributes:
+        model: sizes.
+        base: dtype and codes.
+        lora, train: settings.
+        layouts: shapes of its largest micro-batches.
+        backend: "cpu" or "gpu", where it will run.
+    """
+
+    model: AFMConfig
+    base: Base
+    lora: LoRAConfig
+    train: TrainConfig
+    layouts: tuple[Layout, ...]
+    backend: str
+
+    def estimate(self) -> MemoryEstimate:
+        """The parts and the peak of the micro-batch that takes most."""
+        every = (
+            estimate_training(
+                self.model,
+                self.base,
+                self.lora,
+                layout,
+                optimizer=self.train.optimizer,
+                grad_checkpoint=self.train.grad_checkpoint,
+                accumulated=self.train.grad_accumulation_steps > 1,
+                backend=self.backend,
+            )
+            for layout in self.layouts
+        )
+        return max(every, key=lambda estimate: estimate.peak_bytes)
+
+
+def backend() -> str:
+    """Where MLX computes by default."""
+    return "cpu" if mx.default_device() == mx.cpu else "gpu"
+
+
+def machine_memory() -> int | None:
+    """Bytes of memory of this machine, of its GPU if that has its own; None if nobody says."""
+    known = mx.device_info().get("memory_size")
+    if isinstance(known, int) and known > 0:
+        return known
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def base_of(folder: Path) -> Base:
+    """How a model folder holds its weights; headers alone are read."""
+    norm = read_shards(folder).get(NORM)
+    return Base(dtype="float32" if norm is None else norm.dtype, schemes=read_quantization(folder))
+
+
+def named_base(name: str, model: AFMConfig) -> Base:
+    """A base by its name in `BASES`.
+
+    Raises:
+        ConfigError: another name.
+    """
+    if name not in BASES:
+        raise ConfigError("unknown form of base weights", expected=" or ".join(BASES), found=name)
+    dtype, quantization = BASES[name]
+    if quantization is None:
+        return Base(dtype=dtype)
+    weights = [e for e in plan_names(ToolkitConfig(model=model, adapter=None)) if e.kind is Kind.WEIGHT]
+    shapes = {e.ours.removesuffix(".weight"): (e.shape[0], e.shape[1]) for e in weights if len(e.shape) == 2}
+    return Base(dtype=dtype, schemes=plan_schemes(quantization, shapes).schemes)
+
+
+def plan_of_folder(folder: Path, lora: LoRAConfig, train: TrainConfig, layouts: Sequence[Layout]) -> Plan:
+    """The run over a model folder, on this machine."""
+    model, base = read_config(folder), base_of(folder)
+    return Plan(model=model, base=base, lora=lora, train=train, layouts=tuple(layouts), backend=backend())
+
+
+def layouts_of_data(data: Sequence[Tokens], train: TrainConfig) -> tuple[Layout, ...]:
+    """Shapes of the micro-batches of the first epoch that take most: the longest, and the most trained."""
+    plan = DataOrder(data, train).epoch(0)
+    lengths = [len(tokens) for tokens in data]
+    padded = [len(indices) * max(lengths[index] for index in indices) for indices in plan]
+    order = sorted(range(len(plan)), key=lambda number: -padded[number])[: 2 * MEASURED_BATCHES]
+    trained = sorted(order, key=lambda number: -_trained(data, plan[number]))
+    chosen = dict.fromkeys([*order[:MEASURED_BATCHES], *trained[:MEASURED_BATCHES]])
+    return tuple(layout_of(make_batch([data[index] for index in plan[number]])) for number in chosen)
+
+
+def _trained(data: Sequence[Tokens], indices: Sequence[int]) -> int:
+    return max(int((data[index].weights > 0).sum()) for index in indices) * len(indices)
+
+
+def layout_by_settings(train: TrainConfig, tokens: int, share: float = TRAINED_SHARE) -> Layout:
+    """The shape of a full micro-batch of examples of that length, or of a packed row."""
+    if train.batch_tokens is None:
+        return Layout(rows=train.batch_size, tokens=tokens, needed=max(1, round(tokens * share)))
+    size, needed = train.batch_tokens, max(1, round(train.batch_tokens * share))
+    reaches = [(math.ceil(count / PACKED_QUERIES), PACKED_QUERIES, PACKED_KEYS) for count in (size, needed)]
+    return Layout(rows=1, tokens=size, needed=needed, reach=reaches[0], needed_reach=reaches[1])
+
+
+def largest_rows(plan: Plan, limit_bytes: float) -> int:
+    """Most rows of the first layout's length that stay within a limit; 0 if one row does not."""
+
+    def fits(rows: int) -> bool:
+        return with_rows(plan, rows).estimate().peak_bytes <= limit_bytes
+
+    low, high = 0, 1
+    while high <= MOST_ROWS and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def ways_to_fit(plan: Plan, limit_bytes: float) -> Iterator[tuple[str, int]]:
+    """Settings that stay within a limit, the least change first: what to change, and the peak then."""
+    for names, changed in _variants(plan):
+        peak, rows = changed.estimate().peak_bytes, plan.layouts[0].rows
+        if peak > limit_bytes and plan.layouts[0].reach is None:
+            rows = largest_rows(changed, limit_bytes)
+            peak = with_rows(changed, max(1, rows)).estimate().peak_bytes
+            names = [*names, f"--batch-size {rows}"]
+        if names and peak <= limit_bytes:
+            yield " and ".join(names), peak
+
+
+def _variants(plan: Plan) -> Iterator[tuple[list[str], Plan]]:
+    """The plan, and what takes less and less memory."""
+    names: list[str] = []
+    yield names, plan
+    if plan.lora.fine_tune_type == "full":
+        names, plan = [*names, "--fine-tune-type lora"], replace(plan, lora=LoRAConfig(layers=plan.lora.layers))
+        yield names, plan
+    if not plan.train.grad_checkpoint:
+        names, plan = [*names, "--grad-checkpoint"], replace(plan, train=replace(plan.train, grad_checkpoint=True))
+        yield names, plan
+    if not plan.base.schemes:
+        for name in ("4-bit", "2-bit"):
+            yield [*names, f"a {name} base"], replace(plan, base=named_base(name, plan.model))
+
+
+def with_rows(plan: Plan, rows: int) -> Plan:
+    """The plan with micro-batches of so many examples of the first layout's length."""
+    return replace(plan, layouts=(replace(plan.layouts[0], rows=rows, reach=None, needed_reach=None),))
+
+
+def require_memory(plan: Plan, memory_bytes: int | None) -> None:
+    """Refuses a run that this machine cannot hold.
+
+    Raises:
+        ConfigError: the peak is above its memory; with settings that would fit.
+    """
+    peak = plan.estimate().peak_bytes
+    if memory_bytes is None or peak <= memory_bytes:
+        return
+    ways = [f"{change}: {gigabytes(size)}" for change, size in ways_to_fit(plan, USABLE_SHARE * memory_bytes)]
+    advice = "Shorten examples (--max-seq-length) or choose one of the settings below; --ignore-memory tries anyway."
+    if not ways:
+        advice = "Shorten examples (--max-seq-length), or find a larger machine; --ignore-memory tries anyway."
+    expected = f"at most {gigabytes(memory_bytes)}, this machine's memory"
+    what = "this run needs more memory than there is"
+    raise ConfigError(what, expected=expected, found=f"a peak of {gigabytes(peak)}", advice=advice, details=ways)
+
+
+def in_words(estimate: MemoryEstimate) -> str:
+    """The estimate in a line."""
+    parts = {
+        "weights": estimate.weights_bytes,
+        "adapter and optimizer": estimate.adapter_bytes + estimate.optimizer_bytes,
+        "activations": estimate.activations_bytes,
+        "loss": estimate.loss_bytes,
+    }
+    told = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
+    return f"estimated peak memory {gigabytes(estimate.peak_bytes)} ({told})"
+
+
+def gigabytes(size: float) -> str:
+    """A size for people, powers of 1000."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
