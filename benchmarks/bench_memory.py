@@ -1,6 +1,6 @@
 """The estimate of `mlx_afm.memory` beside MLX's measured peak: one fresh process per setting.
 
-    python benchmarks/bench_memory.py [--only NAME,...] [--json FILE]
+    python benchmarks/bench_memory.py [--only NAME;...] [--json FILE] [--measured FILE]
 
 Each process builds a model with random weights, puts an adapter on it and takes two training steps as `lora` does
 (memory_side.py). Ends with 1 if any ratio estimate / measured is off by more than 15 %. Memory does not depend on the
@@ -122,19 +122,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="some settings, with semicolons between")
     parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--measured", type=Path, help="take the measured peaks from an earlier result")
     options = parser.parse_args()
+    earlier = json.loads(options.measured.read_text())["cases"] if options.measured else {}
     cases = {}
     for name in options.only.split(";") if options.only else SETTINGS:
-        found = measured(SETTINGS[name])
+        found = earlier[name]["measured"] if name in earlier else measured(SETTINGS[name])
         estimate = estimated(SETTINGS[name], found["layout"])
         ratio = estimate.peak_bytes / found["mlx_peak_bytes"]
         print(f"{estimate.peak_bytes / 1e6:9.1f} MB {found['mlx_peak_bytes'] / 1e6:9.1f} MB {ratio:6.3f}  {name}")
         parts = {part: getattr(estimate, part) for part in estimate.__dataclass_fields__}
         cases[name] = {
             "memory_ratio": ratio,
-            "measured_peak_bytes": found["mlx_peak_bytes"],
+            "measured": found,
             "estimate": parts,
-            "setting": SETTINGS[name] | {"layout": found["layout"]},
+            "setting": SETTINGS[name],
         }
     worst = max(cases, key=lambda name: abs(cases[name]["memory_ratio"] - 1))
     print(f"worst of {len(cases)}: {cases[worst]['memory_ratio']:.3f}, {worst}")

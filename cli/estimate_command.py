@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,8 @@ def command(
 
     request = request_from(config, flags, required=())
     plan = _plan(request, base, trained_share)
+    if memory is not None:
+        plan = replace(plan, backend="gpu")  # a Mac is meant
     if table:
         rows = estimate_table.settings_table(plan)
         show({"table": rows}, True) if as_json else click.echo(estimate_table.as_markdown(rows))

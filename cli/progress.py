@@ -12,6 +12,7 @@ from mlx_afm.training import (
     Evaluated,
     Event,
     LossSpiked,
+    MemoryEstimated,
     Notice,
     Sampled,
     StepsReported,
@@ -35,6 +36,12 @@ def _line(event: Event) -> str:
         line = f"{event.split}: {counts}"
         lost = f"; too long: {event.dropped_examples:,} left out, {event.removed_tokens:,} tokens less"
         return line + (lost if event.removed_tokens else "")
+    if isinstance(event, MemoryEstimated):
+        return (
+            f"estimated peak memory {event.peak_bytes / 1e9:.2f} GB: weights {event.weights_bytes / 1e9:.2f}, adapter "
+            f"and optimizer {event.state_bytes / 1e9:.2f}, activations {event.activations_bytes / 1e9:.2f}, "
+            f"then the larger of loss {event.loss_bytes / 1e9:.2f} and working space {event.working_bytes / 1e9:.2f}"
+        )
     if isinstance(event, TrainingStarted):
         return (
             f"training {event.trained_parameters:,} parameters on {event.examples:,} examples, "

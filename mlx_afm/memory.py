@@ -6,7 +6,7 @@
     at the update       + gradients twice (as summed, and as divided and clipped), + the update's own
 
 The peak is the first and the largest of the others. Everything is counted from shapes but the working spaces,
-which depend on how far MLX runs ahead; their constants are measured by benchmarks/bench_memory.py on the CPU backend.
+which depend on how far MLX runs ahead; their constants are measured by bench_memory.py on the CPU backend.
 A GPU's are taken to be the same, since MLX holds both back by the same count of tasks; nobody has measured that.
 
 Shape letters: D width, F feed-forward, K all key heads together, H heads, R rank, V vocabulary.
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_afm.adapters import LoRAConfig, adapter_shapes
-from mlx_afm.adapters.layers import chosen_layers
+from mlx_afm.adapters.layers import ALL, chosen_layers
 from mlx_afm.checkpoints.names import Kind, plan_names
 from mlx_afm.data import Batch
 from mlx_afm.model import AFMConfig, ToolkitConfig
@@ -33,26 +33,28 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # MLX starts new operations until ten are unfinished, and what they read and write stays until they are done: the limit
 # of its scheduler, seen in docs/decisions/0004 as ten chunks of logits where three would do.
 OPERATIONS_IN_FLIGHT = 10
-LOSS_CHUNK_COPIES = 4  # chunks of float32 logits, the only chunk being gone through
-LOSS_COPIES_LIMIT = OPERATIONS_IN_FLIGHT + 1  # and however many chunks there are
-# Working space of a block, per token: so many arrays of width F, D, K and R, and so many of one score a head.
-BLOCK_COPIES = (8.7, 5.4, 8.0, 6.0, 2.8)
-RECOMPUTED_COPIES = (11.5, 5.4, 8.0, 6.0, 3.6)  # with checkpointing, beside what the block then keeps
-NARROW_FACTOR = 1.25  # of that space in 16 bits, where norms and the like are float32 in between
+LOSS_COPIES = 4  # of float32 logits of the tokens that are read,
+LOSS_LIMIT = OPERATIONS_IN_FLIGHT + 1  # and of a chunk of logits, however many chunks there are
+NARROW_LOSS_COPIES = 2.4  # of 16-bit logits besides, where the model is narrow,
+NARROW_LOSS_LIMIT = 3  # and of a chunk
+# Working space of a block: of its feed-forward or of its attention, whichever is larger. So many arrays of these
+# widths a token; with checkpointing beside what the block then keeps.
+FEED_FORWARD = {"F": 11.2, "D": 6.0, "R": 20.0}
+ATTENTION = {"scores": 3.4, "D": 9.0, "K": 8.0, "R": 20.0}
+FEED_FORWARD_AGAIN = {"F": 15.7, "D": 2.0, "R": 20.0}
+MASKED = 1.3  # scores of tokens that are read, whose mask is an array
+ATTENTION_AGAIN = {"scores": 4.2, "D": 16.0, "K": 8.0, "R": 20.0}
+NARROW_FACTOR = 1.4  # of that space in 16 bits, where norms and the like are float32 in between
 UPDATE_COPIES = {"adamw": 2, "adam": 2}  # arrays that the update of one tensor makes; 1 for the others
 DENSE_COPIES = 3  # of a matrix in float32 that is made dense: codes on the CPU, 16 bits under DoRA
-HEAD_COPIES = 2  # of a piece of the head that is made dense
+HEAD_COPIES = 2.15  # of the head that is made dense, in pieces,
+HEAD_PIECES = 14  # of which no more are held
 DENSE_VALUES = 1 << 24  # at a time, see model/packed.py
 
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """How the base model's weights are held.
-
-    Attributes:
-        dtype: of everything that is not in codes.
-        schemes: module path -> form of the matrices in codes.
-    """
+    """How the base model's weights are held: the matrices in codes by module path, all else in `dtype`."""
 
     dtype: str = "bfloat16"
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
@@ -65,8 +67,7 @@ class Layout:
     Attributes:
         rows, tokens: of the inputs, padding included.
         needed: indices a row whose outputs are read.
-        reach: (groups, queries, keys) of a packed row, see `mlx_afm.model.Reach`; None if every token of a row
-            may see every other.
+        reach: (groups, queries, keys) of a packed row, see `mlx_afm.model.Reach`; None for whole rows.
         needed_reach: the same of the tokens that are read.
     """
 
@@ -147,7 +148,7 @@ def estimate_training(
         accumulated: whether a step has several micro-batches: their summed gradients are held as well.
         backend: "cpu" or "gpu"; the CPU multiplies codes by making them dense.
 
-    Source: within 15 % of the measured peak, benchmarks/results/memory.json.
+    Source: within 15 % of the measured peak, `docs/memory.md` has the figures.
     """
     full = adapter.fine_tune_type == "full"
     trained = adapter_shapes(model, adapter)
@@ -214,11 +215,6 @@ class _Step:
         return WIDE if self.adapter.fine_tune_type == "full" else DTYPE_BYTES[self.base.dtype]
 
     @property
-    def _factor(self) -> float:
-        """Of a space, for what is float32 in a narrower model."""
-        return 1.0 if self.number == WIDE else NARROW_FACTOR
-
-    @property
     def all_tokens(self) -> int:
         return self.layout.rows * self.layout.tokens
 
@@ -227,10 +223,7 @@ class _Step:
         return self.layout.rows * self.layout.needed
 
     def layers(self) -> tuple[int, bool, int]:
-        """How many layers keep anything: ordinary ones without the last, the last, reusing ones.
-
-        Nothing is kept below the first that is trained.
-        """
+        """How many layers, from the first trained one on: ordinary ones without the last, the last, reusing ones."""
         ordinary, chosen = self.model.num_ordinary_layers, chosen_layers(self.adapter.layers, self.model)
         first = min(chosen)
         return max(0, ordinary - 1 - first), first < ordinary, self.model.num_layers - max(first, ordinary)
@@ -255,7 +248,7 @@ class _Step:
         return ordinary, wide + narrow + self._keys(read), narrow
 
     def kept(self) -> int:
-        """Bytes kept for the backward pass: by checkpointed layers their inputs, and the keys and values they share."""
+        """Bytes kept for the backward pass: by checkpointed layers their inputs, and the keys and values shared."""
         ordinary, last, reusing = self.layers()
         if not self.checkpointed:
             blocks = self._block()
@@ -268,19 +261,20 @@ class _Step:
         """Bytes of the largest block; and the most that is kept and worked with at a time."""
         ordinary, last, reusing = self.layers()
         kept, blocks, dense = self.kept(), self._block(), self._dense()
-        narrow = self._space(self.read_tokens, self.layout.scores[1], blocks[1] if last else blocks[2]) + dense
+        narrow = self._space(self.read_tokens, MASKED * self.layout.scores[1], blocks[1] if last else blocks[2]) + dense
         if not ordinary:
             return narrow, kept + narrow
         wide = self._space(self.all_tokens, self.layout.scores[0], blocks[0]) + dense
         gone = 0 if self.checkpointed else last * blocks[1] + reusing * blocks[2]
         return max(narrow, wide), max(kept + narrow, kept - gone + wide)
 
-    def _space(self, tokens: int, scores: int, block: int) -> int:
-        model, arrays = self.model, RECOMPUTED_COPIES if self.checkpointed else BLOCK_COPIES
-        rank = 0 if self.adapter.fine_tune_type == "full" else self.adapter.rank
-        widths = model.feed_forward_dim, model.hidden_dim, model.kv_dim, rank
-        sizes = (*(tokens * width for width in widths), scores * model.num_heads)
-        space = self.number * self._factor * sum(copies * size for copies, size in zip(arrays, sizes))
+    def _space(self, tokens: int, scores: float, block: int) -> int:
+        model, rank = self.model, 0 if self.adapter.fine_tune_type == "full" else self.adapter.rank
+        widths = {"F": model.feed_forward_dim, "D": model.hidden_dim, "K": model.kv_dim, "R": rank}
+        sizes = {name: tokens * width for name, width in widths.items()} | {"scores": scores * model.num_heads}
+        parts = (FEED_FORWARD_AGAIN, ATTENTION_AGAIN) if self.checkpointed else (FEED_FORWARD, ATTENTION)
+        numbers = max(sum(copies * sizes[name] for name, copies in part.items()) for part in parts)
+        space = numbers * self.number * (1 if self.number == WIDE else NARROW_FACTOR)
         return round(space) + (block if self.checkpointed else 0)
 
     def _dense(self) -> int:
@@ -292,14 +286,14 @@ class _Step:
 
     def loss(self) -> int:
         """Bytes of logits; all of them if the head is trained."""
-        chunks = math.ceil(self.read_tokens / CHUNK_TOKENS)
-        rows = min(self.read_tokens, CHUNK_TOKENS)
-        if self.adapter.fine_tune_type == "full" and self.adapter.layers == "all":
-            chunks, rows = 1, self.read_tokens
-        copies = min(LOSS_CHUNK_COPIES * chunks, LOSS_COPIES_LIMIT)
-        space = copies * rows * self.model.vocab_size * WIDE
+        rows, most = self.read_tokens, CHUNK_TOKENS
+        if self.adapter.fine_tune_type == "full" and self.adapter.layers == ALL:
+            most = rows
+        copies = min(LOSS_COPIES * rows, LOSS_LIMIT * most) * WIDE
         if self.number < WIDE:
-            space += rows * self.model.vocab_size * min(chunks, 3) * self.number  # the same logits in 16 bits
+            copies += round(min(NARROW_LOSS_COPIES * rows, NARROW_LOSS_LIMIT * most) * self.number)
+        space = copies * self.model.vocab_size
         if self.base.schemes and self.backend == "cpu":
-            space += HEAD_COPIES * WIDE * min(self.model.hidden_dim * self.model.vocab_size, DENSE_VALUES)
+            values = self.model.hidden_dim * self.model.vocab_size
+            space += round(WIDE * min(HEAD_COPIES * values, HEAD_PIECES * DENSE_VALUES))
         return space

@@ -30,7 +30,7 @@ from tiny import tiny_model
 
 LIMIT_SECONDS = 90  # for every process that tests start
 BASE = TrainConfig(
-    epochs=2, batch_size=3, learning_rate=0.01, steps_per_eval=4, steps_per_report=1, save_every=3, seed=5
+    epochs=2, batch_size=3, learning_rate=1e-3, steps_per_eval=4, steps_per_report=1, save_every=3, seed=5
 )
 # Settings under which several processes must do what one does.
 SAME = {
@@ -40,7 +40,7 @@ SAME = {
     "ones in turn": replace(BASE, batch_size=1, grad_accumulation_steps=3, iters=4),
     "rows cut": replace(BASE, batch_tokens=24, iters=5),
     "rows and one cut": replace(BASE, batch_tokens=16, grad_accumulation_steps=3, iters=3),
-    "sgd": replace(BASE, optimizer="sgd", weight_decay=None, clip_grad_norm=0, iters=5),
+    "sgd": replace(BASE, optimizer="sgd", learning_rate=0.05, weight_decay=None, clip_grad_norm=0, iters=5),
     "checkpointing": replace(BASE, grad_checkpoint=True, iters=4),
 }
 JOB_CONFIG = replace(BASE, epochs=1, iters=9, batch_size=3, schedule="constant", warmup=0, save_every=4)

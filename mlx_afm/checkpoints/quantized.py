@@ -232,10 +232,13 @@ def schemes_of(values: Mapping[str, Any], names: Any, *, where: object) -> dict[
     """Which modules of a folder are in codes, by `config.json` and the names of its tensors.
 
     Raises:
-        ConfigError: tensors in codes that `config.json` does not explain.
+        ConfigError: tensors in codes that `config.json` does not explain, or none although it speaks of them.
     """
     paths = [name.removesuffix(".scales") for name in names if name.endswith(".scales")]
     entry = values.get(KEY, values.get("quantization_config"))
+    if not paths and entry is not None:
+        advice = f"If the weights are dense, remove {KEY} from config.json."
+        raise ConfigError("quantised, it says, and no tensor is in codes", where=where, found=KEY, advice=advice)
     if not paths:
         return {}
     if not isinstance(entry, Mapping):

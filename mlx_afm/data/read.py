@@ -162,7 +162,7 @@ def _store(entry: Path, table: TokenTable) -> None:
                 used = (old / META if (old / META).exists() else old).stat().st_mtime
                 if time.time() - used > KEPT_DAYS * 86400:
                     shutil.rmtree(old, ignore_errors=True)
-        if (entry / META).exists():
+        if all((entry / name).exists() for name in (META, *(f"{name}.npy" for name in ARRAYS))):
             return  # another process was faster
         with atomic_folder(entry) as folder:
             for name in ARRAYS:

@@ -97,5 +97,5 @@ class KVReuseAttention(nn.Module):
     def __call__(self, x_BLD: mx.array, norm: RMSNorm, view: View, k_GKSE: mx.array, v_GKSE: mx.array) -> mx.array:
         """Output (B, L, D); `norm` comes before the projection."""
         q = recomputed([norm, self.q_proj], lambda x: self.q_proj(norm(x)), x_BLD)
-        arrays: Any = together(q, k_GKSE, v_GKSE)  # type: ignore
-        return self.out_proj(_attend(self.q_norm, *arrays, view))
+        held: tuple[mx.array, mx.array, mx.array] = together(q, k_GKSE, v_GKSE)  # type: ignore
+        return self.out_proj(_attend(self.q_norm, *held, view))

@@ -25,6 +25,23 @@ class DataRead:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemoryEstimated:
+    """Before anything is loaded: what the run will take, see `mlx_afm.memory`. Not in `metrics.jsonl`.
+
+    Attributes:
+        state_bytes: adapter and optimizer.
+        working_bytes: of the largest block; `loss_bytes` comes in its place if that is more.
+    """
+
+    peak_bytes: int
+    weights_bytes: int
+    state_bytes: int
+    activations_bytes: int
+    working_bytes: int
+    loss_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingStarted:
     """Before the first step.
 
@@ -136,6 +153,7 @@ class Notice:
 
 Event = (
     DataRead
+    | MemoryEstimated
     | TrainingStarted
     | TrainingResumed
     | StepsReported

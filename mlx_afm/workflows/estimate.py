@@ -22,7 +22,7 @@ from mlx_afm.formats.mlx_folder import read_shards
 from mlx_afm.memory import Base, Layout, MemoryEstimate, estimate_training, layout_of
 from mlx_afm.model import AFMConfig, ToolkitConfig
 from mlx_afm.quant import QuantConfig, plan_schemes
-from mlx_afm.training import DataOrder, TrainConfig
+from mlx_afm.training import DataOrder, MemoryEstimated, TrainConfig
 
 USABLE_SHARE = 0.75  # of a Mac's memory, what macOS recommends to the GPU at most; the rest is the system's
 TRAINED_SHARE = 0.25  # of tokens, where there is no data to tell
@@ -210,16 +210,16 @@ def require_memory(plan: Plan, memory_bytes: int | None) -> None:
     raise ConfigError(what, expected=expected, found=f"a peak of {gigabytes(peak)}", advice=advice, details=ways)
 
 
-def in_words(estimate: MemoryEstimate) -> str:
-    """The estimate in a line."""
-    parts = {
-        "weights": estimate.weights_bytes,
-        "adapter and optimizer": estimate.adapter_bytes + estimate.optimizer_bytes,
-        "activations": estimate.activations_bytes,
-        "loss": estimate.loss_bytes,
-    }
-    told = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
-    return f"estimated peak memory {gigabytes(estimate.peak_bytes)} ({told})"
+def as_event(estimate: MemoryEstimate) -> MemoryEstimated:
+    """The estimate as a run tells it."""
+    return MemoryEstimated(
+        peak_bytes=estimate.peak_bytes,
+        weights_bytes=estimate.weights_bytes,
+        state_bytes=estimate.adapter_bytes + estimate.optimizer_bytes,
+        activations_bytes=estimate.activations_bytes,
+        working_bytes=estimate.working_bytes,
+        loss_bytes=estimate.loss_bytes,
+    )
 
 
 def gigabytes(size: float) -> str:

@@ -23,7 +23,7 @@ from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.training import Callback, DataOrder, DataRead, Hooks, Notice, TrainConfig, evaluate_data, join_ranks
 from mlx_afm.training import train as run_training
 from mlx_afm.training.hooks import ignore
-from mlx_afm.workflows.estimate import in_words, layouts_of_data, machine_memory, plan_of_folder, require_memory
+from mlx_afm.workflows.estimate import as_event, layouts_of_data, machine_memory, plan_of_folder, require_memory
 from mlx_afm.workflows.lineage import BASE_SOURCE, fingerprint_of_model
 from mlx_afm.workflows.load import TOKENIZER, load, load_tokenizer
 from mlx_afm.workflows.lora_run import Run, notices
@@ -171,7 +171,7 @@ def _state_memory(job: LoRAJob, data: TokenTable, on_event: Callback) -> None:
         ConfigError: it is above this machine's memory, and the job does not say to ignore that.
     """
     plan = plan_of_folder(job.model, job.lora, job.train, layouts_of_data(data, job.train))
-    on_event(Notice(text=in_words(plan.estimate())))
+    on_event(as_event(plan.estimate()))
     if not job.ignore_memory:
         require_memory(plan, machine_memory())
 

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 from mlx_afm.adapters import LoRAConfig
 from mlx_afm.errors import ConfigError
-from mlx_afm.model.recompute import recomputed
+from mlx_afm.model.recompute import recomputed, together
 from tiny import random_tokens, tiny_model, with_adapter
 
 
@@ -98,3 +98,31 @@ def test_a_cache_cannot_be_checkpointed():
     model = tiny_model()
     with pytest.raises(ConfigError, match="a cache cannot be checkpointed"):
         model.hidden(random_tokens((1, 4)), cache=model.make_cache(), grad_checkpoint=True)
+
+
+def test_gradients_that_wait_for_each_other_are_the_same():
+    arrays = [mx.random.normal((3, 4), key=mx.random.key(number)) for number in range(2)]
+
+    def plain(x, y):
+        return (x * y.sin()).sum()
+
+    found, expected = (
+        mx.grad(function, argnums=(0, 1))(*arrays) for function in (lambda x, y: plain(*together(x, y)), plain)
+    )
+    for one, other in zip(found, expected):
+        assert mx.array_equal(one, other)
+
+
+@pytest.mark.skipif(not hasattr(mx, "reset_peak_memory"), reason="an MLX that does not count memory")
+def test_more_reusing_layers_do_not_keep_their_scores():
+    def peak(reusing):
+        sizes = {"num_layers": 1 + reusing, "num_kv_reuse_layers": reusing, "num_heads": 8, "hidden_dim": 32}
+        model = with_adapter(tiny_model(**sizes), LoRAConfig(rank=2))
+        model.train()
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        gradients(model, random_tokens((1, 256)), grad_checkpoint=True)
+        return mx.get_peak_memory()
+
+    scores = 8 * 256 * 256 * 4
+    assert peak(9) - peak(3) < 2 * scores  # they were kept twice a layer, 12 times in all
