@@ -47,19 +47,29 @@ def start(source: Path, target: Path) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, *map(str, line)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
+def wait_for_writing(process: subprocess.Popen, place: Path) -> float:
+    """Returns when the first folder appears in `place`, or the process is over: at what time."""
+    while process.poll() is None and not any(place.iterdir()):
+        time.sleep(0.0005)
+    return time.perf_counter()
+
+
 @pytest.mark.slow
 def test_killed_at_fifty_random_moments(tmp_path):
     source = toolkit_folder(tmp_path / "source")
     whole = convert(source, tmp_path / "whole", no_tokenizer=True).folder
-    began = time.perf_counter()
-    assert start(source, tmp_path / "timed").wait() == 0
+    (tmp_path / "timed").mkdir()
+    process = start(source, tmp_path / "timed" / "model")
+    began = wait_for_writing(process, tmp_path / "timed")
+    assert process.wait() == 0
     usual = time.perf_counter() - began
     rng, ended, interrupted = random.Random(0), 0, 0
     for number in range(KILLS):
         place = tmp_path / f"run{number}"
         place.mkdir()
         process = start(source, place / "model")
-        time.sleep(usual * rng.uniform(0.3, 1.05))
+        wait_for_writing(process, place)
+        time.sleep(usual * rng.uniform(0, 1.05))
         process.kill()
         process.wait()
         for folder in place.iterdir():  # the target, or a temporary folder with a name of its own
