@@ -47,9 +47,9 @@ ATTENTION_AGAIN = {"scores": 4.2, "D": 16.0, "K": 8.0, "R": 20.0}
 NARROW_FACTOR = 1.4  # of that space in 16 bits, where norms and the like are float32 in between
 UPDATE_COPIES = {"adamw": 2, "adam": 2}  # arrays that the update of one tensor makes; 1 for the others
 DENSE_COPIES = 3  # of a matrix in float32 that is made dense: codes on the CPU, 16 bits under DoRA
-HEAD_COPIES = 2.15  # of the head that is made dense, in pieces,
-HEAD_PIECES = 14  # of which no more are held
-DENSE_VALUES = 1 << 24  # at a time, see model/packed.py
+HEAD_COPIES = 2.15  # of the head that is made dense in pieces, forward and backward, if it is small;
+HEAD_PIECES = 5  # else so many beyond one whole head
+DENSE_VALUES = 1 << 24  # of a piece, see model/packed.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,5 +295,5 @@ class _Step:
         space = copies * self.model.vocab_size
         if self.base.schemes and self.backend == "cpu":
             values = self.model.hidden_dim * self.model.vocab_size
-            space += round(WIDE * min(HEAD_COPIES * values, HEAD_PIECES * DENSE_VALUES))
+            space += round(WIDE * min(HEAD_COPIES * values, values + HEAD_PIECES * DENSE_VALUES))
         return space
