@@ -26,7 +26,7 @@ from mlx_afm.errors import AFMError, ConfigError
 from mlx_afm.text.tokenizer import AFMTokenizer
 
 MAX_WORKERS = 8
-SERIAL_BLOCKS = 12  # up to here starting workers costs more than it saves
+SERIAL_BLOCKS = 32  # 16 MB; up to here starting workers costs more than it saves
 
 
 def prepare_all(
