@@ -12,11 +12,12 @@ import time
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_afm.adapters import LoRAConfig, add_adapter
 from mlx_afm.data import Batch, Tokens, make_batch
 from mlx_afm.model import AFMConfig, Model
+from mlx_afm.model.quantized import quantize_module
 from mlx_afm.quant import QuantConfig, plan_schemes
 from mlx_afm.training import TrainConfig
 from mlx_afm.training.optimizers import GroupedOptimizer
@@ -32,24 +33,11 @@ def base_model(config: AFMConfig, base: str) -> Model:
     model = Model(config)
     model.apply(lambda array: array.astype(getattr(mx, dtype)) if array.ndim else mx.array(0.03))
     if mode:
-        from mlx.utils import tree_unflatten
-
-        from mlx_afm.model.quantized import (
-            Scheme,  # noqa: F401
-            quantize_module,
-        )
-
         modules = {n: m for n, m in model.named_modules() if hasattr(m, "to_quantized") and "weight" in m}
         settings = QuantConfig(mode=mode[:-1], bits=int(mode[-1]))
         plan = plan_schemes(settings, {name: tuple(module.weight.shape) for name, module in modules.items()})
-        model.update_modules(
-            tree_unflatten(
-                [
-                    (name, quantize_module(modules[name], s.group_size, s.bits, s.mode))
-                    for name, s in plan.schemes.items()
-                ]
-            )
-        )
+        coded = [(n, quantize_module(modules[n], s.group_size, s.bits, s.mode)) for n, s in plan.schemes.items()]
+        model.update_modules(tree_unflatten(coded))
     for _, array in tree_flatten(model.parameters()):
         mx.eval(array)
     return model
