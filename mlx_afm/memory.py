@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_afm.adapters import LoRAConfig, adapter_shapes
+from mlx_afm.adapters.config import WHOLE_WEIGHTS
 from mlx_afm.adapters.layers import ALL, chosen_layers
 from mlx_afm.checkpoints.names import Kind, plan_names
 from mlx_afm.data import Batch
@@ -76,12 +77,6 @@ class Layout:
     needed: int
     reach: tuple[int, int, int] | None = None
     needed_reach: tuple[int, int, int] | None = None
-
-    @property
-    def keys(self) -> tuple[int, int]:
-        """Keys that are brought to all queries, and to those of the tokens that are read."""
-        plain = self.rows * self.tokens
-        return tuple(plain if reach is None else reach[0] * reach[2] for reach in (self.reach, self.needed_reach))  # type: ignore[return-value]
 
     @property
     def scores(self) -> tuple[int, int]:
@@ -150,7 +145,7 @@ def estimate_training(
 
     Source: within 15 % of the measured peak, `docs/memory.md` has the figures.
     """
-    full = adapter.fine_tune_type == "full"
+    full = adapter.fine_tune_type in WHOLE_WEIGHTS
     trained = adapter_shapes(model, adapter)
     trained_bytes = WIDE * sum(map(math.prod, trained.values()))
     weights = weight_bytes(model, Base(dtype="float32") if full else base)
@@ -212,7 +207,7 @@ class _Step:
     @property
     def number(self) -> int:
         """Bytes of an activation."""
-        return WIDE if self.adapter.fine_tune_type == "full" else DTYPE_BYTES[self.base.dtype]
+        return WIDE if self.adapter.fine_tune_type in WHOLE_WEIGHTS else DTYPE_BYTES[self.base.dtype]
 
     @property
     def all_tokens(self) -> int:
@@ -234,18 +229,16 @@ class _Step:
         inner = self.adapter.rank if "o" in self.adapter.targets else 0
         return (6 if self.adapter.dropout else 5) * self.model.hidden_dim + 2 * self.model.feed_forward_dim + inner
 
-    def _keys(self, brought: int) -> int:
-        """Bytes of keys and values: projected, keys rotated (float32, for their norm), both as brought to queries."""
-        projected = self.all_tokens * (2 * self.number + WIDE)
-        return self.model.kv_dim * (projected + 2 * self.number * brought)
+    def _keys(self) -> int:
+        """Bytes of keys and values: projected, keys rotated (float32, for their norm), both as they are attended to."""
+        return self.model.kv_dim * self.all_tokens * (4 * self.number + WIDE)
 
     def _block(self) -> tuple[int, int, int]:
         """Bytes that a layer keeps: an ordinary one, the last ordinary one, one that reuses keys."""
-        everyone, read = self.layout.keys
         wide = self.number * self.model.hidden_dim * self.all_tokens
         narrow = self.number * self._queries() * self.read_tokens
-        ordinary = self.number * self._queries() * self.all_tokens + self._keys(everyone)
-        return ordinary, wide + narrow + self._keys(read), narrow
+        ordinary = self.number * self._queries() * self.all_tokens + self._keys()
+        return ordinary, wide + narrow + self._keys(), narrow
 
     def kept(self) -> int:
         """Bytes kept for the backward pass: by checkpointed layers their inputs, and the keys and values shared."""
@@ -253,7 +246,7 @@ class _Step:
         if not self.checkpointed:
             blocks = self._block()
             return ordinary * blocks[0] + last * blocks[1] + reusing * blocks[2]
-        shared = 2 * self.model.kv_dim * self.layout.keys[1]
+        shared = 2 * self.model.kv_dim * self.all_tokens
         inputs = (ordinary + last) * self.all_tokens + (reusing + 1) * self.read_tokens
         return self.number * (inputs * self.model.hidden_dim + shared)
 
@@ -269,7 +262,7 @@ class _Step:
         return max(narrow, wide), max(kept + narrow, kept - gone + wide)
 
     def _space(self, tokens: int, scores: float, block: int) -> int:
-        model, rank = self.model, 0 if self.adapter.fine_tune_type == "full" else self.adapter.rank
+        model, rank = self.model, 0 if self.adapter.fine_tune_type in WHOLE_WEIGHTS else self.adapter.rank
         widths = {"F": model.feed_forward_dim, "D": model.hidden_dim, "K": model.kv_dim, "R": rank}
         sizes = {name: tokens * width for name, width in widths.items()} | {"scores": scores * model.num_heads}
         parts = (FEED_FORWARD_AGAIN, ATTENTION_AGAIN) if self.checkpointed else (FEED_FORWARD, ATTENTION)

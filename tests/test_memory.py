@@ -85,12 +85,12 @@ def test_summed_gradients_are_held_between_micro_batches():
     assert summed.peak_bytes - once.peak_bytes == once.gradients_bytes
 
 
-def test_packed_rows_keep_the_keys_that_are_brought_to_each_group():
+def test_packed_rows_keep_what_plain_ones_do():
+    """The keys of each group of queries are brought again in the backward pass; scores are fewer."""
     plain = Layout(rows=1, tokens=512, needed=128)
     packed = replace(plain, reach=(8, 64, 176), needed_reach=(2, 64, 176))
-    more = 2 * SMALL.kv_dim * 4 * ((SMALL.num_ordinary_layers - 1) * (8 * 176 - 512) + (2 * 176 - 512))
-    assert estimate(layout=packed).activations_bytes - estimate(layout=plain).activations_bytes == more
-    assert math.prod(packed.reach) == packed.scores[0]
+    assert estimate(layout=packed).activations_bytes == estimate(layout=plain).activations_bytes
+    assert math.prod(packed.reach) == packed.scores[0] < plain.scores[0]
 
 
 @pytest.mark.parametrize(

@@ -11,28 +11,32 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_afm.model.attention_cpu import attention_on_cpu
 from mlx_afm.model.config import AFMConfig
+from mlx_afm.model.exponential import on_cpu
 from mlx_afm.model.layers import FusedLinear, Linear, RMSNorm, fake_quantize, rotate
 from mlx_afm.model.recompute import recomputed, together
 from mlx_afm.model.views import View, take_rows
 
 
-def _attend(norm: RMSNorm, q_BND: mx.array, k_GKSE: mx.array, v_GKSE: mx.array, view: View) -> mx.array:
-    """Rotates and norms queries per head, and attends: (B, N, D).
+def _attend(norm: RMSNorm, q_BND: mx.array, k_BKSE: mx.array, v_BKSE: mx.array, view: View) -> mx.array:
+    """Rotates and norms queries per head, and attends to the keys that the view has: (B, N, D).
 
-    The queries of a row are cut into the groups that the keys come in, usually one a row.
-    Cost: the scores are not kept for the backward pass, but computed again.
+    Cost: neither the scores nor the keys of each group of queries are kept for the backward pass, but made again.
     """
     batch, length, dims = q_BND.shape
-    groups, _, _, width = k_GKSE.shape
+    width = k_BKSE.shape[-1]
 
-    def attend(q_BND: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    def attend(q_BND: mx.array, k_BKSE: mx.array, v_BKSE: mx.array) -> mx.array:
         q_BNHE = norm(rotate(q_BND.reshape(batch, length, -1, width), view.cos, view.sin))
+        k_GKSE, v_GKSE = view.of(k_BKSE), view.of(v_BKSE)
+        groups = k_GKSE.shape[0]
         q_GHNE = q_BNHE.reshape(groups, batch * length // groups, -1, width).transpose(0, 2, 1, 3)
-        out = mx.fast.scaled_dot_product_attention(q_GHNE, k, v, scale=width**-0.5, mask=view.mask)
+        attention = attention_on_cpu if on_cpu() else mx.fast.scaled_dot_product_attention
+        out = attention(q_GHNE, k_GKSE, v_GKSE, scale=width**-0.5, mask=view.mask)
         return out.transpose(0, 2, 1, 3).reshape(batch, length, dims)
 
-    return recomputed([norm], attend, q_BND, k_GKSE, v_GKSE)
+    return recomputed([norm], attend, q_BND, k_BKSE, v_BKSE)
 
 
 class Attention(nn.Module):
@@ -62,7 +66,7 @@ class Attention(nn.Module):
         Order: norm, project, rotate q and k, norm q and k per head, fake-quantise k and v, cache, attend.
         With `needed_BN` queries and output are computed at those indices only.
 
-        Shapes: output (B, L or N, D); keys and values (B or G, K, S, E).
+        Shapes: output (B, L or N, D); keys and values (B, K, S, E).
         """
 
         def project(x_BLD: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -81,7 +85,6 @@ class Attention(nn.Module):
             k, v = cache.update_and_fetch(k, v)
         if needed_BN is not None:
             view = view.at(needed_BN, length, k.shape[2])
-        k, v = view.of(k), view.of(v)
         return self.out_proj(_attend(self.q_norm, q, k, v, view)), k, v
 
 
@@ -94,8 +97,8 @@ class KVReuseAttention(nn.Module):
         self.out_proj = Linear(config.hidden_dim, config.hidden_dim)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def __call__(self, x_BLD: mx.array, norm: RMSNorm, view: View, k_GKSE: mx.array, v_GKSE: mx.array) -> mx.array:
+    def __call__(self, x_BLD: mx.array, norm: RMSNorm, view: View, k_BKSE: mx.array, v_BKSE: mx.array) -> mx.array:
         """Output (B, L, D); `norm` comes before the projection."""
         q = recomputed([norm, self.q_proj], lambda x: self.q_proj(norm(x)), x_BLD)
-        held: tuple[mx.array, mx.array, mx.array] = together(q, k_GKSE, v_GKSE)  # type: ignore
+        held: tuple[mx.array, mx.array, mx.array] = together(q, k_BKSE, v_BKSE)  # type: ignore
         return self.out_proj(_attend(self.q_norm, *held, view))

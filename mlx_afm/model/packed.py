@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_afm.model.exponential import on_cpu
 from mlx_afm.quant.scheme import BALANCED, Scheme
 
 # Rows of inputs from which MLX's CPU backend is quicker with the matrix made dense, in float32, as measured (see
@@ -65,7 +66,7 @@ class Packed:
         and a dense one: the GPU's is good for any number of rows; the CPU's is slow with many, and so
         slow and coarse in 16 bits that there everything is computed in float32.
         """
-        if not _on_cpu():
+        if not on_cpu():
             return _kernel(self, x)
         wide = x.astype(mx.float32)
         if prod(x.shape[:-1]) < CPU_DENSE_ROWS[self.scheme.mode]:
@@ -73,10 +74,6 @@ class Packed:
             biases = None if self.biases is None else self.biases.astype(mx.float32)
             return _kernel(Packed(self.scheme, self.weight, scales, biases), wide).astype(x.dtype)
         return _dense_product(self.scheme)(wide, *self.arrays).astype(x.dtype)
-
-
-def _on_cpu() -> bool:
-    return bool(mx.default_device() == mx.cpu)
 
 
 def _kernel(packed: Packed, x: mx.array) -> mx.array:
@@ -104,7 +101,7 @@ def _values(scheme: Scheme, weight: mx.array, scales: mx.array, biases: mx.array
     """The values (..., N) of codes (..., W), float32."""
     if scheme.mode == BALANCED:
         return (_codes(weight, 2) - 1.5) * scales[..., None]
-    if biases is not None and _on_cpu():
+    if biases is not None and on_cpu():
         codes = _codes(weight, scheme.bits).reshape(*scales.shape, scheme.group_size)
         values = codes * scales[..., None].astype(mx.float32) + biases[..., None].astype(mx.float32)
         return values.reshape(*weight.shape[:-1], -1)

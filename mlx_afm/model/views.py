@@ -69,9 +69,9 @@ class View:
         """Those keys or values that are seen: (B, K, S, E), or (G, K, S, E)."""
         if self.keys_GS is None:
             return x_BKSE
-        batch, heads, length, width = x_BKSE.shape
-        flat = x_BKSE.transpose(0, 2, 1, 3).reshape(batch * length, heads, width)
-        return flat[self.keys_GS].transpose(0, 2, 1, 3)
+        _, heads, _, width = x_BKSE.shape
+        flat = x_BKSE.transpose(1, 0, 2, 3).reshape(heads, -1, width)
+        return flat[:, self.keys_GS].transpose(1, 0, 2, 3)
 
     def at(self, needed_BN: mx.array, length: int, keys: int) -> View:
         """The view of the tokens at indices `needed_BN` only; `keys` is how many keys there are."""

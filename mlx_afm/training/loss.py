@@ -11,8 +11,9 @@ from functools import partial
 import mlx.core as mx
 
 from mlx_afm.errors import ConfigError
+from mlx_afm.model.exponential import exp
 
-CHUNK_TOKENS = 256  # at 153,600 words one chunk of float32 logits is 157 MB; see Cost below
+CHUNK_TOKENS = 128  # at 153,600 words one chunk of float32 logits is 79 MB; see Cost below
 
 Head = Callable[[mx.array], mx.array]
 
@@ -86,7 +87,7 @@ def _chunk_loss_and_gradient(
     wide = logits.astype(mx.float32)
     columns, weights = targets_T[:, None], weights_T[:, None]
     highest = mx.max(wide, axis=-1, keepdims=True)
-    powers = _powers(wide, highest)
+    powers = exp(wide - highest)
     sums = mx.sum(powers, axis=-1, keepdims=True)
     loss = mx.sum((mx.log(sums) + highest - mx.take_along_axis(wide, columns, axis=-1)) * weights)
     words_1V = mx.arange(wide.shape[-1])[None]
@@ -95,12 +96,7 @@ def _chunk_loss_and_gradient(
     return loss, gradients[0]
 
 
-@partial(mx.compile, shapeless=True)  # one pass over the logits, as `nn.silu` is compiled
-def _powers(logits_TV: mx.array, highest_T1: mx.array) -> mx.array:
-    return mx.exp(logits_TV - highest_T1)
-
-
-@partial(mx.compile, shapeless=True)
+@partial(mx.compile, shapeless=True)  # one pass over the logits
 def _errors(
     powers_TV: mx.array, factors_T1: mx.array, words_1V: mx.array, targets_T1: mx.array, weights_T1: mx.array
 ) -> mx.array:

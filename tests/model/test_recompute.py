@@ -74,12 +74,12 @@ def peak(model, tokens, **settings) -> int:
 
 
 def test_less_memory(monkeypatch):
-    sizes = {"num_layers": 14, "num_kv_reuse_layers": 4}
-    model, tokens = with_adapter(tiny_model(**sizes)), random_tokens((4, 64))
+    sizes = {"num_layers": 14, "num_kv_reuse_layers": 4, "hidden_dim": 128}
+    model, tokens = with_adapter(tiny_model(**sizes)), random_tokens((4, 32))
     checkpointed, own = peak(model, tokens, grad_checkpoint=True), peak(model, tokens)
     kept(monkeypatch)
     everything = peak(model, tokens)
-    assert own < 0.6 * everything
+    assert own < 0.75 * everything
     assert checkpointed < 0.6 * own
 
 
