@@ -42,7 +42,7 @@ NARROW_LOSS_LIMIT = 3  # and of a chunk
 # widths a token; with checkpointing beside what the block then keeps.
 FEED_FORWARD = {"F": 11.2, "D": 6.0, "R": 20.0}
 ATTENTION = {"scores": 3.4, "D": 9.0, "K": 8.0, "R": 20.0}
-FEED_FORWARD_AGAIN = {"F": 15.7, "D": 2.0, "R": 20.0}
+FEED_FORWARD_AGAIN = {"F": 14.0, "D": 2.0, "R": 20.0}
 MASKED = 1.3  # scores of tokens that are read, whose mask is an array
 ATTENTION_AGAIN = {"scores": 4.2, "D": 16.0, "K": 8.0, "R": 20.0}
 NARROW_FACTOR = 1.4  # of that space in 16 bits, where norms and the like are float32 in between

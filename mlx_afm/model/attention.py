@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_afm.model.attention_cpu import attention_on_cpu
+from mlx_afm.model.attention_cpu import QUICK_QUERIES, attention_on_cpu
 from mlx_afm.model.config import AFMConfig
 from mlx_afm.model.exponential import on_cpu
 from mlx_afm.model.layers import FusedLinear, Linear, RMSNorm, fake_quantize, rotate
@@ -32,7 +32,8 @@ def _attend(norm: RMSNorm, q_BND: mx.array, k_BKSE: mx.array, v_BKSE: mx.array, 
         k_GKSE, v_GKSE = view.of(k_BKSE), view.of(v_BKSE)
         groups = k_GKSE.shape[0]
         q_GHNE = q_BNHE.reshape(groups, batch * length // groups, -1, width).transpose(0, 2, 1, 3)
-        attention = attention_on_cpu if on_cpu() else mx.fast.scaled_dot_product_attention
+        quicker = on_cpu() and length >= QUICK_QUERIES
+        attention = attention_on_cpu if quicker else mx.fast.scaled_dot_product_attention
         out = attention(q_GHNE, k_GKSE, v_GKSE, scale=width**-0.5, mask=view.mask)
         return out.transpose(0, 2, 1, 3).reshape(batch, length, dims)
 

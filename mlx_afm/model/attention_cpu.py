@@ -16,6 +16,9 @@ import mlx.core as mx
 
 from mlx_afm.model.exponential import LOG2_E
 
+QUICK_QUERIES = (
+    16  # with fewer, as in decoding, the number of operations is what takes time, and MLX's chain is shorter
+)
 HIDDEN = -1e30  # score of a key that is not visible: finite, since what is above an infinite highest one is NaN
 
 
