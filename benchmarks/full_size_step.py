@@ -70,7 +70,9 @@ def main() -> None:
         "resident_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         **described("mlx-afm", "mlx", "numpy"),
     }
-    options.json.write_text(json.dumps(found, indent=2) + "\n")
+    cases = json.loads(options.json.read_text())["cases"] if options.json.exists() else {}
+    cases[f"{found['bits'] or 'no'}-bit"] = found
+    options.json.write_text(json.dumps({"cases": cases}, indent=2) + "\n")
     print(json.dumps(found, indent=2))
 
 

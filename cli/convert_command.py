@@ -42,9 +42,11 @@ def command(source: Path, target: Path, as_json: bool, **options: Any) -> None:
     """Convert a toolkit checkpoint to an MLX folder, or back with --to torch; quantise with -q."""
     from mlx_afm.workflows.convert import convert
 
-    quantization = take_quantization(options)
+    quantizing = take_quantization(options)
+    if "init_adapter" in quantizing or "calibration" in quantizing:
+        note("computing first what the codes are to be fitted to; writing begins after that")
     with BytesProgress("converting") as progress:
-        done = convert(source, target, quantization=quantization, on_progress=progress.handle, **options)
+        done = convert(source, target, on_progress=progress.handle, **quantizing, **options)
     if done.left_dense:
         note(f"Left dense, since groups do not divide their widths: {', '.join(done.left_dense)}")
     if done.wrapper_key is not None:

@@ -2,66 +2,107 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import click
 
+from mlx_afm.data.config import DataConfig
+
+from .data_options import record_options
+from .generate_extras import NAMES, extra_options, open_extras
+from .generate_options import generate_options
 from .output import json_option, note, read_stdin, show
 
 
 @click.command("generate")
 @click.option("--model", type=Path, required=True, help="MLX model folder.")
 @click.option("--adapter-path", type=Path, help="Adapter folder, .pt or .fmadapter.")
-@click.option("--prompt", "-p", required=True, help="The user's text; - reads it from stdin.")
+@click.option(
+    "--prompt", "-p", required=True, help="The user's text; - reads it from stdin; a .jsonl has a conversation a line."
+)
+@click.option("--output", type=Path, help="Where the answers to a .jsonl go; the same command goes on after a kill.")
+@click.option("--batch-size", type=int, default=16, show_default=True, help="Prompts of a .jsonl answered at once.")
 @click.option("--system-prompt", help="System message; default: the model's own.")
-@click.option("--max-tokens", "-m", type=int, default=256, show_default=True, help="Longest answer.")
-@click.option("--temp", type=float, default=0.0, show_default=True, help="Temperature; 0 is greedy.")
-@click.option("--top-p", type=float, default=1.0, show_default=True, help="Nucleus sampling.")
-@click.option("--top-k", type=int, default=0, show_default=True, help="Only the K most likely tokens; 0 for all.")
 @click.option(
-    "--min-p", type=float, default=0.0, show_default=True, help="Least probability, relative to the top token."
+    "--prompt-cache-file",
+    type=Path,
+    help="Keys and values of the prompt: written if there is no such .safetensors, else used for what is alike.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampler.")
-@click.option(
-    "--kv-bits", type=click.Choice(["8"]), help="Hold keys and values in int8: half the memory of 16 bits, same answer."
-)
+@generate_options
+@extra_options
+@record_options
 @click.option("--verbose", type=bool, default=False, show_default=True, help="Token counts and speed, on stderr.")
 @json_option
 def command(
-    model: Path,
-    adapter_path: Path | None,
     prompt: str,
-    system_prompt: str | None,
+    output: Path | None,
+    batch_size: int,
+    reading: DataConfig,
+    prompt_cache_file: Path | None,
     as_json: bool,
     verbose: bool,
-    kv_bits: str | None,
-    **settings: Any,
+    **options: Any,
 ) -> None:
-    """Answer one prompt."""
-    from mlx_afm.generation import GenerateConfig, stream_generate
+    """Answer one prompt, or each conversation of a file."""
+    from .generate_file import answer_prompts, names_a_file
+
+    if names_a_file(prompt):
+        if output is None or prompt_cache_file is not None:
+            raise click.UsageError("a .jsonl of prompts goes with --output, and not with --prompt-cache-file")
+        if reading.transform is not None:
+            raise click.UsageError("--transform is for training data")
+        if options["draft_model"] is not None or options["response_format"] is not None:
+            raise click.UsageError("--draft-model and --response-format go with one prompt")
+        options = {name: value for name, value in options.items() if name not in NAMES}
+        answer_prompts(Path(prompt), output, batch_size, reading, as_json, **options)
+    elif output is not None:
+        raise click.UsageError("--output goes with a --prompt that names a .jsonl")
+    else:
+        text = read_stdin() if prompt == "-" else prompt
+        _answer(text, prompt_cache_file, as_json, verbose, **options)
+
+
+def _answer(
+    text: str,
+    prompt_cache: Path | None,
+    as_json: bool,
+    verbose: bool,
+    *,
+    model: Path,
+    adapter_path: Path | None,
+    system_prompt: str | None,
+    config: Any,
+    **extra: Any,
+) -> None:
+    from mlx_afm.generation import stream_generate
+    from mlx_afm.generation.prompt_cache import prompt_cache_file
+    from mlx_afm.generation.prompts import require_tokenizer
     from mlx_afm.workflows.load import load
 
-    config = GenerateConfig(kv_bits=None if kv_bits is None else int(kv_bits), **settings)
-    text = read_stdin() if prompt == "-" else prompt
-    messages = [{"role": "user", "content": text}]
+    loaded, tokenizer = load(model, adapter_path)
+    extras = open_extras(loaded, require_tokenizer(tokenizer), compares=verbose or as_json, **extra)
+    messages: list[dict[str, Any]] = [{"role": "user", "content": text, **extras.question}]
     if system_prompt is not None:
         messages.insert(0, {"role": "system", "content": system_prompt})
-    loaded, tokenizer = load(model, adapter_path)
     pieces = []
-    for response in stream_generate(loaded, tokenizer, messages, config):
-        pieces.append(response.text)
-        if not as_json:
-            click.echo(response.text, nl=False)
+    kept = nullcontext() if prompt_cache is None else prompt_cache_file(prompt_cache, loaded, kv_bits=config.kv_bits)
+    with kept as prefixes:
+        for response in stream_generate(loaded, tokenizer, messages, config, prefix_cache=prefixes, **extras.options):
+            pieces.append(response.text)
+            if not as_json:
+                click.echo(response.text, nl=False)
     counts = {
         "prompt_tokens": response.prompt_tokens,
         "generation_tokens": response.generation_tokens,
         "finish_reason": response.finish_reason,
     }
-    if as_json:
-        show({"text": "".join(pieces), **counts}, as_json)
-    else:
+    if not as_json:
         click.echo()
+    told = extras.tell(verbose=verbose)
+    if as_json:
+        show({"text": "".join(pieces), **counts, **told}, as_json)
     if verbose:
         note(
             f"prompt {counts['prompt_tokens']} tokens, {response.prompt_tps:.1f} per second; "

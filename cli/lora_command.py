@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ import click
 
 from .interrupts import stop_on_signals
 from .lora_options import with_options
-from .output import json_option, note, show
+from .output import json_option, note, resume_line, show
 from .progress import show_event
 from .settings import request_from
 
@@ -42,7 +40,7 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> int:
             return 0  # rank 0 tells, and its exit code counts
         result |= {"steps": trained.steps, "best_valid_loss": trained.best_loss}
         if trained.interrupted:
-            note(f"to go on: {_resume_line()}")
+            note(f"to go on: {resume_line()}")
             show({**result, "interrupted": True}, as_json)
             return stop.exit_code
     if request.test and ranks.leads:
@@ -62,9 +60,3 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> int:
     if ranks.leads:
         show(result, as_json)
     return 0
-
-
-def _resume_line() -> str:
-    """The same command, with --resume."""
-    arguments = sys.argv[1:]
-    return shlex.join(["mlx-afm", *arguments, *([] if "--resume" in arguments else ["--resume"])])

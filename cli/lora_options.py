@@ -1,4 +1,4 @@
-"""The options of `mlx-afm lora`.
+"""The options of `mlx-afm lora`, and those of them that `mlx-afm recover` has.
 
 Training and adapter options have no defaults here: the dataclasses have, below file and flags.
 """
@@ -7,19 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
 from . import data_options
 
-RUN = [
+PLACES = [
     click.option("--model", type=Path, help="MLX model folder."),
     click.option("--data", type=Path, help="Folder with train/valid/test.jsonl, or one file."),
     click.option("--adapter-path", type=Path, help="Folder for the adapter.  [default: adapters]"),
     click.option("--config", "-c", type=Path, help="YAML file with these options; flags win."),
+]
+JOBS = [
     click.option("--train", is_flag=True, help="Train."),
     click.option("--test", is_flag=True, help="Score the adapter on test.jsonl."),
+]
+RESUME = [
     click.option("--resume", is_flag=True, help="Train on where the run in --adapter-path was left."),
+]
+START = [
     click.option("--resume-adapter-file", type=Path, help="Adapter of any form whose values a new run starts from."),
     click.option("--name", help="Name of a later package; checked before training."),
 ]
@@ -68,8 +75,10 @@ WATCH = [
     click.option("--report-to", help="Some of wandb,swanlab,tensorboard, beside metrics.jsonl."),
     click.option("--project-name", help="Project of these reports.  [default: mlx-afm]"),
 ]
+KIND = [
+    click.option("--fine-tune-type", type=click.Choice(["lora", "dora", "full", "qat"]), help="[default: lora]"),
+]
 FORM = [
-    click.option("--fine-tune-type", type=click.Choice(["lora", "dora", "full"]), help="[default: lora]"),
     click.option("--rank", type=int, help="Devices take 32.  [default: 32]"),
     click.option("--scale", type=float, help="alpha / rank; devices apply 0.5.  [default: 0.5]"),
     click.option("--alpha", type=float, help="Instead of --scale."),
@@ -87,12 +96,23 @@ ESTIMATED = [
     *DATA,
     *LENGTH,
     *RATE,
+    *KIND,
     *FORM,
 ]
 
 
 def with_options(function: Callable[..., int]) -> Callable[..., int]:
     """The function with every option, in the order of the help."""
-    for option in reversed([*RUN, *DATA, *LENGTH, *RATE, *WATCH, *FORM]):
+    run = [*PLACES, *JOBS, *RESUME, *START]
+    return _with(function, [*run, *DATA, *LENGTH, *RATE, *WATCH, *KIND, *FORM])
+
+
+def recovery_options(function: Callable[..., int]) -> Callable[..., int]:
+    """The function with the options that `mlx-afm recover` shares."""
+    return _with(function, [*PLACES, *RESUME, *DATA, *LENGTH, *RATE, *WATCH, *FORM])
+
+
+def _with(function: Callable[..., int], options: list[Callable[..., Any]]) -> Callable[..., int]:
+    for option in reversed(options):
         function = option(function)
     return function

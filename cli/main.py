@@ -15,10 +15,13 @@ from mlx_afm.errors import AFMError
 COMMANDS = {
     "convert": "Toolkit folder to MLX folder, and back.",
     "lora": "Train a LoRA adapter, or score one.",
+    "recover": "Win back with an adapter what quantisation lost.",
     "estimate": "Say how much memory training will take, and what fits.",
     "plot": "Draw loss curves of runs.",
     "fuse": "Merge an adapter into the weights.",
     "generate": "Answer one prompt.",
+    "chat": "Talk with a model.",
+    "serve": "OpenAI-style HTTP: one base, many adapters.",
     "export": "Write an adapter as NAME.fmadapter and check it.",
     "adapter": "Convert adapters between their three forms.",
     "check": "Check a .fmadapter package.",

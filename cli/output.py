@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +18,12 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 def note(text: str) -> None:
     """A line of progress, on stderr."""
     click.echo(text, err=True)
+
+
+def resume_line() -> str:
+    """The command line that goes on with the run this one began: the same, with --resume."""
+    arguments = sys.argv[1:]
+    return shlex.join(["mlx-afm", *arguments, *([] if "--resume" in arguments else ["--resume"])])
 
 
 def read_stdin() -> str:

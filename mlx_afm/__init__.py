@@ -26,10 +26,12 @@ if TYPE_CHECKING:
         TensorsError,
     )
     from mlx_afm.formats.fmadapter_check import check_fmadapter
-    from mlx_afm.generation import GenerateConfig, generate, stream_generate
+    from mlx_afm.generation import GenerateConfig, PrefixCache, batch_generate, generate, stream_generate
     from mlx_afm.interop import register
+    from mlx_afm.quant.residual import InitConfig
     from mlx_afm.text.response_format import response_format
     from mlx_afm.training import Callback, TrainConfig
+    from mlx_afm.workflows.calibrate import Calibration
     from mlx_afm.workflows.check import CheckConfig, check_package
     from mlx_afm.workflows.convert import convert
     from mlx_afm.workflows.export import ExportConfig, Exported, convert_adapter, export_fmadapter, export_package
@@ -38,10 +40,12 @@ if TYPE_CHECKING:
     from mlx_afm.workflows.load import load
     from mlx_afm.workflows.lora import LoRAJob, score, train
     from mlx_afm.workflows.plot import plot
+    from mlx_afm.workflows.recover import RecoverJob, recover
 
 _HOMES = {
     "AFMError": "errors",
     "AdapterError": "errors",
+    "Calibration": "workflows.calibrate",
     "Callback": "training",
     "CheckConfig": "workflows.check",
     "ConfigError": "errors",
@@ -51,11 +55,15 @@ _HOMES = {
     "Exported": "workflows.export",
     "FormatError": "errors",
     "GenerateConfig": "generation",
+    "InitConfig": "quant.residual",
     "LoRAConfig": "adapters",
     "LoRAJob": "workflows.lora",
     "MissingDependencyError": "errors",
+    "PrefixCache": "generation",
+    "RecoverJob": "workflows.recover",
     "TensorsError": "errors",
     "TrainConfig": "training",
+    "batch_generate": "generation",
     "check_fmadapter": "formats.fmadapter_check",
     "check_package": "workflows.check",
     "convert": "workflows.convert",
@@ -67,6 +75,7 @@ _HOMES = {
     "inspect": "workflows.inspect",
     "load": "workflows.load",
     "plot": "workflows.plot",
+    "recover": "workflows.recover",
     "register": "interop",
     "response_format": "text.response_format",
     "score": "workflows.lora",
@@ -77,6 +86,7 @@ _HOMES = {
 __all__ = [
     "AFMError",
     "AdapterError",
+    "Calibration",
     "Callback",
     "CheckConfig",
     "ConfigError",
@@ -86,12 +96,16 @@ __all__ = [
     "Exported",
     "FormatError",
     "GenerateConfig",
+    "InitConfig",
     "LoRAConfig",
     "LoRAJob",
     "MissingDependencyError",
+    "PrefixCache",
+    "RecoverJob",
     "TensorsError",
     "TrainConfig",
     "__version__",
+    "batch_generate",
     "check_fmadapter",
     "check_package",
     "convert",
@@ -103,6 +117,7 @@ __all__ = [
     "inspect",
     "load",
     "plot",
+    "recover",
     "register",
     "response_format",
     "score",

@@ -47,7 +47,7 @@ MASKED = 1.3  # scores of tokens that are read, whose mask is an array
 ATTENTION_AGAIN = {"scores": 4.2, "D": 16.0, "K": 8.0, "R": 20.0}
 NARROW_FACTOR = 1.4  # of that space in 16 bits, where norms and the like are float32 in between
 UPDATE_COPIES = {"adamw": 2, "adam": 2}  # arrays that the update of one tensor makes; 1 for the others
-DENSE_COPIES = 3  # of a matrix in float32 that is made dense: codes on the CPU, 16 bits under DoRA
+DENSE_COPIES = 3  # of a matrix in float32 that is made dense (codes on the CPU, 16 bits under DoRA) or rounded (qat)
 HEAD_COPIES = 2.15  # of the head that is made dense in pieces, forward and backward, if it is small;
 HEAD_PIECES = 5  # else so many beyond one whole head
 DENSE_VALUES = 1 << 24  # of a piece, see model/packed.py
@@ -274,8 +274,9 @@ class _Step:
         """Bytes of a layer's largest matrix where it is made dense."""
         codes = bool(self.base.schemes) and self.backend == "cpu"
         lengths = self.adapter.fine_tune_type == "dora" and self.base.dtype != "float32"
+        rounded = self.adapter.fine_tune_type == "qat"
         values = self.model.hidden_dim * self.model.feed_forward_dim
-        return DENSE_COPIES * WIDE * min(values, DENSE_VALUES) if codes or lengths else 0
+        return DENSE_COPIES * WIDE * min(values, DENSE_VALUES) if codes or lengths or rounded else 0
 
     def loss(self) -> int:
         """Bytes of logits; all of them if the head is trained."""

@@ -20,6 +20,7 @@ LEVELS = (
     ("training", "generation", "memory"),
     ("draft", "evaluation"),
     ("workflows",),
+    ("serving",),
     ("__init__", "__main__"),
     ("cli",),
 )
@@ -36,7 +37,14 @@ UPWARD = {("__main__", "cli"): "`python -m mlx_afm` is the command"}
 
 FORMATS_MAY_IMPORT = {"numpy", "mlx_afm.errors", "mlx_afm.files", "mlx_afm.formats"}
 DEPENDENCIES = {"mlx", "mlx_lm", "numpy", "sentencepiece", "click", "rich", "yaml", "huggingface_hub"}
-OPTIONAL = {"datasets", "matplotlib", "swanlab", "tensorboardX", "wandb"}  # imported late, where one is asked for
+OPTIONAL = {
+    "datasets",
+    "llguidance",
+    "matplotlib",
+    "swanlab",
+    "tensorboardX",
+    "wandb",
+}  # imported late, where one is asked for
 # Not settings but a file of the toolkit's that happens to be YAML; formats/ gets the plain value.
 YAML_FORMATS = {"mlx_afm/workflows/draft_pair.py": "checkpoint_spec.yaml"}
 ORACLES = {"torch", "tamm", "coremltools", "safetensors"}

@@ -7,6 +7,7 @@ from mlx_afm.adapters.attach import (
     has_adapter,
     remove_adapter,
     set_adapter_weights,
+    set_coded_weights,
     set_full_weights,
     train_only,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "read_adapter",
     "remove_adapter",
     "set_adapter_weights",
+    "set_coded_weights",
     "set_full_weights",
     "to_device_form",
     "train_only",

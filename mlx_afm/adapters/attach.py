@@ -1,6 +1,7 @@
 """Adapters on a model: put on, taken off, read out, merged. One adapter at a time.
 
-Full fine-tuning has no layers of its own: its weights are the model's, held in float32 while they are trained.
+Full fine-tuning has no layers of its own: its weights are the model's, held in float32 while they are trained. What
+quantisation-aware training leaves are the weights and scales that codes are made of.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_afm.adapters.config import LoRAConfig
-from mlx_afm.adapters.layers import ALL, chosen_layers, layer_of
+from mlx_afm.adapters.config import WHOLE_WEIGHTS, LoRAConfig
+from mlx_afm.adapters.layers import ALL, chosen_layers, coded_projections, layer_of
 from mlx_afm.checkpoints.names import PROJECTIONS, Projection, target_of
 from mlx_afm.errors import AdapterError
 from mlx_afm.model import Model
 from mlx_afm.model.dora import DoRAFusedLinear, DoRALinear
 from mlx_afm.model.lora import LoRAFusedLinear, LoRALinear
+from mlx_afm.model.qat import put_codes, start_qat
 from mlx_afm.model.quantized import dequantize_modules, is_quantized
 from mlx_afm.tree import require_same_tensors
 
@@ -32,16 +34,20 @@ def add_adapter(model: Model, config: LoRAConfig, *, seed: int = 0) -> None:
 
     Args:
         model: changed in place; its base weights are frozen.
-        config: form of the adapter, which is trainable. Full fine-tuning makes the whole model float32.
+        config: form of the adapter, which is trainable. Full fine-tuning and qat make the whole model float32.
         seed: of the start values of A.
 
     Raises:
         AdapterError: the model has an adapter already, or codes that full fine-tuning would have to change.
+        ConfigError: layers it does not have, or qat of matrices that codes do not fill.
     """
     if has_adapter(model):
         raise AdapterError("the model has an adapter already", advice="Remove or fuse it first.")
-    if config.fine_tune_type == "full":
-        _require_dense(model)
+    if config.fine_tune_type in WHOLE_WEIGHTS:
+        _require_dense(model, config.fine_tune_type)
+    if config.fine_tune_type == "qat":
+        start_qat(model, coded_projections(config.layers, config.targets, model.args))
+        return
     layers = chosen_layers(config.layers, model.args)
     model.freeze()
     if config.fine_tune_type == "full":
@@ -69,10 +75,11 @@ def add_adapter(model: Model, config: LoRAConfig, *, seed: int = 0) -> None:
     train_only(model, config.targets, config.layers)
 
 
-def _require_dense(model: Model) -> None:
+def _require_dense(model: Model, kind: str) -> None:
     if is_quantized(model):
         advice = "Make it dense first (mlx-afm convert -d), or use a low-rank adapter."
-        raise AdapterError("full fine-tuning of a quantised model", expected="dense weights", advice=advice)
+        what = {"full": "full fine-tuning", "qat": "quantisation-aware training"}[kind]
+        raise AdapterError(f"{what} of a quantised model", expected="dense weights", advice=advice)
 
 
 def _adapted(module: nn.Module, projection: Projection, config: LoRAConfig, key: mx.array) -> nn.Module:
@@ -164,6 +171,16 @@ def set_full_weights(model: Model, weights: Mapping[str, mx.array]) -> None:
     Raises:
         AdapterError: those they replace are codes.
     """
-    _require_dense(model)
+    _require_dense(model, "full")
     dtypes = {name: array.dtype for name, array in tree_flatten(model.parameters())}
     model.load_weights([(name, array.astype(dtypes[name])) for name, array in weights.items()], strict=False)
+
+
+def set_coded_weights(model: Model, weights: Mapping[str, mx.array]) -> None:
+    """Puts what quantisation-aware training left in place, in codes, and the embedding in 4 bits.
+
+    Raises:
+        AdapterError: the model is in codes already.
+    """
+    _require_dense(model, "qat")
+    put_codes(model, weights)

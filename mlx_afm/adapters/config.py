@@ -13,7 +13,8 @@ from mlx_afm.errors import AdapterError, ConfigError
 from mlx_afm.model import AFMConfig
 
 DEFAULT_SCALE = 0.5  # of an adapter file that carries none: alpha 16 at rank 32
-FINE_TUNE_TYPES = ("lora", "dora", "full")
+FINE_TUNE_TYPES = ("lora", "dora", "full", "qat")
+WHOLE_WEIGHTS = ("full", "qat")  # no low-rank update: rank, scale and dropout mean nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +27,10 @@ class LoRAConfig:
         dropout: of the update's input, in training.
         targets: which projections: q, k, v, o (attention output), gate, up, down.
         layers: which layers: all, ordinary, reuse, last-N, or ranges such as 0-34.
-        fine_tune_type: lora; dora (low-rank update and the lengths of the weight's rows); or full: all
-            weights of the chosen layers, with embedding and last norm if these are all. The other
-            settings then mean nothing.
+        fine_tune_type: lora; dora (low-rank update and the lengths of the weight's rows); full: all
+            weights of the chosen layers, with embedding and last norm if these are all; or qat: the chosen
+            projections learn to be in balanced 2-bit codes, the embedding in 4 bits. Of the last two rank,
+            scale and dropout mean nothing.
         alpha: instead of `scale`, which becomes alpha / rank.
         use_rslora: `scale` becomes alpha / sqrt(rank), as rank-stabilised LoRA has it.
 
@@ -67,6 +69,8 @@ class LoRAConfig:
             faults.append(f"fine_tune_type: expected one of {', '.join(FINE_TUNE_TYPES)}, found {self.fine_tune_type}")
         elif self.fine_tune_type == "full" and set(self.targets) != set(TARGETS):
             faults.append("targets: full fine-tuning takes whole layers; choose them with layers")
+        elif self.fine_tune_type == "qat" and 0 < len({"q", "k", "v"} & set(self.targets)) < 3:
+            faults.append("targets: q, k and v are one matrix of codes; qat takes all of them or none")
         if faults:
             raise ConfigError("the adapter's settings are out of range", details=faults)
 
@@ -108,7 +112,7 @@ def parse_adapter_json(values: Any, *, where: object) -> tuple[LoRAConfig, AFMCo
         expected = f"fine_tune_type {', '.join(FINE_TUNE_TYPES)}"
         raise AdapterError("an adapter of another kind", where=where, expected=expected, found=kind)
     parameters = values["lora_parameters"]
-    missing = [name for name in ("rank", "scale") if name not in parameters and kind != "full"]
+    missing = [name for name in ("rank", "scale") if name not in parameters and kind not in WHOLE_WEIGHTS]
     if missing:
         raise AdapterError(f"lora_parameters without {' and '.join(missing)}", where=where)
     targets, base = parameters.get("targets", TARGETS), values.get("base_model")

@@ -7,9 +7,11 @@ Layers are counted over the whole model, ordinary ones first: 0-34 are the ordin
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
+from mlx_afm.checkpoints.names import QKV, Kind, plan_names, target_of
 from mlx_afm.errors import ConfigError
-from mlx_afm.model import AFMConfig
+from mlx_afm.model import AFMConfig, ToolkitConfig
 
 ALL = "all"
 _PART = re.compile(r"all|ordinary|reuse|last-(?P<last>\d{1,4})|(?P<first>\d{1,4})(?:-(?P<end>\d{1,4}))?", re.ASCII)
@@ -59,3 +61,19 @@ def layer_of(name: str, base: AFMConfig) -> int | None:
     if match is None:
         return None
     return int(match["number"]) + (base.num_ordinary_layers if match["kind"] == "kv_reuse_layers" else 0)
+
+
+def coded_projections(layers: str, targets: Sequence[str], base: AFMConfig) -> dict[str, tuple[int, int]]:
+    """Module path and shape (out, in) of the projections that qat means, whole matrices, in the toolkit's order.
+
+    Raises:
+        ConfigError: layers that the model does not have.
+    """
+    chosen, found = chosen_layers(layers, base), {}
+    for entry in plan_names(ToolkitConfig(model=base, adapter=None)):
+        path = entry.ours.removesuffix(".weight")
+        if entry.kind is Kind.WEIGHT and len(entry.shape) == 2 and layer_of(entry.ours, base) in chosen:
+            target = QKV.target[0] if path.endswith(QKV.ours) else target_of(entry.ours)
+            if target in targets:
+                found[path] = (entry.shape[0], entry.shape[1])
+    return found

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_afm.adapters.config import DEFAULT_SCALE, LoRAConfig, parse_adapter_json, to_adapter_json
-from mlx_afm.adapters.layers import ALL, chosen_layers, layer_of
+from mlx_afm.adapters.layers import ALL, chosen_layers, coded_projections, layer_of
 from mlx_afm.checkpoints.arrays import cast
 from mlx_afm.checkpoints.names import (
     DEFAULT_ADAPTER,
@@ -47,7 +47,7 @@ class Adapter:
         config: its form.
         base: sizes of the model it was made for; None if a file does not say and its tensors do not tell.
         weights: `...lora_a` (in, R), `...lora_b` (R, out) and DoRA's `...m` (out,); of full fine-tuning
-            the model's own weights.
+            the model's own weights; of qat `...weight` (out, in) and `...scales` (out,).
         name: the adapter id in the toolkit's names.
     """
 
@@ -119,6 +119,10 @@ def adapter_shapes(base: AFMConfig, config: LoRAConfig) -> dict[str, tuple[int, 
     if config.fine_tune_type == "full":
         weights = [e for e in plan_names(ToolkitConfig(model=base, adapter=None)) if e.kind is Kind.WEIGHT]
         return {e.ours: e.shape for e in weights if config.layers == ALL or layer_of(e.ours, base) in layers}
+    if config.fine_tune_type == "qat":
+        coded = coded_projections(config.layers, config.targets, base)
+        arrays = {path: {"weight": shape, "scales": shape[:1]} for path, shape in coded.items()}
+        return {f"{path}.{name}": shape for path, pair in arrays.items() for name, shape in pair.items()}
     shapes = {}
     for entry in adapter_entries(base, config):
         if target_of(entry.ours) in config.targets and layer_of(entry.ours, base) in layers:

@@ -22,11 +22,12 @@ def require_lora(adapter: Adapter, what: str) -> None:
     """Checks that an adapter is nothing but low-rank updates.
 
     Raises:
-        AdapterError: it is DoRA or full fine-tuning, with the reason why `what` cannot hold that.
+        AdapterError: it is DoRA or whole weights, with the reason why `what` cannot hold that.
     """
     kind = adapter.config.fine_tune_type
     if kind != "lora":
-        reasons = {"dora": "row lengths have no place in it", "full": "it holds low-rank updates, not weights"}
+        weights = "it holds low-rank updates, not weights"
+        reasons = {"dora": "row lengths have no place in it", "full": weights, "qat": weights}
         advice = "Fuse it into a model folder instead (mlx-afm fuse), or train with --fine-tune-type lora."
         raise AdapterError(f"{what} cannot hold this: {reasons[kind]}", expected="lora", found=kind, advice=advice)
 

@@ -13,12 +13,13 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
-from mlx_afm.text.template import Span
 from mlx_afm.text.tokenizer import AFMTokenizer
 
 ROLES = ("system", "user", "assistant", "tool", "text")
 _NUMBER = {role: number for number, role in enumerate(ROLES)}
 _ASSISTANT, _TEXT = _NUMBER["assistant"], _NUMBER["text"]
+
+Places = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -40,65 +41,52 @@ class EncodedBlock:
     odd: npt.NDArray[np.bool_]
 
 
-def encode_block(rendered: Sequence[Sequence[Span]], tokenizer: AFMTokenizer) -> EncodedBlock:
+def encode_block(
+    texts: Sequence[str], roles: Sequence[tuple[str, ...]], tokenizer: AFMTokenizer, shared: str = ""
+) -> EncodedBlock:
     """The tokens of rendered examples, the same as `encode_spans` gives for each.
 
-    The system turn, the same in most examples, is encoded once: its end and the next turn's start are
-    marks, across which no piece reaches.
+    Args:
+        texts: each example, rendered.
+        roles: whose its turns are; plain text has none.
+        tokenizer: of the model.
+        shared: what `SHARED`, with which a text may begin, stands for.
     """
-    pieces = _ids(rendered, tokenizer)
-    lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    ids = np.fromiter(chain.from_iterable(pieces), np.int32, int(starts[-1]))
-    roles_T = np.array([_NUMBER[span.role] for spans in rendered for span in spans[1::2]], np.int64)
-    turns_B = np.fromiter((len(spans) // 2 for spans in rendered), np.int64, len(rendered))
-    example_T = np.repeat(np.arange(len(rendered)), turns_B)
-    start_T, body_T, stop_T, odd = _turns(ids, starts, turns_B, tokenizer)
-    roles = np.zeros((len(rendered), len(ROLES)), np.int64)
+    turns_B = np.fromiter(map(len, roles), np.int64, len(roles))
     plain = turns_B == 0
-    roles[plain, _TEXT] = lengths[plain]
+    ids, starts = _ids(texts, plain, tokenizer, shared)
+    roles_T = np.fromiter(chain.from_iterable(map(_numbers, roles)), np.int64, int(turns_B.sum()))
+    role_T = np.repeat(np.arange(len(texts)) * len(ROLES), turns_B) + roles_T
+    start_T, body_T, stop_T, odd = _turns(ids, starts, turns_B, tokenizer)
+    tokens = np.zeros((len(texts), len(ROLES)), np.int64)
+    tokens[plain, _TEXT] = np.diff(starts)[plain]
     if not odd.any():
-        np.add.at(roles, (example_T, roles_T), stop_T - start_T)
+        tokens += np.bincount(role_T, stop_T - start_T, tokens.size).astype(np.int64).reshape(tokens.shape)
         trained = _trained(len(ids), body_T[roles_T == _ASSISTANT], stop_T[roles_T == _ASSISTANT])
     else:  # the caller encodes those one by one
         trained = np.zeros(len(ids), np.bool_)
         odd[:] = True
     for index in np.flatnonzero(plain):
         trained[starts[index] + 1 : starts[index + 1]] = True
-    return EncodedBlock(ids, trained, starts, roles, odd)
+    return EncodedBlock(ids, trained, starts, tokens, odd)
 
 
-def _ids(rendered: Sequence[Sequence[Span]], tokenizer: AFMTokenizer) -> list[list[int]]:
-    heads = [
-        _system_ids(spans[0].text + spans[1].text, tokenizer) if _has_system(spans) else None for spans in rendered
-    ]
-    texts = [
-        "".join([span.text for span in (spans if head is None else spans[2:])]) for spans, head in zip(rendered, heads)
-    ]
-    encoded = tokenizer.encode_many(texts)
-    eos = tokenizer.eos_id
-    for spans, head, ids in zip(rendered, heads, encoded):
-        if head is not None:
-            ids[:1] = head
-        elif spans[0].role == "text":
-            ids[:0] = [eos]
-            ids.append(eos)
-        else:
-            ids[0] = eos
-    return encoded
+def _ids(
+    texts: Sequence[str], plain: npt.NDArray[np.bool_], tokenizer: AFMTokenizer, shared: str
+) -> tuple[npt.NDArray[np.int32], Places]:
+    """The ids of all examples with their end-of-sequence tokens, and where each example starts."""
+    ids, counts = tokenizer.encode_flat(texts, shared)
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    ids[starts[:-1][~plain]] = tokenizer.eos_id  # in place of the lone space before the first mark
+    if not plain.any():
+        return ids, starts
+    ids = np.insert(ids, np.concatenate([starts[:-1][plain], starts[1:][plain]]), tokenizer.eos_id)
+    return ids, np.concatenate([[0], np.cumsum(counts + 2 * plain)])
 
 
-def _has_system(spans: Sequence[Span]) -> bool:
-    return len(spans) > 2 and spans[0].role == "system"
-
-
-@lru_cache(maxsize=256)
-def _system_ids(text: str, tokenizer: AFMTokenizer) -> list[int]:
-    """The end-of-sequence token, and the system turn."""
-    return [tokenizer.eos_id, *tokenizer.encode(text)[1:]]
-
-
-Places = npt.NDArray[np.int64]
+@lru_cache(maxsize=1024)
+def _numbers(roles: tuple[str, ...]) -> tuple[int, ...]:
+    return tuple(_NUMBER[role] for role in roles)
 
 
 def _turns(

@@ -7,17 +7,16 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, AnyStr, BinaryIO, TextIO
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 from mlx_afm.errors import DataError, FormatError, MissingDependencyError
 
+CHUNK_BYTES = 1 << 18  # read at once
 MAX_LINE_BYTES = 4 << 20  # no example of 4,096 tokens comes near; bounds what one line can take in memory
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One record of a file.
 
     Attributes:
@@ -59,33 +58,34 @@ def json_line_rows(handle: BinaryIO, path: Path) -> Iterator[Row]:
     for number, line in enumerate(_lines(handle, encoding_of(path)), start=1):
         if isinstance(line, int):
             yield Row(number, b"", _huge(line))
-        elif line.strip():
-            yield Row(number, line.rstrip(b"\r\n"))
+        elif line and not line.isspace():
+            yield Row(number, line.rstrip(b"\r"))
 
 
 def _lines(handle: BinaryIO, encoding: str) -> Iterator[bytes | int]:
-    """The lines of a file in UTF-8; of one that is too long its size alone."""
+    """The lines of a file in UTF-8, without their ends; of one that is too long its size alone."""
     if encoding in ("utf-8", "utf-8-sig"):
         handle.read(3 if encoding == "utf-8-sig" else 0)
-        yield from _bounded_lines(handle.readline, b"\n")
+        yield from _bounded_lines(lambda: handle.read(CHUNK_BYTES))
         return
     with io.TextIOWrapper(handle, encoding, errors="replace", newline="\n") as text:
-        for line in _bounded_lines(text.readline, "\n"):
-            yield line if isinstance(line, int) else line.encode("utf-8", "replace")
+        yield from _bounded_lines(lambda: text.read(CHUNK_BYTES // 4).encode("utf-8", "replace"))
 
 
-def _bounded_lines(readline: Callable[[int], AnyStr], newline: AnyStr) -> Iterator[AnyStr | int]:
-    """Lines; of a line longer than `MAX_LINE_BYTES` its size alone."""
-    while line := readline(MAX_LINE_BYTES + 1):
-        if len(line) <= MAX_LINE_BYTES or line.endswith(newline):
-            yield line
-            continue
-        size = len(line)
-        while line := readline(MAX_LINE_BYTES):
-            size += len(line)
-            if line.endswith(newline):
-                break
-        yield size
+def _bounded_lines(read: Callable[[], bytes]) -> Iterator[bytes | int]:
+    """Lines; of a line longer than `MAX_LINE_BYTES` its size alone. Holds no more than such a line and a chunk."""
+    rest, lost = b"", 0
+    while chunk := read():
+        *lines, rest = (rest + chunk).split(b"\n")
+        if lost and lines:
+            yield lost + len(lines.pop(0)) + 1
+            lost = 0
+        for line in lines:
+            yield line if len(line) <= MAX_LINE_BYTES else len(line) + 1
+        if lost or len(rest) > MAX_LINE_BYTES:
+            rest, lost = b"", lost + len(rest)
+    if lost or rest:
+        yield lost or rest
 
 
 def _huge(size: int) -> DataError:

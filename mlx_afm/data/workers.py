@@ -21,7 +21,8 @@ from queue import SimpleQueue
 from typing import Any
 
 from mlx_afm.data.config import DataConfig
-from mlx_afm.data.prepare import Block, Prepared, Preparer
+from mlx_afm.data.prepare import Prepared, Preparer
+from mlx_afm.data.render_block import Block
 from mlx_afm.errors import AFMError, ConfigError
 from mlx_afm.text.tokenizer import AFMTokenizer
 

@@ -35,6 +35,9 @@ class Int8KVCache(KVCache):
         super().__init__(left_padding)
         self.key_step, self.value_step = key_step, value_step
 
+    def _like(self) -> KVCache:
+        return Int8KVCache(self.key_step, self.value_step)
+
     def update_and_fetch(self, keys_BKLE: mx.array, values_BKLE: mx.array) -> tuple[mx.array, mx.array]:
         """Appends keys and values, which lie on the grid, and returns all of them, each (B, K, S, E)."""
         dtype = keys_BKLE.dtype

@@ -188,6 +188,12 @@ class Model(nn.Module):
         )
         return self.model(tokens_BL, call)
 
+    def next_logits(self, tokens_BL: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
+        """Logits (B, V) of the token after the last one; what they do not depend on is not computed."""
+        batch, length = tokens_BL.shape
+        needed = None if length == 1 else mx.full((batch, 1), length - 1)
+        return self.logits(self.hidden(tokens_BL, cache=cache, needed=needed)[:, -1])
+
     def logits(self, hidden: mx.array) -> mx.array:
         """Logits (..., V) of hidden states (..., D): the product with the embedding."""
         return self.head.as_linear(hidden)

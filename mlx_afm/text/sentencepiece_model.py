@@ -106,6 +106,9 @@ def _model(pieces: list[Piece], settings: dict[str, int | bytes]) -> SentencePie
 
 
 def _piece(data: bytes) -> Piece:
+    size = len(data)
+    if size > 7 and data[0] == 0x0A and data[1] == size - 7 < 0x80 and data[-5] == 0x15:  # most: a text and its score
+        return Piece(data[2:-5].decode("utf-8"), struct.unpack_from("<f", data, size - 4)[0], PieceKind.NORMAL)
     text, score, kind = b"", 0.0, 1
     for number, value in _fields(data):
         if number == 1 and isinstance(value, bytes):

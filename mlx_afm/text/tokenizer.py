@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
 import sentencepiece
 
 from mlx_afm.errors import ConfigError, DataError, FormatError
@@ -17,6 +18,7 @@ from mlx_afm.text import template
 from mlx_afm.text.hf_chat_template import hf_chat_template
 from mlx_afm.text.messages import parse_messages, parse_tools
 from mlx_afm.text.sentencepiece_model import SPACE, PieceKind, SentencePieceModel, parse_sentencepiece_model
+from mlx_afm.text.words import Counts, Ids, WordTable, flat, in_full, may_cut_before, words_are_independent
 
 _MARKS = {
     "turn_start": template.TURN_START,
@@ -52,6 +54,7 @@ class AFMTokenizer:
         _require_symbols(processor, model, where)
         self._processor = processor
         self._pieces = tuple(piece.text for piece in model.pieces)
+        self._kinds = tuple(piece.kind for piece in model.pieces)
         ids = {piece: index for index, piece in enumerate(self._pieces)}
         self.vocab_size = len(self._pieces)
         self.eos_id: int = processor.eos_id()
@@ -64,6 +67,8 @@ class AFMTokenizer:
         self.executable_end_id = ids[template.EXECUTABLE_END]
         self.prefix_id = ids[SPACE]
         self.special_pieces = _special_pieces(model)
+        mark = template.TURN_END if may_cut_before(template.TURN_END, model) else None
+        self._words = WordTable(self.encode_many, mark) if words_are_independent(model) else None
         self.chat_template = hf_chat_template(self._pieces[self.eos_id])
 
     @classmethod
@@ -112,9 +117,24 @@ class AFMTokenizer:
             encoded: list[list[int]] = self._processor.encode(
                 [text.replace("\n", template.NEWLINE) for text in texts], num_threads=1
             )
-        except (UnicodeEncodeError, RuntimeError):
+        except (UnicodeEncodeError, RuntimeError, TypeError):
             return [self.encode(text) for text in texts]  # says which text it is
         return encoded
+
+    def encode_flat(self, texts: Sequence[str], shared: str = "") -> tuple[Ids, Counts]:
+        """Ids of all texts, int32 (N,), and how many each has, int64 (texts,): those of `encode`, at the least cost.
+
+        Args:
+            texts: what to encode; `words.SHARED` at the beginning of one, before a space, stands for `shared`.
+            shared: whole words that many of the texts begin with.
+
+        Raises:
+            DataError: a text that is none.
+        """
+        if self._words is not None:
+            return self._words.encode(texts, shared)
+        encoded = self.encode_many(in_full(texts, shared))
+        return flat(encoded), np.fromiter(map(len, encoded), np.int64, len(encoded))
 
     def decode(self, ids: Iterable[int], *, strip_prefix: bool = False) -> str:
         """Text of ids that continue a text, as an answer does: each space is kept.
@@ -142,6 +162,20 @@ class AFMTokenizer:
         # A newline token in front of every line keeps SentencePiece from taking its first space off.
         text = "\n".join(self._processor.decode(line)[len(template.NEWLINE) :] for line in lines)
         return text.removeprefix(" ") if strip_prefix else text
+
+    def token_bytes(self) -> list[bytes | None]:
+        """UTF-8 bytes that each id adds to a text; None for control tokens and marks of a conversation."""
+        return [self._bytes_of(token) for token in range(self.vocab_size)]
+
+    def _bytes_of(self, token: int) -> bytes | None:
+        piece, kind = self._pieces[token], self._kinds[token]
+        if token == self.newline_id:
+            return b"\n"
+        if kind == PieceKind.BYTE:
+            return bytes([int(piece[1:-1], 16)])  # <0x41>
+        if kind not in (PieceKind.NORMAL, PieceKind.USER_DEFINED) or piece in self.special_pieces:
+            return None
+        return piece.replace(SPACE, " ").encode()
 
     # What mlx-lm reads.
 

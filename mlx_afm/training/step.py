@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from mlx_afm.errors import ConfigError
 from mlx_afm.model import Model
 from mlx_afm.training.distributed import ALONE, Ranks, deal
 from mlx_afm.training.loss import chunked_cross_entropy, cross_entropy, summed_loss
+
+Loss = Callable[[Model, Batch, bool], mx.array]  # model, batch, grad_checkpoint -> sum of weighted losses, nats
 
 
 @dataclass(frozen=True)
@@ -77,14 +79,16 @@ def train_step(
     clip_norm: float,
     grad_checkpoint: bool = False,
     ranks: Ranks = ALONE,
+    loss_of: Loss = batch_loss,
 ) -> StepResult:
     """One optimizer step over the sum of some micro-batches.
 
     Every target weighs the same, however the micro-batches cut the data. One micro-batch's
     activations are in memory at a time; with `grad_checkpoint` one array per layer of them. With several
     ranks each brings its own micro-batches, perhaps none, and all take the same step over all of them.
+    `loss_of` is what is lowered, the next token's cross entropy unless another is given.
     """
-    loss_and_grad = nn.value_and_grad(model, batch_loss)
+    loss_and_grad = nn.value_and_grad(model, loss_of)
     loss = tokens = mx.array(0.0)
     gradients: Any = None
     read_tokens = 0

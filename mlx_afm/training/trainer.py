@@ -31,7 +31,7 @@ from mlx_afm.training.optimizers import GroupedOptimizer
 from mlx_afm.training.order import DataOrder
 from mlx_afm.training.schedule import learning_rate
 from mlx_afm.training.state import Snapshot, TrainState, Window, random_state, set_random_state
-from mlx_afm.training.step import StepResult, evaluate_data, require_float32, train_step
+from mlx_afm.training.step import Loss, StepResult, batch_loss, evaluate_data, require_float32, train_step
 from mlx_afm.tree import require_same_tensors
 
 
@@ -44,6 +44,7 @@ def train(
     *,
     resume: Snapshot | None = None,
     ranks: Ranks = ALONE,
+    loss_of: Loss = batch_loss,
 ) -> TrainState:
     """Trains whatever is trainable in the model, in place.
 
@@ -56,6 +57,7 @@ def train(
             had never been left, bit for bit on a device whose arithmetic repeats (the CPU's does).
         ranks: the processes that train this model together, each given the same; all but rank 0 are silent:
             of their hooks only `should_stop` is called, and all stop if one is asked to.
+        loss_of: what the steps lower; evaluations always tell the next token's cross entropy.
 
     Raises:
         ConfigError: nothing to train, or not float32, or no data; or `max_skipped_steps` steps in a row
@@ -64,7 +66,7 @@ def train(
     require_float32(model)
     if not train_data:
         raise ConfigError("no training examples")
-    run = _Run(model, train_data, valid_data, config, hooks or Hooks(), ranks)
+    run = _Run(model, train_data, valid_data, config, hooks or Hooks(), ranks, loss_of)
     if resume is None:
         mx.random.seed(config.seed)  # dropout draws from the default stream
     else:
@@ -81,8 +83,9 @@ class _Run:
         config: TrainConfig,
         hooks: Hooks,
         ranks: Ranks,
+        loss_of: Loss,
     ) -> None:
-        self.model, self.config, self.ranks = model, config, ranks
+        self.model, self.config, self.ranks, self.loss_of = model, config, ranks, loss_of
         self.hooks = hooks if ranks.leads else Hooks(should_stop=hooks.should_stop)
         self.train_data, self.valid_data = train_data, valid_data
         self.order = DataOrder(train_data, config)
@@ -191,6 +194,7 @@ class _Run:
                 clip_norm=config.clip_grad_norm,
                 grad_checkpoint=config.grad_checkpoint,
                 ranks=self.ranks,
+                loss_of=self.loss_of,
             )
         state.add(result, time.perf_counter() - started)
         if state.skipped_in_a_row == config.max_skipped_steps:

@@ -40,10 +40,12 @@ from mlx_afm.formats.mlx_folder import read_shards
 from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.formats.torch_file import read_torch
 from mlx_afm.quant import QuantConfig
+from mlx_afm.quant.residual import InitConfig
 from mlx_afm.text.hf_tokenizer import write_hf_tokenizer
 from mlx_afm.text.tokenizer import AFMTokenizer
+from mlx_afm.workflows.calibrate import Calibration, Source
 from mlx_afm.workflows.convert_weights import Change, Weights, change_weights, worth_keeping, write_weights
-from mlx_afm.workflows.load import base_adapter
+from mlx_afm.workflows.load import TOKENIZER, base_adapter
 
 OnProgress = Callable[[int, int], None]  # bytes done, bytes in all
 SPARE_BYTES = 64 << 20  # for headers, tokenizer, JSON
@@ -65,6 +67,8 @@ class Converted:
         quantized: how many matrices are in codes, by form.
         on_grid: how many of them lay on the balanced grid already and kept every bit.
         left_dense: matrices that were to be quantised and whose width the groups do not divide.
+        init_errors: of an adapter made now, by kind of projection: the squared error of the codes alone, and of codes
+            and adapter, as a share of the squared weights.
     """
 
     folder: Path
@@ -78,6 +82,7 @@ class Converted:
     quantized: Mapping[str, int] = field(default_factory=dict)
     on_grid: int = 0
     left_dense: tuple[str, ...] = ()
+    init_errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +105,8 @@ def convert(
     verify: bool = False,
     quantization: QuantConfig | None = None,
     dequantize: bool = False,
+    init_adapter: InitConfig | None = None,
+    calibration: Calibration | None = None,
     on_progress: OnProgress = lambda done, total: None,
 ) -> Converted:
     """Converts a model between the toolkit's form and MLX's, and between dense weights and codes.
@@ -117,13 +124,16 @@ def convert(
         quantization: put projections and embedding in codes. Matrices on the balanced grid are packed as they
             are. A base adapter that does nothing is left out of a quantised folder, which cannot go back to torch.
         dequantize: make the weights of a quantised folder dense.
+        init_adapter: when quantising, write a `base_adapter` that holds part of what rounding loses.
+        calibration: when quantising, fit balanced scales, and that adapter, to what the projections read in examples.
         on_progress: told of bytes written, and of all there are.
 
     Raises:
         FormatError: a part missing or damaged. ConfigError: a model that is not AFM text v7, an unknown
             setting, a target in the way, or too little disk. TensorsError: tensors of another model.
 
-    Cost: some 64 MB blocks in memory, whatever the model's size; when quantising about ten.
+    Cost: some 64 MB blocks in memory, whatever the model's size; when quantising about ten. `init_adapter`: see
+    `start_values`; `calibration`: the dense model.
 
     The target appears when it is complete, or not at all.
     """
@@ -136,11 +146,19 @@ def convert(
         raise ConfigError("a torch checkpoint has no codes", advice="Quantise or dequantise to an MLX folder.")
     if quantization is not None and dequantize:
         raise ConfigError("either quantise or dequantise")
+    if quantization is None and (init_adapter is not None or calibration is not None):
+        raise ConfigError("init_adapter and calibration belong to quantising", advice="Add -q, or leave them out.")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         advice = "Remove it or choose another --mlx-path."
         raise ConfigError("the target exists already", where=target, advice=advice)
     options = _Options(
-        change=Change(dtype=dtype, quantization=quantization, dequantize=dequantize),
+        change=Change(
+            dtype=dtype,
+            quantization=quantization,
+            dequantize=dequantize,
+            init=init_adapter,
+            calibration=calibration,
+        ),
         config=None if config is None else Path(config),
         no_tokenizer=no_tokenizer,
         verify=verify,
@@ -159,15 +177,18 @@ def _torch_to_mlx(source: Path, target: Path, options: _Options) -> Converted:
         advice = "Put the toolkit's tokenizer.model beside the checkpoint, or pass --no-tokenizer to go without."
         raise FormatError("missing tokenizer.model", where=files.weights.parent, advice=advice)
     checkpoint = read_toolkit_checkpoint(files)
-    weights = change_weights(model_tensors(checkpoint, None), {}, options.change, where=source)
+    own = _adapter_of(checkpoint)
+    found = Source(model_tensors(checkpoint, None), checkpoint.config.model, files.tokenizer, own)
+    weights = change_weights(found, {}, options.change, where=source)
     ids = {} if files.tokenizer is None else _token_ids(files.tokenizer, checkpoint)
-    adapter = _adapter_of(checkpoint)
-    activity, adapter = _activity(adapter), worth_keeping(adapter, weights)
+    adapter = worth_keeping(own, weights)
+    activity = _activity(own if weights.start is None else adapter)
     count = _Counter(weights.tensors, options.on_progress)
     require_space(target, count.total + _adapter_bytes(adapter) + SPARE_BYTES)
     with atomic_folder(target) as partial:
         settings = write_weights(partial, weights, adapter, verify=options.verify, on_bytes=count.add)
-        write_toolkit_parts(partial, checkpoint, config=adapter is not None or checkpoint.config.adapter is None)
+        names_it = weights.start is None and (adapter is not None or checkpoint.config.adapter is None)
+        write_toolkit_parts(partial, checkpoint, config=names_it)
         if files.tokenizer is not None:
             write_hf_tokenizer(files.tokenizer, partial)
         write_config(partial, checkpoint.config.model, {**settings, **ids})
@@ -176,9 +197,11 @@ def _torch_to_mlx(source: Path, target: Path, options: _Options) -> Converted:
 
 def _mlx_to_mlx(source: Path, target: Path, options: _Options) -> Converted:
     config, schemes = read_config(source), read_quantization(source)
-    weights = change_weights(read_shards(source), schemes, options.change, where=source)
-    adapter = base_adapter(source)
-    activity, adapter = _activity(adapter), worth_keeping(adapter, weights)
+    own, tokenizer = base_adapter(source), source / TOKENIZER
+    found = Source(read_shards(source), config, tokenizer if tokenizer.is_file() else None, own)
+    weights = change_weights(found, schemes, options.change, where=source)
+    adapter = worth_keeping(own, weights)
+    activity = _activity(own if weights.start is None else adapter)
     kept = kept_settings(source)
     if schemes and not options.change.dequantize:
         kept.update(quantization_settings(source))
@@ -186,7 +209,8 @@ def _mlx_to_mlx(source: Path, target: Path, options: _Options) -> Converted:
     require_space(target, count.total + _adapter_bytes(adapter) + SPARE_BYTES)
     with atomic_folder(target) as partial:
         settings = write_weights(partial, weights, adapter, verify=options.verify, on_bytes=count.add)
-        parts = toolkit_parts(source, config=adapter is not None or activity == "none")
+        names_it = weights.start is None and (adapter is not None or own is None)
+        parts = toolkit_parts(source, config=names_it)
         for name in (*KEPT_FILES, *parts):
             if (source / name).is_file():
                 (partial / name).parent.mkdir(exist_ok=True)
@@ -211,6 +235,7 @@ def _converted(
         quantized=dict(forms),
         on_grid=0 if weights.made is None else len(weights.made.on_grid),
         left_dense=() if weights.made is None else weights.made.plan.left_dense,
+        init_errors={} if weights.start is None else weights.start.errors,
     )
 
 

@@ -22,6 +22,9 @@ from mlx_afm.formats.mlx_folder import read_shards, write_shards
 from mlx_afm.formats.tensors import LazyTensor, OnBytes
 from mlx_afm.interop import write_shim
 from mlx_afm.quant import QuantConfig, Scheme
+from mlx_afm.quant.residual import InitConfig
+from mlx_afm.workflows.calibrate import Calibration, Source, calibrated
+from mlx_afm.workflows.initial_adapter import Start, start_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,8 @@ class Change:
     dtype: str | None = None
     quantization: QuantConfig | None = None
     dequantize: bool = False
+    init: InitConfig | None = None
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True)
@@ -42,34 +47,57 @@ class Weights:
         schemes: the matrices in codes.
         made: how they came about, if they are made now.
         computed: by MLX while they are written, so not in another thread.
+        start: the adapter that goes with the codes, if one is made now.
     """
 
     tensors: Mapping[str, LazyTensor]
     schemes: Mapping[str, Scheme]
     made: Quantization | None = None
     computed: bool = False
+    start: Start | None = None
 
 
-def change_weights(
-    tensors: Mapping[str, LazyTensor], schemes: Mapping[str, Scheme], change: Change, *, where: Path
-) -> Weights:
-    """The tensors that a change makes of a model's; nothing is computed yet.
+def change_weights(source: Source, schemes: Mapping[str, Scheme], change: Change, *, where: Path) -> Weights:
+    """The tensors that a change makes of a model's; computed are only calibration and an adapter's start value.
 
     Raises:
-        ConfigError: codes are to be made of codes, or dense weights dense.
+        ConfigError: codes are to be made of codes, or dense weights dense; and see `calibrated`, `start_values`.
     """
+    tensors = source.tensors
     if change.quantization is not None:
         if schemes:
             advice = "Make it dense first (convert -d); every further rounding loses."
             raise ConfigError("the model is quantised already", where=where, advice=advice)
-        made = quantize_tensors(tensors, change.quantization, change.dtype)
-        return Weights(made.tensors, made.plan.schemes, made, computed=True)
+        return _in_codes(source, change.quantization, change, where=where)
     if change.dequantize:
         if not schemes:
             raise ConfigError("nothing to dequantise", where=where, expected="a quantised MLX folder")
         dense = dequantize_tensors(tensors, schemes, change.dtype or tensors[NORM].dtype)
         return Weights(dense, {}, computed=True)
     return Weights(cast_tensors(tensors, schemes, change.dtype), schemes)
+
+
+def _in_codes(source: Source, config: QuantConfig, change: Change, *, where: Path) -> Weights:
+    if change.init is not None and source.adapter is not None and not is_zero(source.adapter):
+        advice = "Fuse it first (mlx-afm fuse), or leave --init-adapter out."
+        raise ConfigError("the base model has an active adapter already", where=where, advice=advice)
+    if change.calibration is not None:
+        config = calibrated(config, source, change.calibration, weighs_start=change.init is not None)
+    made = quantize_tensors(source.tensors, config, change.dtype)
+    if change.init is None:
+        return Weights(made.tensors, made.plan.schemes, made, computed=True)
+    start = start_values(
+        source.tensors,
+        made.plan.schemes,
+        source.base,
+        change.init,
+        dtype=change.dtype,
+        column_weights=config.column_weights,
+    )
+    if start.tensors:  # float32, so the dtype of the others must be said
+        dtype = change.dtype or source.tensors[NORM].dtype
+        made = quantize_tensors({**source.tensors, **start.tensors}, config, dtype)
+    return Weights(made.tensors, made.plan.schemes, made, computed=True, start=start)
 
 
 def write_weights(
@@ -90,7 +118,9 @@ def write_weights(
 
 
 def worth_keeping(adapter: Adapter | None, weights: Weights) -> Adapter | None:
-    """The base adapter; not of a quantised folder if it does nothing and has the scale that files imply."""
+    """The base adapter, or the one made now; none in a quantised folder if it does nothing and has the usual scale."""
+    if weights.start is not None:
+        return weights.start.adapter
     if adapter is None or not weights.schemes or adapter.config.scale != DEFAULT_SCALE or not is_zero(adapter):
         return adapter
     return None

@@ -14,6 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_afm.adapters import LoRAConfig
+from mlx_afm.adapters.config import WHOLE_WEIGHTS
 from mlx_afm.checkpoints.model_folder import NORM, read_config, read_quantization
 from mlx_afm.checkpoints.names import Kind, plan_names
 from mlx_afm.data import Tokens, make_batch
@@ -176,7 +177,7 @@ def _variants(plan: Plan) -> Iterator[tuple[list[str], Plan]]:
     """The plan, and what takes less and less memory."""
     names: list[str] = []
     yield names, plan
-    if plan.lora.fine_tune_type == "full":
+    if plan.lora.fine_tune_type in WHOLE_WEIGHTS:
         names, plan = [*names, "--fine-tune-type lora"], replace(plan, lora=LoRAConfig(layers=plan.lora.layers))
         yield names, plan
     if not plan.train.grad_checkpoint:

@@ -1,7 +1,8 @@
 """Merge an adapter into the weights: a plain model folder that needs no adapter.
 
 Codes are never rounded anew. Of a quantised model either everything becomes dense, or the codes stay as
-they are, bit for bit, and the adapter goes into the folder beside them, where it is active.
+they are, bit for bit, and the adapter goes into the folder beside them, where it is active. What quantisation-aware
+training left becomes the codes it was trained with.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -26,11 +28,14 @@ from mlx_afm.checkpoints.model_folder import (
     read_quantization,
     write_config,
 )
+from mlx_afm.checkpoints.quantized import to_quantization_json
 from mlx_afm.errors import AdapterError, ConfigError
 from mlx_afm.files import atomic_folder
 from mlx_afm.formats.mlx_folder import INDEX, shard_files, write_shards
 from mlx_afm.interop import write_shim
 from mlx_afm.model import Model
+from mlx_afm.model.quantized import Quantized
+from mlx_afm.quant import Plan
 from mlx_afm.workflows.load import attach, base_adapter, load, open_adapter
 
 PROMPT_TOKENS = 32  # of the fixed prompt the difference is measured on
@@ -42,7 +47,7 @@ class Fused:
 
     Attributes:
         folder: where the result is.
-        form: "dense", or "codes" with the adapter beside them.
+        form: "dense", "codes" with the adapter beside them, or "trained codes" of quantisation-aware training.
         difference: the largest change of a logit against the live adapter, on a fixed prompt, of the
             folder as it loads.
         effect: the largest change of a logit that the adapter makes there, to compare with.
@@ -63,7 +68,7 @@ def fuse(
         model_path: an MLX model folder.
         adapter_path: any of the three adapter forms; None fuses the folder's own `base_adapter`.
         save_path: the folder to write; it must not exist yet, or be empty.
-        dequantize: make a quantised model dense. Without it its codes are copied and the adapter is kept as
+        dequantize: make everything dense. Without it its codes are copied and the adapter is kept as
             the folder's `base_adapter`, which `load`, `generate` and `lora` apply.
 
     Raises:
@@ -77,7 +82,7 @@ def fuse(
     adapter = base_adapter(source) if adapter_path is None else open_adapter(source, Path(adapter_path))
     if adapter is None or (adapter_path is None and is_zero(adapter)):
         raise AdapterError("nothing to fuse", where=source, advice="Give --adapter-path.")
-    keeps_codes = in_codes and not dequantize
+    keeps_codes, made_codes = in_codes and not dequantize, adapter.config.fine_tune_type == "qat" and not dequantize
     if keeps_codes and adapter_path is None:
         advice = "It is active already. To merge it, make the model dense: fuse --dequantize."
         raise AdapterError("the base adapter of a quantised model stays beside its codes", where=source, advice=advice)
@@ -90,8 +95,9 @@ def fuse(
         if keeps_codes:
             settings.update({**quantization_settings(source), **_copy_codes(source, partial, adapter)})
         else:
-            fuse_adapter(model, dequantize=in_codes)
+            fuse_adapter(model, dequantize=dequantize)
             write_shards(partial, {name: from_mlx(array) for name, array in tree_flatten(model.parameters())})
+            settings.update(_explained_codes(model, partial) if made_codes else {})
         # The toolkit's JSON, which names the base adapter, no longer holds.
         for name in (*KEPT_FILES, OBSERVERS):
             if (source / name).is_file():
@@ -100,7 +106,8 @@ def fuse(
         write_config(partial, model.args, settings)
         del model
         difference = _distance(_logits(load(partial)[0]), live)
-    return Fused(target, "codes" if keeps_codes else "dense", difference, _distance(plain, live))
+    form = "codes" if keeps_codes else "trained codes" if made_codes else "dense"
+    return Fused(target, form, difference, _distance(plain, live))
 
 
 def _copy_codes(source: Path, partial: Path, adapter: Adapter) -> dict[str, str]:
@@ -110,6 +117,14 @@ def _copy_codes(source: Path, partial: Path, adapter: Adapter) -> dict[str, str]
             shutil.copyfile(file, partial / file.name)
     write_adapter_folder(partial / BASE_ADAPTER, adapter)
     return write_shim(partial)
+
+
+def _explained_codes(model: Model, partial: Path) -> dict[str, Any]:
+    """What `config.json` has to say of a model's codes."""
+    schemes = {path: module.scheme for path, module in model.named_modules() if isinstance(module, Quantized)}
+    kinds = list(schemes.values())
+    plan = Plan(max(set(kinds), key=kinds.count), schemes, ())
+    return {"quantization": to_quantization_json(plan), **write_shim(partial)}
 
 
 def _logits(model: Model) -> mx.array:

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_afm.adapters import Adapter, add_adapter, is_zero, read_adapter, set_adapter_weights, set_full_weights
+from mlx_afm.adapters import (
+    Adapter,
+    add_adapter,
+    is_zero,
+    read_adapter,
+    set_adapter_weights,
+    set_coded_weights,
+    set_full_weights,
+)
 from mlx_afm.checkpoints.arrays import to_mlx
 from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.checkpoints.model_folder import BASE_ADAPTER, load_model, read_config, read_toolkit_config
@@ -59,12 +67,20 @@ def base_adapter(folder: Path) -> Adapter | None:
 
 
 def attach(model: Model, adapter: Adapter, *, where: object) -> None:
-    """Puts an adapter on a model, values included; weights of full fine-tuning take the model's dtype."""
+    """Puts an adapter on a model, values included.
+
+    Weights of full fine-tuning take the model's dtype; those of quantisation-aware training become codes.
+    """
     if adapter.config.fine_tune_type == "full":
         set_full_weights(model, {name: to_mlx(tensor) for name, tensor in adapter.weights.items()})
         mx.eval(model.parameters())
         return
+    if adapter.config.fine_tune_type == "qat":
+        set_coded_weights(model, {name: to_mlx(tensor) for name, tensor in adapter.weights.items()})
+        mx.eval(model.parameters())
+        return
     add_adapter(model, adapter.config)
+    model.eval()  # the new layers too, or dropout would go on; training turns it on itself
     weights = {name: to_mlx(tensor).astype(mx.float32) for name, tensor in adapter.weights.items()}
     set_adapter_weights(model, weights, where=where)
     mx.eval(model.parameters())

@@ -23,6 +23,7 @@ from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.training import Callback, DataOrder, DataRead, Hooks, Notice, TrainConfig, evaluate_data, join_ranks
 from mlx_afm.training import train as run_training
 from mlx_afm.training.hooks import ignore
+from mlx_afm.training.step import Loss, batch_loss
 from mlx_afm.workflows.estimate import as_event, layouts_of_data, machine_memory, plan_of_folder, require_memory
 from mlx_afm.workflows.lineage import BASE_SOURCE, fingerprint_of_model
 from mlx_afm.workflows.load import TOKENIZER, load, load_tokenizer
@@ -81,6 +82,24 @@ class LoRAJob:
     ignore_memory: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What the steps of a run lower, instead of the next token's cross entropy.
+
+    Attributes:
+        load: makes the loss, once everything else was found to be right.
+        sources: what decides it, by name: recorded with the adapter, and a run is not resumed with others.
+        held_bytes: of memory that it holds all along.
+    """
+
+    load: Callable[[], Loss]
+    sources: Mapping[str, str] = field(default_factory=dict)
+    held_bytes: int = 0
+
+
+NEXT_TOKEN = Objective(load=lambda: batch_loss)
+
+
 @dataclass(frozen=True)
 class Trained:
     """Outcome of a run.
@@ -108,7 +127,12 @@ class Score:
     examples: int
 
 
-def train(job: LoRAJob, on_event: Callback = ignore, should_stop: Callable[[], bool] = lambda: False) -> Trained:
+def train(
+    job: LoRAJob,
+    on_event: Callback = ignore,
+    should_stop: Callable[[], bool] = lambda: False,
+    objective: Objective = NEXT_TOKEN,
+) -> Trained:
     """Trains an adapter and writes it.
 
     Everything that can be wrong is found before training starts: name, configuration, every line of
@@ -123,6 +147,7 @@ def train(job: LoRAJob, on_event: Callback = ignore, should_stop: Callable[[], b
         job: what to do.
         on_event: told of progress.
         should_stop: asked between steps; if it says so the run is saved and ends, to be resumed later.
+        objective: what to lower; see `recover`.
 
     Raises:
         ConfigError, FormatError, DataError, TensorsError: see `load`, `read_tokens` and `find_saved_run`.
@@ -138,19 +163,19 @@ def train(job: LoRAJob, on_event: Callback = ignore, should_stop: Callable[[], b
     start = job.resume_adapter_file
     if start is not None and start.name == WEIGHTS:
         start = start.parent  # mlx-lm names the file
-    job = replace(job, model=resolve(job.model), resume_adapter_file=start)
+    job = replace(job, model=resolve(job.model), resume_adapter_file=start, train=_decayed(job))
     _require_folder(job.adapter_path)
     tokenizer = _require_tokenizer(job.model)
     read_config(job.model)
     saved = find_saved_run(job.adapter_path) if job.resume else None
     data = _read_data(job, on_event)
-    total_steps, course = DataOrder(data["train"], job.train).total_steps, _course(job, data)
+    total_steps, course = DataOrder(data["train"], job.train).total_steps, _course(job, data, objective)
     if saved is not None:
         require_same_course(saved, course, job.train, total_steps, where=job.adapter_path)
     ranks.require_same(_facts(course, total_steps, saved))
     for text in notices(job, saved, total_steps):
         on_event(Notice(text=text))
-    _state_memory(job, data["train"], on_event)
+    _state_memory(job, data["train"], objective.held_bytes, on_event)
     model = load_model(job.model)
     form = start_adapter(model, job.model, job.lora, seed=job.train.seed, adapter_file=job.resume_adapter_file)
     snapshot, valid = None if saved is None else saved.snapshot, data.get("valid", ())
@@ -159,27 +184,37 @@ def train(job: LoRAJob, on_event: Callback = ignore, should_stop: Callable[[], b
         if ranks.leads:
             run = Run(job, model, tokenizer, form, course, total_steps)
             hooks = replace(stack.enter_context(run.hooks(saved, on_event)), should_stop=should_stop)
-        state = run_training(model, data["train"], valid, job.train, hooks, resume=snapshot, ranks=ranks)
+        state = run_training(
+            model, data["train"], valid, job.train, hooks, resume=snapshot, ranks=ranks, loss_of=objective.load()
+        )
     ranks.wait()  # until rank 0 has written all there is: a launcher ends the others when the first has ended
     return Trained(job.adapter_path, state.step, state.best_loss, state.interrupted)
 
 
-def _state_memory(job: LoRAJob, data: TokenTable, on_event: Callback) -> None:
+def _decayed(job: LoRAJob) -> TrainConfig:
+    """The settings, without decay of the scales that qat trains: they say how large codes are, not how complex."""
+    if job.lora.fine_tune_type != "qat":
+        return job.train
+    return replace(job.train, no_decay=(*job.train.no_decay, ".scales"))
+
+
+def _state_memory(job: LoRAJob, data: TokenTable, held_bytes: int, on_event: Callback) -> None:
     """Tells the estimated peak memory.
 
     Raises:
         ConfigError: it is above this machine's memory, and the job does not say to ignore that.
     """
     plan = plan_of_folder(job.model, job.lora, job.train, layouts_of_data(data, job.train))
-    on_event(as_event(plan.estimate()))
+    told, memory = as_event(plan.estimate()), machine_memory()
+    on_event(replace(told, peak_bytes=told.peak_bytes + held_bytes, weights_bytes=told.weights_bytes + held_bytes))
     if not job.ignore_memory:
-        require_memory(plan, machine_memory())
+        require_memory(plan, None if memory is None else max(0, memory - held_bytes))
 
 
-def _course(job: LoRAJob, data: Mapping[str, TokenTable]) -> Course:
+def _course(job: LoRAJob, data: Mapping[str, TokenTable], objective: Objective) -> Course:
     """What decides where the run goes; see `run_state`."""
     read = {name: table for name, table in data.items() if name != "test"}
-    sources = {**fingerprint_of_data(read), BASE_SOURCE: fingerprint_of_model(job.model)}
+    sources = {**fingerprint_of_data(read), BASE_SOURCE: fingerprint_of_model(job.model), **objective.sources}
     if job.resume_adapter_file is not None:
         path = job.resume_adapter_file
         names = [path / CONFIG, path / WEIGHTS] if path.is_dir() and path.suffix != ".fmadapter" else path.rglob("*")

@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_afm.adapters import Adapter, LoRAConfig, adapter_weights, add_adapter, is_zero, set_adapter_weights, train_only
+from mlx_afm.adapters.config import WHOLE_WEIGHTS
 from mlx_afm.adapters.layers import ALL
 from mlx_afm.checkpoints.arrays import to_mlx
 from mlx_afm.errors import AdapterError, ConfigError
@@ -66,23 +67,23 @@ def _form(config: LoRAConfig) -> str:
 
 def _start_from(model: Model, adapter: Adapter, lora: LoRAConfig, *, seed: int, where: Path) -> LoRAConfig:
     """Starts from an adapter's values; what it has and is not trained stays, what it lacks is new."""
-    given, full = adapter.config, lora.fine_tune_type == "full"
+    given, whole = adapter.config, lora.fine_tune_type in WHOLE_WEIGHTS
     same = given.fine_tune_type == lora.fine_tune_type
-    if not same or (not full and (given.rank, given.scale) != (lora.rank, lora.scale)):
+    if not same or (not whole and (given.rank, given.scale) != (lora.rank, lora.scale)):
         kind = given.fine_tune_type
         advice = f"Give its form: --fine-tune-type {kind}" + (
-            "" if kind == "full" else f" --rank {given.rank} --scale {given.scale:g}"
+            "" if kind in WHOLE_WEIGHTS else f" --rank {given.rank} --scale {given.scale:g}"
         )
-        expected = kind if full or kind == "full" else _form(given)
+        expected = kind if whole or kind in WHOLE_WEIGHTS else _form(given)
         raise ConfigError(
             "the adapter to start from has another form",
             where=where,
             expected=expected,
-            found="full" if full else _form(lora),
+            found=lora.fine_tune_type if whole else _form(lora),
             advice=advice,
         )
-    if full:
-        return _start_from_full(model, adapter, lora, where=where)
+    if whole:
+        return _start_from_whole(model, adapter, lora, where=where)
     targets = tuple(target for target in LoRAConfig().targets if target in {*given.targets, *lora.targets})
     layers = lora.layers if given.layers == lora.layers else ALL
     form = replace(lora, targets=targets, layers=layers)
@@ -94,7 +95,7 @@ def _start_from(model: Model, adapter: Adapter, lora: LoRAConfig, *, seed: int, 
     return form
 
 
-def _start_from_full(model: Model, adapter: Adapter, lora: LoRAConfig, *, where: Path) -> LoRAConfig:
+def _start_from_whole(model: Model, adapter: Adapter, lora: LoRAConfig, *, where: Path) -> LoRAConfig:
     add_adapter(model, lora)
     missing = sorted(set(adapter.weights) - set(adapter_weights(model)))
     if missing:  # frozen tensors would not be saved

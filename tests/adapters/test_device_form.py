@@ -203,7 +203,10 @@ def test_without_the_base_models_tensors_zeros_must_be_asked_for(config):
     assert np.abs(logits(in_form) - logits(adapter)).max() < 1e-5
 
 
-@pytest.mark.parametrize(("kind", "reason"), [("dora", "row lengths"), ("full", "low-rank updates, not weights")])
+WEIGHTS = "low-rank updates, not weights"
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("dora", "row lengths"), ("full", WEIGHTS), ("qat", WEIGHTS)])
 def test_what_has_no_low_rank_form_is_refused_with_the_reason(kind, reason):
     config = LoRAConfig(rank=4, fine_tune_type=kind)
     weights = {name: LazyTensor.of(np.ones(shape, np.float32)) for name, shape in adapter_shapes(BASE, config).items()}

@@ -128,7 +128,7 @@ def test_damaged_folders_are_refused(adapter, tmp_path):
     config = folder / "adapter_config.json"
     good = json.loads(config.read_text())
     for change, message in [
-        ({"fine_tune_type": "prefix"}, "expected fine_tune_type lora, dora, full, found prefix"),
+        ({"fine_tune_type": "prefix"}, "expected fine_tune_type lora, dora, full, qat, found prefix"),
         ({"lora_parameters": {"rank": 4}}, "lora_parameters without scale"),
         ({"lora_parameters": {"rank": "4", "scale": 0.5}}, "rank: expected a whole number"),
         ({"base_model": {"model_type": "llama"}}, "not an AFM text v7 model"),

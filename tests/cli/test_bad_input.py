@@ -470,7 +470,7 @@ def test_a_tensor_of_the_adapter_is_missing(adapter_forms, model_folder, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"fine_tune_type": "prefix"}, ["expected fine_tune_type lora, dora, full, found prefix"]),
+        ({"fine_tune_type": "prefix"}, ["expected fine_tune_type lora, dora, full, qat, found prefix"]),
         ({"lora_parameters": None}, ["not an adapter configuration", "expected an object with lora_parameters"]),
         ({"lora_parameters": {"rank": 32}}, ["lora_parameters without scale"]),
         ({"lora_parameters": {"rank": "a", "scale": 0.5}}, ["rank: expected a whole number from 1 on, found 'a'"]),

@@ -37,6 +37,7 @@ def test_every_form_of_the_source_gives_the_same_folder(form, toolkit_folder, mo
     assert told == {
         "folder": out, "form": "mlx", "tensors": 62, "bytes": 2948960, "base_adapter": "zero", "verified": False,
         "wrapper_key": None, "bits_per_weight": 32.0, "quantized": {}, "on_grid": 0, "left_dense": [],
+            "init_errors": {},
     }  # fmt: skip
     files = {path.relative_to(model_folder) for path in model_folder.rglob("*") if path.is_file()}
     assert {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*") if path.is_file()} == files

@@ -1,0 +1,77 @@
+"""`mlx-afm chat`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .generate_options import generate_options
+from .output import json_option
+from .speculation_options import speculation_options
+
+
+@click.command("chat")
+@click.option("--model", type=Path, required=True, help="MLX model folder.")
+@click.option("--adapter-path", type=Path, help="Adapter folder, .pt or .fmadapter to begin with.")
+@click.option("--adapter", "named", multiple=True, metavar="NAME=PATH", help="One for /adapter NAME; may be repeated.")
+@click.option("--system-prompt", help="System message; default: the model's own.")
+@click.option("--context", type=int, default=4096, show_default=True, help="Conversation and answer together.")
+@generate_options
+@speculation_options
+@click.option("--verbose", type=bool, default=False, show_default=True, help="Token counts and speed, on stderr.")
+@json_option
+def command(
+    model: Path,
+    adapter_path: Path | None,
+    named: tuple[str, ...],
+    system_prompt: str | None,
+    context: int,
+    config: Any,
+    draft_model: Path | None,
+    num_draft_tokens: int | None,
+    verbose: bool,
+    as_json: bool,
+) -> None:
+    """Talk with a model; /help tells the commands.
+
+    A line is a message. One that ends with a backslash goes on in the next; lines between two of three double quotes
+    are one message. Ctrl-C stops an answer. With --json each answer is one object on a line.
+    """
+    from dataclasses import replace
+
+    from mlx_afm.generation.chat import Chat
+    from mlx_afm.generation.prompts import require_tokenizer
+    from mlx_afm.workflows.chat import ChatModel
+    from mlx_afm.workflows.draft_model import load_draft
+
+    from .chat_loop import ChatLoop
+
+    source = ChatModel(model, _adapters(named), adapter_path)
+    tokenizer = require_tokenizer(source.tokenizer)
+    speculation = None
+    if draft_model is not None:
+        speculation = load_draft(draft_model, source.model, tokenizer, num_draft_tokens)
+    chat = Chat(
+        model=source.model,
+        tokenizer=tokenizer,
+        config=replace(config, context_tokens=context),
+        system=system_prompt,
+        speculation=speculation,
+    )
+    ChatLoop(source, chat, as_json=as_json, verbose=verbose).run()
+
+
+def _adapters(named: tuple[str, ...]) -> dict[str, Path]:
+    adapters: dict[str, Path] = {}
+    for text in named:
+        name, equals, path = text.partition("=")
+        if not equals or not name or not path:
+            raise click.UsageError(f"--adapter: expected NAME=PATH, found {text}")
+        if name in adapters:
+            raise click.UsageError(f"--adapter: {name} is there twice")
+        if not Path(path).exists():
+            raise click.UsageError(f"--adapter: no such file or folder: {path}")
+        adapters[name] = Path(path)
+    return adapters

@@ -1,0 +1,161 @@
+"""The loop of `mlx-afm chat`: messages to answers, and commands."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from types import FrameType
+
+import click
+
+from mlx_afm.errors import AFMError
+from mlx_afm.generation.chat import Chat, Turn
+from mlx_afm.workflows.chat import ChatModel, save_chat
+
+from .chat_input import Messages
+from .output import note, show
+
+HELP = """\
+/adapter [NAME]   answer with another adapter: one named by --adapter, or a path; none for the model's own
+/system [TEXT]    show or change the system message; none for the model's own
+/reset            begin a new conversation
+/save FILE        write the conversation to a .jsonl or .json, as training data has it
+/help             this
+/quit             leave; so do Ctrl-D, and Ctrl-C twice
+//text            a message that begins with a stroke
+A backslash at the end of a line goes on in the next; lines between two \"\"\" are one message."""
+ENDINGS = {
+    "length": "the answer reached --max-tokens",
+    "context": "the conversation fills the context: /save it if you like, and /reset",
+    "stopped": "stopped",
+}
+NONE = "none"
+
+
+class ChatLoop:
+    """Reads messages until there are no more.
+
+    Args:
+        source: the model and its adapters.
+        chat: the conversation.
+        as_json: an object per answer on stdout, rather than its text as it comes.
+        verbose: counts on stderr after each answer.
+    """
+
+    def __init__(self, source: ChatModel, chat: Chat, *, as_json: bool, verbose: bool) -> None:
+        self._source, self._chat = source, chat
+        self._as_json, self._verbose = as_json, verbose
+        self._saved: set[Path] = set()
+
+    def run(self) -> None:
+        """Answers and obeys."""
+        messages = Messages()
+        while (text := messages.read()) is not None and text != "/quit":
+            try:
+                if text.startswith("/") and not text.startswith("//"):
+                    with _interruptions():  # a change of adapters is not left half done
+                        self._obey(*text.split(maxsplit=1))
+                elif text:
+                    self._answer(text.removeprefix("/"))
+            except AFMError as error:
+                note(f"mlx-afm: {error}")
+            except OSError as error:
+                note(f"mlx-afm: {error.filename or 'system'}: {error.strerror or error}")
+
+    def _answer(self, text: str) -> None:
+        pieces: list[str] = []
+        try:
+            with _interruptions() as stopped, closing(self._chat.ask(text, stopped)) as responses:
+                for response in responses:
+                    pieces.append(response.text)
+                    if not self._as_json:
+                        click.echo(response.text, nl=False)
+        except KeyboardInterrupt:  # the second one: wherever it is
+            pass
+        if pieces and not self._as_json:
+            click.echo()
+        turn = self._chat.last
+        if turn is not None and (pieces or turn.finish_reason == "stopped"):
+            self._report("".join(pieces), turn)
+
+    def _report(self, text: str, turn: Turn) -> None:
+        counts = {
+            "prompt_tokens": turn.prompt_tokens,
+            "reused_tokens": turn.reused_tokens,
+            "generation_tokens": turn.generation_tokens,
+            "finish_reason": turn.finish_reason,
+        }
+        if self._as_json:
+            show({"text": text, **counts}, self._as_json)
+        if turn.finish_reason in ENDINGS:
+            forgotten = "" if turn.kept else "; nothing was said, so the question is forgotten"
+            note(f"({ENDINGS[turn.finish_reason]}{forgotten})")
+        if turn.cleaned:
+            note("(the answer spelled out marks of the chat template; they were taken out of the conversation)")
+        if self._verbose:
+            note(f"(prompt {turn.prompt_tokens} tokens, {turn.reused_tokens} known; answer {turn.generation_tokens})")
+
+    def _obey(self, command: str, rest: str = "") -> None:
+        commands: dict[str, Callable[[str], None]] = {
+            "/adapter": self._adapter,
+            "/system": self._system,
+            "/reset": self._reset,
+            "/save": self._save,
+            "/help": lambda rest: note(HELP),
+        }
+        if command not in commands:
+            note(f"no such command: {command}; /help tells all")
+            return
+        commands[command](rest)
+
+    def _adapter(self, name: str) -> None:
+        if name:
+            self._chat.model = self._source.use(None if name == NONE else name)
+            self._chat.forget()
+        known = ", ".join([NONE, *self._source.adapters])
+        note(f"(adapter {self._source.active or NONE}" + (")" if name else f"; there are {known})"))
+
+    def _system(self, text: str) -> None:
+        if text:
+            self._chat.system = None if text == NONE else text
+        note(f"(system message: {self._chat.system or 'the model’s own'})")
+
+    def _reset(self, rest: str) -> None:
+        self._chat.messages.clear()
+        note("(a new conversation)")
+
+    def _save(self, name: str) -> None:
+        if not name:
+            note("/save FILE: a .jsonl or .json")
+            return
+        path = Path(name).expanduser()
+        save_chat(path, self._chat.conversation, overwrite=path.absolute() in self._saved)
+        self._saved.add(path.absolute())
+        note(f"({len(self._chat.messages)} messages in {path})")
+
+
+class _Stop:
+    """Whether Ctrl-C was pressed; the second time it is an exception."""
+
+    pressed = False
+
+    def __call__(self) -> bool:
+        return self.pressed
+
+    def press(self, number: int, frame: FrameType | None) -> None:
+        if self.pressed:
+            raise KeyboardInterrupt
+        self.pressed = True
+
+
+@contextmanager
+def _interruptions() -> Iterator[_Stop]:
+    """Ctrl-C stops an answer while this lasts."""
+    stop = _Stop()
+    before = signal.signal(signal.SIGINT, stop.press)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,57 @@
+"""`mlx-afm generate` with a file of prompts."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from mlx_afm.data.config import DataConfig
+from mlx_afm.generation import GenerateConfig
+from mlx_afm.workflows.answer import Answered, AnswerJob, answer_file
+
+from .output import note, show
+from .progress import duration
+
+
+def names_a_file(prompt: str) -> bool:
+    """Whether a prompt is the name of a file of prompts, rather than a text that ends like one."""
+    return prompt.endswith(".jsonl") and (Path(prompt).is_file() or not any(map(str.isspace, prompt)))
+
+
+def answer_prompts(
+    prompts: Path,
+    output: Path,
+    batch_size: int,
+    reading: DataConfig,
+    as_json: bool,
+    *,
+    model: Path,
+    adapter_path: Path | None,
+    system_prompt: str | None,
+    config: GenerateConfig,
+) -> None:
+    """Answers the file and shows how far it is, a line a second on stderr."""
+    job = AnswerJob(
+        model=model,
+        adapter_path=adapter_path,
+        prompts=prompts,
+        output=output,
+        config=config,
+        batch_size=batch_size,
+        system=system_prompt,
+        dialect=reading.dialect,
+        fields=reading.fields,
+    )
+    shown = time.perf_counter()
+
+    def tell(state: Answered) -> None:
+        nonlocal shown
+        if state.done < state.total and time.perf_counter() - shown < 1:
+            return
+        shown = time.perf_counter()
+        left = duration(state.seconds / state.new * (state.total - state.done))
+        note(f"{state.done}/{state.total} answers  {state.tokens / state.seconds:,.0f} tokens/s  ETA {left}")
+
+    done = answer_file(job, tell)
+    facts = {"output": str(output), "answers": done.total, "new": done.new, "generation_tokens": done.tokens}
+    show(facts, as_json)

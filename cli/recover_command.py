@@ -1,0 +1,61 @@
+"""`mlx-afm recover`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .interrupts import stop_on_signals
+from .lora_options import recovery_options
+from .output import json_option, note, resume_line, show
+from .progress import show_event
+from .settings import request_from
+
+
+@click.command("recover")
+@recovery_options
+@click.option("--teacher", type=Path, help="Folder of the unquantised model; for --loss distill.")
+@click.option(
+    "--loss",
+    type=click.Choice(["distill", "next-token"]),
+    default="distill",
+    show_default=True,
+    help="Divergence from the teacher's distributions, or the data's next token.",
+)
+@click.option(
+    "--into-base",
+    is_flag=True,
+    help="Keep the adapter as the model's base_adapter: active by default, and later adapters start from it.",
+)
+@json_option
+def command(config: Path | None, teacher: Path | None, loss: str, into_base: bool, as_json: bool, **flags: Any) -> int:
+    """Train an adapter that wins back what quantisation lost."""
+    from mlx_afm.training import Event, TrainingResumed, TrainingStarted, join_ranks
+    from mlx_afm.workflows.recover import RecoverJob, recover
+
+    run = request_from(config, flags).job
+    job = RecoverJob(run=run, loss=loss, teacher=teacher, into_base=into_base)
+    ranks = join_ranks(run.train.rank_timeout_seconds)
+    with stop_on_signals(silent=not ranks.leads) as stop:
+
+        def watch(event: Event) -> None:
+            stop.saves = stop.saves or isinstance(event, (TrainingStarted, TrainingResumed))
+            show_event(event)
+
+        done = recover(job, on_event=watch, should_stop=stop)
+    if not ranks.leads:
+        return 0  # rank 0 tells, and its exit code counts
+    result: dict[str, Any] = {
+        "adapter_path": str(run.adapter_path),
+        "steps": done.trained.steps,
+        "best_valid_loss": done.trained.best_loss,
+        "base_adapter": None if done.base_adapter is None else str(done.base_adapter),
+    }
+    if done.trained.interrupted:
+        note(f"to go on: {resume_line()}")
+        show({**result, "interrupted": True}, as_json)
+        return stop.exit_code
+    show(result, as_json)
+    return 0

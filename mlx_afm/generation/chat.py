@@ -1,0 +1,215 @@
+"""A conversation that goes on: its messages, and the keys and values of what the model has read of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from mlx_afm.errors import ConfigError, DataError
+from mlx_afm.generation.answer_text import LENGTH, AnswerText
+from mlx_afm.generation.config import GenerateConfig, require_fitting
+from mlx_afm.generation.generate import responses
+from mlx_afm.generation.prompts import to_prompt_ids
+from mlx_afm.generation.speculation import Speculation
+from mlx_afm.generation.speculative import iter_speculative_steps, rewind
+from mlx_afm.generation.steps import iter_steps
+from mlx_afm.model import KVCache, Model
+from mlx_afm.text.messages import parse_messages
+from mlx_afm.text.tokenizer import AFMTokenizer
+from mlx_afm.text.tool_calls import parse_tool_calls
+
+Ending = Literal["stop", "length", "context", "stopped"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """What one question and its answer took.
+
+    Attributes:
+        prompt_tokens: of the whole conversation up to the answer.
+        reused_tokens: of these, how many were known from before.
+        generation_tokens: of the answer.
+        finish_reason: `stop`, the model's own end; `length`, `max_tokens`; `context`, the conversation fills the
+            model's context; `stopped`, someone did.
+        kept: whether question and answer are in the conversation; a question without any answer is not.
+        cleaned: whether marks of the template that the answer spelled out were taken from it.
+    """
+
+    prompt_tokens: int
+    reused_tokens: int
+    generation_tokens: int
+    finish_reason: Ending
+    kept: bool
+    cleaned: bool
+
+
+class _Stopped(Exception):
+    """Someone stopped it while the prompt was read."""
+
+
+@dataclass(kw_only=True)
+class Chat:
+    """One conversation. What the model has read is kept, so each question costs what is new.
+
+        chat = Chat(model=model, tokenizer=tokenizer, config=GenerateConfig(max_tokens=200))
+        for response in chat.ask("Name a river."):
+            show(response.text)
+
+    Nothing is ever left out of the conversation: one that fills the context refuses the next question.
+
+    Attributes:
+        model, tokenizer: from `mlx_afm.load`. After a change of weights, `forget`.
+        config: how to answer; each answer draws with another seed, counted from its own.
+        system: the system message; None for the model's own.
+        speculation: a draft model, if there is one.
+        messages: the conversation so far, without the system message; as training data has it.
+        last: what the last answer took; None before and while there is one.
+    """
+
+    model: Model
+    tokenizer: AFMTokenizer
+    config: GenerateConfig = field(default_factory=GenerateConfig)
+    system: str | None = None
+    speculation: Speculation | None = None
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    last: Turn | None = None
+    _held: list[int] = field(default_factory=list, repr=False)
+    _cache: Sequence[KVCache] = field(default=(), repr=False)
+    _draft_cache: Sequence[KVCache] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        require_fitting(self.config, self.model)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops keys and values, which belong to the weights that made them; the conversation stays."""
+        self._held, self._cache = [], self.model.make_cache(quantized=self.config.kv_bits is not None)
+        self._draft_cache = [] if self.speculation is None else self.speculation.draft.make_cache()
+
+    @property
+    def conversation(self) -> list[dict[str, Any]]:
+        """All messages, as a line of training data."""
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, *self.messages]
+
+    def ask(self, text: str, should_stop: Callable[[], bool] = lambda: False) -> Generator[Any, None, None]:
+        """The answer, as `stream_generate` gives it; afterwards question and answer are in the conversation.
+
+        Args:
+            text: the user's.
+            should_stop: asked after every piece of the prompt and every token. Leaving the iterator stops too.
+
+        Raises:
+            ConfigError: the conversation fills the context. DataError: a text that spells a mark of the template.
+                The conversation is then as it was.
+        """
+        self.last = None
+        question = {"role": "user", "content": text}
+        ids = to_prompt_ids(self.tokenizer, [*self.conversation, question])
+        max_tokens = self._answer_tokens(ids)
+        reused = self._rewind_to(ids)
+        steps = self._steps(ids, reused, max_tokens, should_stop)
+        given: list[int] = []
+        pieces: list[str] = []
+        reason: Ending = "stopped"
+        try:
+            for response in responses(
+                self.model, steps, AnswerText(self.tokenizer, self.config.stop), len(ids), max_tokens
+            ):
+                given.append(response.token)
+                pieces.append(response.text)
+                if response.finish_reason is not None:
+                    reason = response.finish_reason
+                yield response
+                if should_stop():
+                    break
+        except _Stopped:
+            pass
+        finally:
+            steps.close()
+            self._note_held([*ids, *given])
+            if reason == LENGTH and max_tokens < self.config.max_tokens:
+                reason = "context"
+            kept, cleaned = self._add(question, "".join(pieces), reason)
+            self.last = Turn(
+                prompt_tokens=len(ids),
+                reused_tokens=reused,
+                generation_tokens=len(given),
+                finish_reason=reason,
+                kept=kept,
+                cleaned=cleaned,
+            )
+
+    def _answer_tokens(self, ids: list[int]) -> int:
+        try:
+            return self.config.answer_tokens(len(ids))
+        except ConfigError as error:
+            advice = "Nothing is left out of it: begin a new one."
+            what = "the conversation fills the model's context"
+            raise ConfigError(what, expected=error.expected, found=error.found, advice=advice) from error
+
+    def _steps(
+        self, ids: list[int], known: int, max_tokens: int, should_stop: Callable[[], bool]
+    ) -> Any:  # a generator; its type cannot say that it is closed
+        def progress(done: int, total: int) -> None:
+            if should_stop():
+                raise _Stopped
+
+        config = replace(self.config, seed=(self.config.seed + len(self.messages)) % 2**64)
+        options: dict[str, Any] = {
+            "cache": self._cache,
+            "cached_tokens": known,
+            "max_tokens": max_tokens,
+            "on_progress": progress,
+        }
+        if self.speculation is None:
+            return iter_steps(self.model, ids, config, **options)
+        options["draft_cache"] = self._draft_cache
+        return iter_speculative_steps(self.model, ids, config, self.speculation, **options)
+
+    def _rewind_to(self, ids: list[int]) -> int:
+        """How many of the ids the caches go on from: all that they begin with, but one that is left to compute."""
+        limit = min(len(self._held), len(ids) - 1)
+        known = next((place for place in range(limit) if self._held[place] != ids[place]), limit)
+        self._held = self._held[:known]
+        rewind(self._cache, known)
+        rewind(self._draft_cache, known)
+        return known
+
+    def _note_held(self, tokens: list[int]) -> None:
+        """Brings all layers to the same length, whatever they were interrupted in, and notes what they hold."""
+        held = min([len(tokens), *(layer.size() for layer in self._cache)])
+        rewind(self._cache, held)
+        if self._draft_cache:
+            rewind(self._draft_cache, min([held, *(layer.size() for layer in self._draft_cache)]))
+        self._held = tokens[:held]
+
+    def _add(self, question: dict[str, Any], said: str, reason: Ending) -> tuple[bool, bool]:
+        """Adds both to the conversation; whether it did, and whether marks had to go from the answer."""
+        if not said and reason != "stop":
+            return False, False
+        content, calls = parse_tool_calls(said)
+        answer: dict[str, Any] = {"role": "assistant", "content": content}
+        if calls:
+            answer["tool_calls"] = [{"function": call["function"]} for call in calls]
+        cleaned = not self._can_be_said(question, answer)
+        if cleaned:
+            answer = {"role": "assistant", "content": _without(said, (*self.tokenizer.special_pieces, "\0"))}
+        self.messages += [question, answer]
+        return True, cleaned
+
+    def _can_be_said(self, *messages: dict[str, Any]) -> bool:
+        try:
+            parse_messages(messages, where="chat", special_pieces=self.tokenizer.special_pieces)
+        except DataError:
+            return False
+        return True
+
+
+def _without(text: str, pieces: Sequence[str]) -> str:
+    """The text without these pieces, nor any that come about when some are taken out."""
+    while any(piece in text for piece in pieces):
+        for piece in pieces:
+            text = text.replace(piece, "")
+    return text

@@ -1,0 +1,204 @@
+"""Keys and values of prompts, kept for prompts that begin alike, in memory and in a file.
+
+A `.safetensors` file of ours holds
+
+    ids                      int32 (S,)        the prompt
+    keys.N, values.N         (1, K, S, E)      of ordinary layer N; int8 in an int8 cache
+    __metadata__             "format": "mlx-afm prompt cache 1", "fingerprint": of model and adapter
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_afm.checkpoints.arrays import from_mlx, to_mlx
+from mlx_afm.errors import ConfigError, FormatError
+from mlx_afm.formats.safetensors_file import read_metadata, read_safetensors, write_safetensors
+from mlx_afm.formats.tensors import LazyTensor
+from mlx_afm.model import KVCache, Model
+
+FORMAT = "mlx-afm prompt cache 1"
+SAMPLED_VALUES = 1024  # of each tensor, for the fingerprint
+
+
+@dataclass
+class PromptCache:
+    """A prompt's ids and, for each ordinary layer, their keys and values."""
+
+    ids: list[int]
+    layers: list[KVCache]
+
+    def shared(self, ids: Sequence[int]) -> int:
+        """How many ids a prompt begins with that can be taken from here: one at least is left to compute."""
+        limit = min(len(self.ids), len(ids) - 1)
+        if self.ids[:limit] == list(ids[:limit]):
+            return max(limit, 0)
+        return next(place for place in range(limit) if self.ids[place] != ids[place])
+
+    def take(self, tokens: int) -> list[KVCache]:
+        """Caches of the first tokens, to go on with; they stay as they are here."""
+        return [layer.copy(tokens) for layer in self.layers]
+
+
+@dataclass
+class PrefixCache:
+    """Keys and values of recent prompts, for others that begin with the same ids; exact.
+
+    Attributes:
+        max_tokens: held together, 36 KB each of the real model in 16 bits; the prompts that were of use longest
+            ago go first.
+
+    Example: after `store(ids, cache)`, `fetch(other_ids)` gives caches with all ids that both begin with, and how
+    many these are; compute the rest (`other_ids[tokens:]`) with these caches. Prompts under different `owner`s,
+    such as adapters, know nothing of each other. One is of no use once the model's weights change: `clear` it.
+    """
+
+    max_tokens: int = 8192
+    _entries: dict[Hashable, list[PromptCache]] = field(default_factory=dict)
+
+    def fetch(self, ids: Sequence[int], owner: Hashable = None) -> tuple[list[KVCache], int] | None:
+        """Caches with the longest beginning of a prompt that is known, and its length; None if there is none."""
+        entries = self._entries.get(owner, [])
+        best = max(entries, key=lambda entry: entry.shared(ids), default=None)
+        if best is None or not (tokens := best.shared(ids)):
+            return None
+        entries.remove(best)
+        entries.append(best)
+        self._entries[owner] = self._entries.pop(owner)
+        return best.take(tokens), tokens
+
+    def store(self, ids: Sequence[int], cache: Sequence[KVCache], owner: Hashable = None) -> None:
+        """Keeps the keys and values of a prompt, with which a cache begins; prompts that it begins with are let go."""
+        entries = self._entries.pop(owner, [])
+        if any(entry.ids[: len(ids)] == list(ids) for entry in entries) or len(ids) > self.max_tokens:
+            self._entries[owner] = entries
+            return
+        kept = [entry for entry in entries if list(ids[: len(entry.ids)]) != entry.ids]
+        self._entries[owner] = [*kept, PromptCache(list(ids), [layer.copy(len(ids)) for layer in cache])]
+        while self.tokens > self.max_tokens:
+            oldest = next(name for name, held in self._entries.items() if held)
+            self._entries[oldest].pop(0)
+
+    def clear(self, owner: Hashable = None) -> None:
+        """Forgets an owner's prompts."""
+        self._entries.pop(owner, None)
+
+    def newest(self, owner: Hashable = None) -> PromptCache | None:
+        """The prompt of an owner that was of use last."""
+        entries = self._entries.get(owner)
+        return entries[-1] if entries else None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens held."""
+        return sum(len(entry.ids) for held in self._entries.values() for entry in held)
+
+
+def kind_of(owner: Hashable, kv_bits: int | None) -> Hashable:
+    """Whose prompts go together: an owner's, in one kind of cache."""
+    return owner, kv_bits
+
+
+def fingerprint(model: Model) -> str:
+    """Hex digest that tells models and adapters apart: names, shapes and dtypes, and values all over each tensor.
+
+    Cost: `SAMPLED_VALUES` of each tensor are read, not all of it.
+    """
+    digest = sha256(repr(model.args).encode())
+    for name, array in sorted(tree_flatten(model.parameters())):
+        flat = array.reshape(-1)
+        sample = flat[:: max(1, math.ceil(flat.size / SAMPLED_VALUES))]
+        exact = sample.astype(mx.float32) if mx.issubdtype(sample.dtype, mx.floating) else sample
+        digest.update(f"{name} {array.shape} {array.dtype}\n".encode() + np.array(exact).tobytes())
+    for name, module in sorted(model.named_modules(), key=lambda item: item[0]):
+        if isinstance(scale := getattr(module, "scale", None), float):
+            digest.update(f"{name} {scale!r}\n".encode())
+    return digest.hexdigest()
+
+
+def save_prompt_cache(path: Path, cache: PromptCache, model: Model) -> None:
+    """Writes a prompt's keys and values, whole or not at all.
+
+    Raises:
+        ConfigError: the file's name ends otherwise than in `.safetensors`.
+    """
+    _require_name(path)
+    tensors = {"ids": mx.array(cache.ids, mx.int32)}
+    for number, layer in enumerate(cache.layers):
+        assert layer.keys is not None
+        assert layer.values is not None
+        tensors[f"keys.{number}"] = layer.keys[..., : len(cache.ids), :]
+        tensors[f"values.{number}"] = layer.values[..., : len(cache.ids), :]
+    metadata = {"format": FORMAT, "fingerprint": fingerprint(model)}
+    write_safetensors(path, {name: from_mlx(array) for name, array in tensors.items()}, metadata=metadata)
+
+
+def load_prompt_cache(path: Path, model: Model, *, quantized: bool = False) -> PromptCache:
+    """A prompt's keys and values from a file.
+
+    Args:
+        path: from `save_prompt_cache`.
+        model: with its adapter, that which they were computed with.
+        quantized: in int8, as they were saved then.
+
+    Raises:
+        FormatError: no such file, or none of this form.
+        ConfigError: of another model or adapter, or of the other kind of cache.
+    """
+    _require_name(path)
+    metadata, tensors = read_metadata(path), read_safetensors(path)
+    if metadata.get("format") != FORMAT:
+        raise FormatError("not a prompt cache", where=path, expected=FORMAT, found=metadata.get("format"))
+    if "ids" not in tensors or tensors["ids"].dtype != "int32" or len(tensors["ids"].shape) != 1:
+        raise FormatError("a prompt cache without ids", where=path, expected="int32 (S,)")
+    advice = "It is of use with the model and adapter it was made with alone; remove it, or name another file."
+    if metadata.get("fingerprint") != fingerprint(model):
+        raise ConfigError("a prompt cache of another model or adapter", where=path, advice=advice)
+    ids = tensors["ids"].read().tolist()
+    layers = model.make_cache(quantized=quantized)
+    for number, layer in enumerate(layers):
+        keys, values = (_held(path, model, tensors, f"{name}.{number}", len(ids)) for name in ("keys", "values"))
+        if {keys.dtype == mx.int8, values.dtype == mx.int8} != {quantized}:
+            found = "the dtype of the model" if quantized else "8 bits"
+            raise ConfigError("a prompt cache of the other kind", where=path, found=found, advice=advice)
+        layer.state = (keys, values, len(ids))
+    return PromptCache(ids, layers)
+
+
+@contextmanager
+def prompt_cache_file(path: Path, model: Model, *, kv_bits: int | None = None) -> Iterator[PrefixCache]:
+    """A prefix cache that begins with what a file holds; without the file, the last prompt is left in it.
+
+    Raises:
+        FormatError, ConfigError: see `load_prompt_cache`.
+    """
+    _require_name(path)
+    kind, known, prefixes = kind_of(None, kv_bits), path.exists(), PrefixCache()
+    if known:
+        held = load_prompt_cache(path, model, quantized=kv_bits is not None)
+        prefixes.store(held.ids, held.layers, kind)
+    yield prefixes
+    if not known and (newest := prefixes.newest(kind)) is not None:
+        save_prompt_cache(path, newest, model)
+
+
+def _held(path: Path, model: Model, tensors: Mapping[str, LazyTensor], name: str, length: int) -> mx.array:
+    shape = (1, model.args.num_kv_heads, length, model.args.head_dim)
+    if name not in tensors or tensors[name].shape != shape:
+        found = tensors[name].shape if name in tensors else "nothing"
+        raise FormatError(f"wrong {name} in a prompt cache", where=path, expected=shape, found=found)
+    return to_mlx(tensors[name])
+
+
+def _require_name(path: Path) -> None:
+    if path.suffix != ".safetensors":
+        raise ConfigError("the name of a prompt cache", where=path, expected=".safetensors at its end")

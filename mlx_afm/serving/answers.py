@@ -1,0 +1,163 @@
+"""OpenAI's answers: one object, or the chunks of a stream."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_afm.serving.jobs import Said
+from mlx_afm.serving.requests import Asked
+from mlx_afm.serving.sinks import Delta, End
+from mlx_afm.serving.text import TokenNames
+from mlx_afm.text.tool_calls import Parsed, ToolCallParser
+
+
+@dataclass
+class Choice:
+    """One choice so far.
+
+    Attributes:
+        text: what was told as text.
+        said: tokens, if they are told.
+        calls: tool calls.
+        reason: why it ended, once it has.
+        parser: takes tool calls out of the text, if there may be any.
+    """
+
+    text: str = ""
+    said: list[Said] = field(default_factory=list)
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    reason: str | None = None
+    parser: ToolCallParser | None = None
+
+
+class AnswerBuilder:
+    """Puts an answer together from events, and says it whole or in chunks.
+
+    Args:
+        asked: the request.
+        names: of tokens, for log probabilities.
+    """
+
+    def __init__(self, asked: Asked, names: TokenNames) -> None:
+        self._asked, self._names = asked, names
+        count = len(asked.prompts) * asked.choices
+        self._choices = [Choice(parser=ToolCallParser() if asked.tools else None) for _ in range(count)]
+        self._tokens = self.cached_tokens = 0
+        prefix, kind = ("chatcmpl", "chat.completion") if asked.chat else ("cmpl", "text_completion")
+        self._kind = kind
+        self._head = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": asked.model}
+
+    @property
+    def complete(self) -> bool:
+        """Whether every choice has ended."""
+        return all(choice.reason is not None for choice in self._choices)
+
+    def first_chunks(self) -> Iterator[dict[str, Any]]:
+        """What a stream begins with: the role of each choice."""
+        if self._asked.chat:
+            for index in range(len(self._choices)):
+                yield self._chunk(index, {"role": "assistant", "content": ""})
+
+    def take(self, event: Delta | End) -> Iterator[dict[str, Any]]:
+        """Takes an event; gives the chunks that a stream says for it."""
+        choice = self._choices[event.index]
+        if isinstance(event, Delta):
+            text = event.piece.text
+            parsed = Parsed(text, []) if choice.parser is None else choice.parser.feed(text)
+            yield from self._tell(event.index, parsed, event.piece.said)
+            return
+        self._tokens += event.tokens
+        choice.reason = event.reason
+        yield from self._end(event.index, choice)
+
+    def whole(self) -> dict[str, Any]:
+        """The answer as one object."""
+        choices = [self._choice(index, choice) for index, choice in enumerate(self._choices)]
+        return {**self._head, "object": self._kind, "choices": choices, "usage": self.usage()}
+
+    def usage(self) -> dict[str, Any]:
+        """Token counts; those of the answer count the mark of its end."""
+        prompt = sum(len(prompt.ids) for prompt in self._asked.prompts)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": self._tokens,
+            "total_tokens": prompt + self._tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+    def usage_chunk(self) -> dict[str, Any]:
+        """The last chunk of a stream that was asked for counts."""
+        return {**self._head, "object": self._chunk_kind, "choices": [], "usage": self.usage()}
+
+    @property
+    def _chunk_kind(self) -> str:
+        return "chat.completion.chunk" if self._asked.chat else "text_completion"
+
+    def _tell(self, index: int, parsed: Parsed, said: Sequence[Said] = ()) -> Iterator[dict[str, Any]]:
+        """Chunks for more text and calls."""
+        choice = self._choices[index]
+        offset, choice.text = len(choice.text), choice.text + parsed.content
+        choice.said += said
+        if parsed.content or said:
+            yield self._chunk(index, {"content": parsed.content}, said=said, offset=offset)
+        for call in parsed.calls:
+            if not (choice.calls and self._asked.one_call):
+                yield self._chunk(index, {"tool_calls": [{"index": len(choice.calls), **call}]})
+                choice.calls.append(call)
+
+    def _end(self, index: int, choice: Choice) -> Iterator[dict[str, Any]]:
+        if choice.parser is not None:
+            yield from self._tell(index, choice.parser.finish())
+        if choice.calls:
+            choice.reason = "tool_calls"
+        yield self._chunk(index, {}, reason=choice.reason)
+
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        *,
+        said: Sequence[Said] = (),
+        offset: int = 0,
+        reason: str | None = None,
+    ) -> dict[str, Any]:
+        logprobs = self._logprobs(said, offset) if said else None
+        choice: dict[str, Any] = {"index": index, "logprobs": logprobs, "finish_reason": reason}
+        choice |= {"delta": delta} if self._asked.chat else {"text": delta.get("content", "")}
+        chunk = {**self._head, "object": self._chunk_kind, "choices": [choice]}
+        return {**chunk, "usage": None} if self._asked.usage else chunk
+
+    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        told = self._asked.sampling.top_logprobs is not None
+        end = {
+            "index": index,
+            "logprobs": self._logprobs(choice.said, 0) if told else None,
+            "finish_reason": choice.reason,
+        }
+        if not self._asked.chat:
+            return {**end, "text": choice.text}
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text}
+        if choice.calls:
+            message |= {"content": choice.text or None, "tool_calls": choice.calls}
+        return {**end, "message": message}
+
+    def _logprobs(self, said: Sequence[Said], offset: int) -> dict[str, Any]:
+        if self._asked.chat:
+            return {"content": [self._told(token.token, token.logprob, token.top) for token in said], "refusal": None}
+        texts = [self._names.describe(token.token)[0] for token in said]
+        offsets = [offset + sum(map(len, texts[:place])) for place in range(len(texts))]
+        tops = [{self._names.describe(token)[0]: value for token, value in item.top} for item in said]
+        values = [token.logprob for token in said]
+        return {"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+
+    def _told(self, token: int, logprob: float | None, top: Sequence[tuple[int, float]]) -> dict[str, Any]:
+        text, data = self._names.describe(token)
+        alternatives = []
+        for other, value in top:
+            name, other_bytes = self._names.describe(other)
+            alternatives.append({"token": name, "logprob": value, "bytes": other_bytes})
+        return {"token": text, "logprob": logprob, "bytes": data, "top_logprobs": alternatives}

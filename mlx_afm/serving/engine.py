@@ -1,0 +1,198 @@
+"""The thread that owns the model: MLX's arrays and streams belong to one, and everything else asks it."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TypeVar
+
+import mlx.core as mx
+
+from mlx_afm.adapters import is_zero
+from mlx_afm.checkpoints.hub import resolve
+from mlx_afm.checkpoints.model_folder import BASE_ADAPTER, load_model
+from mlx_afm.errors import ConfigError
+from mlx_afm.serving.adapters import AdapterSwitch
+from mlx_afm.serving.config import ServeConfig
+from mlx_afm.serving.jobs import Job
+from mlx_afm.serving.metrics import Metrics
+from mlx_afm.serving.pool import AdapterPool
+from mlx_afm.serving.refusal import Refusal
+from mlx_afm.serving.scheduler import Log, Scheduler
+from mlx_afm.text.tokenizer import AFMTokenizer
+from mlx_afm.workflows.load import base_adapter, load_tokenizer
+
+T = TypeVar("T")
+BASE = "(base)"  # in the switch: the adapter that the base model itself carries
+
+
+class Engine:
+    """A loaded model in a thread of its own.
+
+    Args:
+        model: its folder, or hub id.
+        adapters: by name, where each is on disk.
+        config: limits.
+        metrics: what is counted.
+        log: takes what went wrong inside.
+
+    The constructor returns when everything is loaded, and raises what loading raised.
+    """
+
+    def __init__(
+        self, model: str | Path, adapters: dict[str, Path], config: ServeConfig, metrics: Metrics, log: Log
+    ) -> None:
+        self.config, self._metrics, self._log = config, metrics, log
+        self.folder = resolve(model)
+        self.model_id = config.model_id or (self.folder.resolve().name if Path(model).exists() else str(model))
+        self.tokenizer = _require_tokenizer(self.folder)
+        self._arrivals: deque[Job] = deque()
+        self._calls: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()  # guards everything above and below
+        self._accepting = True
+        self._stop_at: float | None = None
+        self._under_way = 0
+        self._scheduler: Scheduler
+        ready: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(adapters, ready), name="mlx-afm-model", daemon=True)
+        self._thread.start()
+        ready.result()
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that can be asked for."""
+        return self._scheduler.pool.names
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the model's embedding: no token has a larger id."""
+        return self._vocabulary
+
+    def submit(self, job: Job) -> None:
+        """Takes a request; its sinks are told from the model's thread.
+
+        Raises:
+            Refusal: too many are waiting (429), or the server is stopping (503).
+        """
+        with self._wake:
+            if not self._accepting:
+                raise Refusal(503, "the server is stopping", code="stopping", retry_seconds=5)
+            limit = self.config.rows + self.config.queue
+            if self.answers_in_flight + len(job.sinks) > limit:
+                seconds = max(1, math.ceil(self._metrics.mean("request_seconds")))
+                raise Refusal(
+                    429,
+                    "too many requests are waiting",
+                    code="queue_full",
+                    retry_seconds=seconds,
+                    expected=f"at most {limit} answers under way and waiting",
+                    advice="Try again later.",
+                )
+            self._arrivals.append(job)
+            self._wake.notify()
+
+    def cancel(self, job: Job) -> None:
+        """Nobody waits for this request any more."""
+        with self._wake:
+            job.cancelled = True
+            self._wake.notify()
+
+    def call(self, work: Callable[[Scheduler], T]) -> Future[T]:
+        """Has the model's thread do something between two rounds."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            # What it raises belongs to whoever asked.
+            try:
+                future.set_result(work(self._scheduler))
+            except Exception as error:
+                future.set_exception(error)
+
+        with self._wake:
+            if not self._thread.is_alive():
+                future.set_exception(Refusal(503, "the server is stopping", code="stopping"))
+                return future
+            self._calls.append(run)
+            self._wake.notify()
+        return future
+
+    def refuse_new(self) -> None:
+        """Takes no more requests; those under way go on."""
+        with self._wake:
+            self._accepting = False
+
+    def stop(self, grace_seconds: float) -> None:
+        """Lets requests under way finish within some time, ends the rest, and the thread."""
+        with self._wake:
+            end = time.monotonic() + grace_seconds
+            self._accepting, self._stop_at = False, end if self._stop_at is None else min(end, self._stop_at)
+            self._wake.notify()
+        self._thread.join()
+
+    @property
+    def answers_in_flight(self) -> int:
+        """Answers under way and waiting."""
+        return self._under_way + sum(len(job.sinks) for job in tuple(self._arrivals))
+
+    # The thread.
+
+    def _run(self, adapters: dict[str, Path], ready: Future[None]) -> None:
+        # Loading may fail in any way that reading files can; whoever started the engine is told.
+        try:
+            self._scheduler = self._load(adapters)
+        except BaseException as error:
+            ready.set_exception(error)
+            return
+        ready.set_result(None)
+        while self._turn():
+            pass
+        self._scheduler.fail_all(Refusal(503, "the server stopped", code="stopping"))
+        mx.synchronize()
+
+    def _load(self, adapters: dict[str, Path]) -> Scheduler:
+        model = load_model(self.folder)
+        mx.eval(model.parameters())
+        self._vocabulary = model.args.vocab_size
+        switch = AdapterSwitch(model)
+        own = base_adapter(self.folder)
+        has_own = own is not None and not is_zero(own)
+        if own is not None and has_own:
+            switch.add(BASE, own, where=self.folder / BASE_ADAPTER)
+        pool = AdapterPool(switch, self.folder, self.config.adapter_bytes, reserved=self.model_id)
+        for name, path in adapters.items():
+            pool.register(name, path)
+        base = BASE if has_own else None
+        return Scheduler(model, switch, pool, self.config, self._metrics, self._log, base=base)
+
+    def _turn(self) -> bool:
+        """One round; False when it is time to end."""
+        with self._wake:
+            while not (self._arrivals or self._calls or self._scheduler.jobs or self._stop_at is not None):
+                self._wake.wait()
+            calls = list(self._calls)
+            self._calls.clear()
+            self._under_way = self.answers_in_flight
+            while self._arrivals:
+                self._scheduler.add(self._arrivals.popleft())
+        for call in calls:
+            call()
+        self._scheduler.work()
+        with self._wake:
+            self._under_way = sum(len(job.sinks) for job in self._scheduler.jobs)
+            if self._stop_at is None:
+                return True
+            over = not (self._under_way or self._arrivals or self._calls)
+            return not over and time.monotonic() < self._stop_at
+
+
+def _require_tokenizer(folder: Path) -> AFMTokenizer:
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        advice = "Convert again with tokenizer.model in place."
+        raise ConfigError("the model folder has no tokenizer", where=folder, advice=advice)
+    return tokenizer

@@ -1,0 +1,138 @@
+"""Prompts of requests to ids, as the model was trained to read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_afm.errors import ConfigError, DataError
+from mlx_afm.serving.fields import kind
+from mlx_afm.text.messages import parse_messages, parse_tools
+from mlx_afm.text.response_format import response_format
+from mlx_afm.text.template import Turn, encode, render
+from mlx_afm.text.tokenizer import AFMTokenizer
+
+IDLE_KEYS = ("name", "refusal", "annotations", "audio", "function_call")  # of messages, as clients send them back
+LEAST_CUT_TOKENS = 64  # each piece of a prompt is a call of the model
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Ids of a prompt.
+
+    Attributes:
+        ids: end where the answer begins.
+        cuts: lengths of its beginnings that other prompts may have too, ascending.
+    """
+
+    ids: list[int]
+    cuts: tuple[int, ...] = ()
+
+
+def chat_prompt(
+    messages: object, tools: Sequence[Any], schema: Mapping[str, Any] | None, tokenizer: AFMTokenizer
+) -> Prompt:
+    """A conversation's prompt.
+
+    Args:
+        messages: OpenAI's; texts may come in parts, and several tool results in a row become one message.
+        tools: definitions, written into the system message.
+        schema: `json_schema` of the answer; written into the last message unless it has no name.
+        tokenizer: the model's.
+
+    Raises:
+        DataError, ConfigError: it cannot be rendered.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise DataError("not a conversation", expected="a list of messages", found=kind(messages))
+    plain = _joined_results([_plain(message, index) for index, message in enumerate(messages)])
+    if schema is not None and schema.get("name") is not None and isinstance(plain[-1], dict):
+        plain[-1] = {**plain[-1], "response_format": _asked_format(schema)}
+    parsed = parse_messages(plain, where="messages", special_pieces=tokenizer.special_pieces)
+    if parsed[-1].role not in ("user", "tool"):
+        expected = "a user message or a tool's result last"
+        raise DataError("nothing to answer", where="messages", expected=expected, found=f"role {parsed[-1].role!r}")
+    definitions = parse_tools(list(tools), where="tools", special_pieces=tokenizer.special_pieces)
+    encoded = encode(render(parsed, tools=definitions, add_generation_prompt=True), tokenizer)
+    return Prompt(encoded.ids, cuts_of(encoded.turns))
+
+
+def cuts_of(turns: Sequence[Turn]) -> tuple[int, ...]:
+    """Where a conversation is cut: behind its system message, and before what was said to the model, but not too often.
+
+    As a conversation grows its cuts stay and others follow.
+    """
+    cuts = [turns[0].stop] if turns[0].role == "system" else []
+    for turn in turns[1:]:
+        if turn.role in ("user", "tool") and turn.start >= (cuts[-1] if cuts else 0) + LEAST_CUT_TOKENS:
+            cuts.append(turn.start)
+    return tuple(cuts)
+
+
+def text_prompts(prompt: object, tokenizer: AFMTokenizer, vocabulary: int, most: int) -> tuple[Prompt, ...]:
+    """Prompts of text to be continued: a string, a list of ids, or a list of either.
+
+    Raises:
+        DataError: something else, or too many.
+    """
+    several: list[Any] = [prompt]
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+        several = prompt
+    if len(several) > most:
+        raise DataError("too many prompts in one request", expected=f"at most {most}", found=len(several))
+    return tuple(Prompt(_text_ids(item, tokenizer, vocabulary)) for item in several)
+
+
+def _text_ids(prompt: object, tokenizer: AFMTokenizer, vocabulary: int) -> list[int]:
+    if isinstance(prompt, str) and prompt:
+        return [tokenizer.eos_id, *tokenizer.encode(prompt)]
+    if isinstance(prompt, list) and prompt and all(type(i) is int and 0 <= i < vocabulary for i in prompt):
+        return list(prompt)
+    raise DataError("not a prompt", expected=f"text, or token ids from 0 to {vocabulary - 1}", found=kind(prompt))
+
+
+def _plain(message: object, index: int) -> object:
+    """A message with the keys that the template knows, its parts joined."""
+    if not isinstance(message, dict):
+        return message
+    plain = {key: value for key, value in message.items() if key not in IDLE_KEYS and value is not None}
+    if message.get("function_call") is not None or message.get("audio") is not None:
+        raise DataError("function_call and audio are not supported", where=f"messages, message {index}")
+    if plain.get("role") == "developer":
+        plain["role"] = "system"
+    if plain.get("role") in ("tool", "function"):
+        plain.pop("tool_call_id", None)
+    if plain.get("role") == "assistant" and plain.get("tool_calls") == []:
+        del plain["tool_calls"]
+    if isinstance(plain.get("content"), list) and plain.get("role") != "function":
+        plain["content"] = "".join(_part(part, f"messages, message {index}") for part in plain["content"])
+    return plain
+
+
+def _part(part: object, where: str) -> str:
+    text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+    if not isinstance(text, str):
+        expected = '{"type": "text", "text": ...}'
+        raise DataError("a part of a message that is not text", where=where, expected=expected, found=kind(part))
+    return text
+
+
+def _joined_results(messages: list[Any]) -> list[Any]:
+    """Several results in a row as one message, a line each: the template has one turn for them."""
+    joined: list[Any] = []
+    for message in messages:
+        before = joined[-1] if joined else None
+        results = [m for m in (before, message) if isinstance(m, dict) and m.get("role") == "tool"]
+        if len(results) == 2 and all(isinstance(m.get("content"), str) for m in results):
+            joined[-1] = {**results[0], "content": f"{results[0]['content']}\n{results[1]['content']}"}
+        else:
+            joined.append(message)
+    return joined
+
+
+def _asked_format(schema: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return response_format(schema["schema"], name=schema["name"], description=schema.get("description"))
+    except ConfigError:  # not an object's: written as it came
+        return {"type": "json_schema", "json_schema": {**schema, "strict": "true"}}

@@ -1,0 +1,230 @@
+"""OpenAI's requests, checked once and then trusted."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_afm.errors import AFMError
+from mlx_afm.generation import GenerateConfig
+from mlx_afm.serving.config import ServeConfig
+from mlx_afm.serving.fields import Fields, kind
+from mlx_afm.serving.jobs import Sampling
+from mlx_afm.serving.prompts import Prompt, chat_prompt, text_prompts
+from mlx_afm.serving.refusal import Refusal
+from mlx_afm.text.tokenizer import AFMTokenizer
+
+MAX_STOPS, MAX_TOP_LOGPROBS, MAX_TOP_COMPLETION, MAX_SEED = 4, 20, 5, 2**63
+LEAST_TOP_P = 1e-6  # what 0 means: the most likely token alone
+IDLE = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
+SHARED = (
+    *("model", "stream", "stream_options", "stop", "n", "max_tokens", "temperature", "top_p", "top_k", "min_p"),
+    *("seed", "logprobs", "frequency_penalty", "presence_penalty", "logit_bias", *IDLE),
+)
+CHAT = (
+    *SHARED,
+    *("messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls"),
+    *("response_format", "modalities"),
+)
+TEXT = (*SHARED, "prompt", "echo", "suffix", "best_of")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a request asks for.
+
+    Attributes:
+        chat: chat, or text to be continued.
+        model: the id as it was sent.
+        prompts: ids of each prompt; one for a chat.
+        choices: answers to each.
+        max_tokens: of an answer; None for what the server says and the context leaves.
+        sampling: how to pick tokens.
+        stops: strings that end an answer.
+        stream, usage: events, and with the token counts at the end.
+        tools: the model may call tools.
+        one_call: and only one at a time.
+        schema: of the JSON that the answer must be.
+    """
+
+    chat: bool
+    model: str
+    prompts: tuple[Prompt, ...]
+    choices: int
+    max_tokens: int | None
+    sampling: Sampling
+    stops: tuple[str, ...]
+    stream: bool
+    usage: bool
+    tools: bool = False
+    one_call: bool = False
+    schema: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads requests.
+
+    Args:
+        tokenizer: the model's.
+        config: defaults and limits.
+        vocabulary: how many ids there are.
+    """
+
+    tokenizer: AFMTokenizer
+    config: ServeConfig
+    vocabulary: int
+
+    def chat(self, values: Mapping[str, Any]) -> Asked:
+        """A request of /v1/chat/completions.
+
+        Raises:
+            Refusal: fields that cannot be used, all in one; messages that the model's template cannot render.
+        """
+        fields = Fields(values, CHAT)
+        fields.only("modalities", ["text"])
+        wanted = fields.whole("max_completion_tokens", 1, 2**31) or fields.whole("max_tokens", 1, 2**31)
+        alternatives = fields.whole("top_logprobs", 0, MAX_TOP_LOGPROBS)
+        told = fields.flag("logprobs")
+        if alternatives is not None and not told:
+            fields.fault("top_logprobs", "expected logprobs to be true with it")
+        tools = self._tools(fields)
+        schema = _schema(fields)
+        shared = self._shared(fields, (alternatives or 0) if told else None)
+        one_call = not fields.flag("parallel_tool_calls", True)
+        fields.done()
+        try:
+            prompt = chat_prompt(fields.value("messages"), tools, schema, self.tokenizer)
+        except AFMError as error:
+            raise _refused("messages", error) from error
+        has_tools = bool(tools) and fields.value("tool_choice") != "none"
+        constraint = None if schema is None else schema["schema"]
+        return Asked(
+            chat=True,
+            prompts=(prompt,),
+            max_tokens=wanted,
+            tools=has_tools,
+            one_call=one_call,
+            schema=constraint,
+            **shared,
+        )
+
+    def text(self, values: Mapping[str, Any]) -> Asked:
+        """A request of /v1/completions.
+
+        Raises:
+            Refusal: fields that cannot be used, all in one.
+        """
+        fields = Fields(values, TEXT)
+        fields.only("echo", False)
+        fields.only("suffix", "")
+        fields.only("best_of", values.get("n") if isinstance(values.get("n"), int) else 1)
+        wanted = fields.whole("max_tokens", 1, 2**31)
+        shared = self._shared(fields, fields.whole("logprobs", 0, MAX_TOP_COMPLETION))
+        try:
+            prompts = text_prompts(fields.value("prompt"), self.tokenizer, self.vocabulary, self.config.rows)
+        except AFMError as error:
+            fields.fault("prompt", str(error))
+        fields.done()
+        return Asked(chat=False, prompts=prompts, max_tokens=wanted, **shared)
+
+    def _shared(self, fields: Fields, top_logprobs: int | None) -> dict[str, Any]:
+        model = fields.value("model")
+        if not isinstance(model, str) or not model:
+            fields.fault("model", f"expected the id of a model, found {kind(model)}")
+        stream, usage = fields.flag("stream"), self._usage(fields)
+        seed = fields.whole("seed", -MAX_SEED, MAX_SEED - 1)
+        config = GenerateConfig(
+            temp=fields.number("temperature", 0, 2, self.config.temperature),
+            top_p=fields.number("top_p", 0, 1, 1.0) or LEAST_TOP_P,
+            top_k=fields.whole("top_k", 0, self.vocabulary - 1, 0) or 0,
+            min_p=fields.number("min_p", 0, 0.999, 0.0),
+            seed=secrets.randbits(63) if seed is None else seed % 2**64,
+        )
+        sampling = Sampling(
+            config=config,
+            top_logprobs=top_logprobs,
+            frequency_penalty=fields.number("frequency_penalty", -2, 2, 0.0),
+            presence_penalty=fields.number("presence_penalty", -2, 2, 0.0),
+            logit_bias=self._bias(fields),
+        )
+        return {
+            "model": model,
+            "choices": fields.whole("n", 1, self.config.rows, 1),
+            "sampling": sampling,
+            "stops": fields.texts("stop", MAX_STOPS),
+            "stream": stream,
+            "usage": stream and usage,
+        }
+
+    def _usage(self, fields: Fields) -> bool:
+        options = fields.value("stream_options")
+        if options is None:
+            return False
+        if not isinstance(options, dict) or not isinstance(options.get("include_usage", False), (bool, type(None))):
+            fields.fault("stream_options", 'expected {"include_usage": true or false}')
+            return False
+        if not fields.value("stream"):
+            fields.fault("stream_options", "expected stream to be true with it")
+        if unknown := set(options) - {"include_usage", "include_obfuscation"}:
+            fields.fault("stream_options", f"expected include_usage, found {min(unknown)[:80]}")
+        return bool(options.get("include_usage"))
+
+    def _bias(self, fields: Fields) -> dict[int, float]:
+        given = fields.value("logit_bias")
+        if given is None:
+            return {}
+        ids = isinstance(given, dict) and all(k.isascii() and k.isdigit() and len(k) < 8 for k in given)
+        if not ids or not all(
+            int(k) < self.vocabulary and type(v) in (int, float) and -100 <= v <= 100 for k, v in given.items()
+        ):
+            fields.fault("logit_bias", f"expected token ids below {self.vocabulary}, with numbers from -100 to 100")
+            return {}
+        return {int(token): float(value) for token, value in given.items()}
+
+    def _tools(self, fields: Fields) -> list[Any]:
+        tools, choice = fields.value("tools"), fields.value("tool_choice")
+        if choice not in (None, "none", "auto"):
+            fields.fault("tool_choice", 'only "auto" and "none" are supported')
+        if tools is None:
+            return []
+        good = isinstance(tools, list) and all(
+            isinstance(tool, dict)
+            and tool.get("type") == "function"
+            and isinstance(tool.get("function"), dict)
+            and isinstance(tool["function"].get("name"), str)
+            for tool in tools
+        )
+        if not good:
+            fields.fault("tools", 'expected a list of {"type": "function", "function": {"name": ..., ...}}')
+            return []
+        return [] if choice == "none" else tools
+
+
+def _schema(fields: Fields) -> dict[str, Any] | None:
+    """The `json_schema` of a response format; that of any object for `json_object`."""
+    wanted = fields.value("response_format")
+    if wanted is None:
+        return None
+    form = wanted.get("type") if isinstance(wanted, dict) else None
+    if form == "text" and len(wanted) == 1:
+        return None
+    if form == "json_object" and len(wanted) == 1:
+        return {"name": None, "schema": {"type": "object"}}
+    schema = wanted.get("json_schema") if form == "json_schema" else None
+    if not isinstance(schema, dict) or not isinstance(schema.get("schema"), dict) or not schema.get("name"):
+        shape = '{"type": "json_schema", "json_schema": {"name": ..., "schema": {...}}}'
+        fields.fault("response_format", f'expected type "text", "json_object", or {shape}')
+        return None
+    if not all(isinstance(schema.get(name, ""), (str, type(None))) for name in ("name", "description")):
+        fields.fault("response_format", "expected name and description to be strings")
+        return None
+    return schema
+
+
+def _refused(param: str, error: AFMError) -> Refusal:
+    if isinstance(error, Refusal):
+        return error
+    return Refusal(400, str(error), code="invalid_value", param=param)

@@ -1,0 +1,167 @@
+"""Starting and stopping: in the foreground until a signal, or in threads beside other code."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mlx_afm.errors import AdapterError, ConfigError
+from mlx_afm.serving.admin import NAME
+from mlx_afm.serving.config import ServeConfig
+from mlx_afm.serving.engine import Engine
+from mlx_afm.serving.http import HEAD_BYTES
+from mlx_afm.serving.metrics import Metrics
+from mlx_afm.serving.scheduler import Log
+from mlx_afm.serving.server import Server
+
+SUFFIXES = (".pt", ".fmadapter")
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that listens.
+
+    Attributes:
+        url: without a path.
+        models: ids that can be asked for, the base first.
+        engine: the model's.
+        stop: ends it; requests under way have `grace_seconds`.
+    """
+
+    url: str
+    models: tuple[str, ...]
+    engine: Engine
+    stop: Callable[[], None]
+
+
+def find_adapters(folder: Path) -> dict[str, Path]:
+    """Adapters in a folder by name: each folder with an `adapter_config.json`, each `.pt` and `.fmadapter`.
+
+    Raises:
+        ConfigError: no such folder, none in it, or two of the same name.
+    """
+    if not folder.is_dir():
+        raise ConfigError("no such folder", where=folder, expected="a folder of adapters")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix in SUFFIXES or (path / "adapter_config.json").is_file():
+            name = path.stem if path.suffix in SUFFIXES else path.name
+            if name in found:
+                raise ConfigError(
+                    "two adapters of the same name", where=folder, found=f"{found[name].name}, {path.name}"
+                )
+            found[name] = path
+    if not found:
+        expected = f"folders with adapter_config.json, or files ending in {' or '.join(SUFFIXES)}"
+        raise ConfigError("no adapters here", where=folder, expected=expected)
+    return found
+
+
+@contextmanager
+def running(
+    model: str | Path,
+    adapters: Mapping[str, Path] | None = None,
+    config: ServeConfig | None = None,
+    log: Log | None = None,
+) -> Iterator[Running]:
+    """A server in threads of its own, stopped at the end of the block.
+
+    Args:
+        model: an MLX model folder.
+        adapters: by the id that clients ask for.
+        config: settings; port 0 takes a free one.
+        log: takes what went wrong inside.
+
+    Raises:
+        AFMError: the model or an adapter cannot be served. OSError: the port is taken.
+    """
+    started: Future[Running] = Future()
+
+    def run() -> None:
+        # Whatever keeps it from starting is for the caller.
+        try:
+            asyncio.run(serve(model, adapters or {}, config or ServeConfig(), started.set_result, log))
+        except BaseException as error:
+            if started.done():
+                raise
+            started.set_exception(error)
+
+    thread = threading.Thread(target=run, name="mlx-afm-http", daemon=True)
+    thread.start()
+    try:
+        yield started.result()
+    finally:
+        if started.exception() is None:
+            started.result().stop()
+        thread.join()
+
+
+async def serve(
+    model: str | Path,
+    adapters: Mapping[str, Path],
+    config: ServeConfig,
+    ready: Callable[[Running], object],
+    log: Log | None = None,
+    *,
+    signals: bool = False,
+) -> None:
+    """Serves until it is told to stop.
+
+    Args:
+        model, adapters, config, log: see `running`.
+        ready: told once the server listens.
+        signals: stop at SIGINT or SIGTERM; a second one does not wait for requests under way.
+
+    Raises:
+        AFMError: the model or an adapter cannot be served. OSError: the port is taken.
+    """
+    metrics, log = Metrics(), log or (lambda text: None)
+    stop, hurry, loop = asyncio.Event(), asyncio.Event(), asyncio.get_running_loop()
+    engine = await asyncio.to_thread(Engine, model, _checked(adapters), config, metrics, log)
+    try:
+        server = Server(engine, config, metrics, log)
+        listening = await asyncio.start_server(server.handle, config.host, config.port, limit=HEAD_BYTES)
+        for number in (signal.SIGINT, signal.SIGTERM) if signals else ():
+            loop.add_signal_handler(number, lambda: (hurry if stop.is_set() else stop).set())
+        port = listening.sockets[0].getsockname()[1]
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        end = partial(_from_anywhere, loop, stop.set)
+        ready(Running(f"http://{host}:{port}", (server.model_id, *engine.adapters), engine, end))
+        await stop.wait()
+        # New requests are refused while those under way finish, so the port stays open until they have.
+        server.stopping = True
+        await _first(asyncio.to_thread(engine.stop, config.grace_seconds), hurry.wait())
+        await asyncio.to_thread(engine.stop, 0.0)
+        await server.finish()
+        listening.close()
+    finally:
+        await asyncio.to_thread(engine.stop, 0.0)
+
+
+async def _first(*waiting: Coroutine[Any, Any, Any]) -> None:
+    tasks = [asyncio.ensure_future(one) for one in waiting]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _from_anywhere(loop: asyncio.AbstractEventLoop, action: Callable[[], None]) -> None:
+    with suppress(RuntimeError):  # it has stopped already
+        loop.call_soon_threadsafe(action)
+
+
+def _checked(adapters: Mapping[str, Path]) -> dict[str, Path]:
+    wrong = [name for name in adapters if not NAME.fullmatch(name)]
+    if wrong:
+        expected, found = "letters, digits and . _ : - (up to 128)", ", ".join(map(repr, wrong))
+        raise AdapterError("an adapter's name cannot be a model id", expected=expected, found=found)
+    return dict(adapters)

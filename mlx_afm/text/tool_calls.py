@@ -1,0 +1,158 @@
+"""Tool calls in an answer: read out of its text, whole or while it arrives.
+
+    I'll look. <executable_start> ```function
+    [{"name": "weather", "arguments": {"city": "Paris"}}]```<executable_end>
+
+The rules, which hold however the text is cut into pieces:
+
+  - a block goes from a start mark to the first end mark after it; of two start marks in a row the later counts;
+  - its fence holds JSON: a list of calls that is not empty, or one call. A call has a `name` and may have `arguments`;
+  - a block that breaks a rule, or that never ends, is text and stays in the content with its marks;
+  - the content is the text without the blocks, every character kept.
+
+Shape of a call: OpenAI's, with `arguments` as JSON text. Rendered by the template and read again, calls are the same.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
+
+from mlx_afm.text.template import EXECUTABLE_END, EXECUTABLE_START
+
+FENCE = "```"
+
+
+class Parsed(NamedTuple):
+    """What an answer, or the next piece of it, says and calls.
+
+    Attributes:
+        content: text outside the blocks.
+        calls: `{"id", "type": "function", "function": {"name", "arguments"}}` each.
+    """
+
+    content: str
+    calls: list[dict[str, Any]]
+
+
+def parse_tool_calls(text: str) -> Parsed:
+    """The content and the calls of a whole answer; nothing that it says is an error."""
+    parser = ToolCallParser()
+    first, last = parser.feed(text), parser.finish()
+    return Parsed(first.content + last.content, first.calls + last.calls)
+
+
+class ToolCallParser:
+    """The same for an answer that arrives in pieces, marks cut anywhere.
+
+        parser.feed("Let me see. <execu")             "Let me see. "  no calls
+        parser.feed('table_start> ```function\\n[{')   ""              no calls
+        parser.feed('"name": "now"}]```<executable_end>')   ""         now()
+        parser.finish()                               ""              no calls
+
+    Only what could still be part of a mark or a block is held back. Calls appear when their block ends.
+
+    Args:
+        new_id: gives each call its id; random ones by default.
+    """
+
+    def __init__(self, new_id: Callable[[], str] | None = None) -> None:
+        self._new_id = new_id or _random_id
+        self._held = ""  # not told yet: from a start mark on, or what may become one
+        self._searched = 0  # in `_held` no mark but that at its start begins before this place
+        self._inside = False
+
+    def feed(self, piece: str) -> Parsed:
+        """What became certain with this piece."""
+        self._held += piece
+        content: list[str] = []
+        calls: list[dict[str, Any]] = []
+        while self._advance(content, calls):
+            pass
+        return Parsed("".join(content), calls)
+
+    def finish(self) -> Parsed:
+        """The rest, which is text: a block that did not end is none."""
+        rest, self._held, self._inside, self._searched = self._held, "", False, 0
+        return Parsed(rest, [])
+
+    def _advance(self, content: list[str], calls: list[dict[str, Any]]) -> bool:
+        """One step, outside or inside a block; False when more text is needed."""
+        if not self._inside:
+            start = self._held.find(EXECUTABLE_START)
+            self._inside = start >= 0
+            keep = start if self._inside else len(self._held) - _overlap(self._held, EXECUTABLE_START)
+            content.append(self._held[:keep])
+            self._held, self._searched = self._held[keep:], len(EXECUTABLE_START)
+            return self._inside
+        end = self._held.find(EXECUTABLE_END, self._searched)
+        again = self._held.rfind(EXECUTABLE_START, self._searched, end if end >= 0 else len(self._held))
+        if again > 0:
+            content.append(self._held[:again])
+            self._held, self._searched = self._held[again:], len(EXECUTABLE_START)
+            return True
+        if end < 0:
+            self._searched = max(self._searched, len(self._held) - len(EXECUTABLE_START) + 1)
+            return False
+        found = _parse_block(self._held[len(EXECUTABLE_START) : end])
+        end += len(EXECUTABLE_END)
+        if found is None:
+            content.append(self._held[:end])
+        else:
+            calls += [{"id": self._new_id(), "type": "function", "function": function} for function in found]
+        self._held, self._inside = self._held[end:], False
+        return True
+
+
+def _random_id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"
+
+
+def _overlap(text: str, mark: str) -> int:
+    """How many characters at the end of the text may begin the mark."""
+    return next((size for size in range(min(len(text), len(mark) - 1), 0, -1) if mark.startswith(text[-size:])), 0)
+
+
+def _parse_block(text: str) -> list[dict[str, str]] | None:
+    """The functions called in the text between the marks, or None if it is no block."""
+    text = text.strip()
+    if len(text) < 2 * len(FENCE) or not (text.startswith(FENCE) and text.endswith(FENCE)):
+        return None
+    inner = text[len(FENCE) : -len(FENCE)].lstrip().removeprefix("function")
+    try:
+        value = json.loads(inner, parse_constant=_refuse)
+        items = value if isinstance(value, list) else [value]
+        functions = [_function(item) for item in items]
+    except (ValueError, RecursionError):  # ValueError: also half of a surrogate pair, which is no text
+        return None
+    return functions or None
+
+
+def _function(item: object) -> dict[str, str]:
+    if not isinstance(item, dict) or not {"name"} <= set(item) <= {"name", "arguments"}:
+        raise ValueError("not a call")
+    name, arguments = item["name"], item.get("arguments", {})
+    if not isinstance(name, str) or not name:
+        raise ValueError("no name")
+    written = _arguments_text(arguments)
+    f"{name}{written}".encode()
+    return {"name": name, "arguments": written}
+
+
+def _arguments_text(arguments: object) -> str:
+    """JSON text that the template turns into these arguments again.
+
+    It writes a text that is no JSON as it is, so such a text is kept; one that happens to be JSON is quoted.
+    """
+    if isinstance(arguments, str):
+        try:
+            json.loads(arguments)
+        except (ValueError, RecursionError):
+            return arguments
+    return json.dumps(arguments, ensure_ascii=False)
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")

@@ -1,0 +1,98 @@
+"""Answer every prompt of a file, and go on where a run was stopped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mlx_afm.errors import ConfigError
+from mlx_afm.generation import GenerateConfig, iter_answers
+from mlx_afm.generation.batch import BATCH_SIZE
+from mlx_afm.generation.config import require_fitting
+from mlx_afm.generation.jsonl import AnswerFile, read_prompt_rows
+from mlx_afm.generation.prompt_cache import fingerprint
+from mlx_afm.generation.prompts import require_tokenizer
+from mlx_afm.workflows.load import load
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerJob:
+    """What to answer, with what, and where the answers go.
+
+    Attributes:
+        model: MLX model folder, or the hub id of one.
+        prompts: see `read_prompt_rows`.
+        output: JSON lines, see `mlx_afm.generation.jsonl`.
+        adapter_path: an adapter of any form.
+        config: how to answer; prompt n, counted from 0, draws with seed + n.
+        batch_size: answered at once.
+        system, dialect, fields: see `read_prompt_rows`.
+    """
+
+    model: str | Path
+    prompts: Path
+    output: Path
+    adapter_path: Path | None = None
+    config: GenerateConfig = field(default_factory=GenerateConfig)
+    batch_size: int = BATCH_SIZE
+    system: str | None = None
+    dialect: str = "auto"
+    fields: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ConfigError("batch_size", expected="at least 1", found=self.batch_size)
+        if self.output.absolute() == self.prompts.absolute():
+            raise ConfigError("the answers would take the place of the prompts", where=self.output)
+        if self.output.is_dir():
+            raise ConfigError("a folder is in the place of the answers", where=self.output)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """How far a job is.
+
+    Attributes:
+        done: prompts answered, those of earlier runs included.
+        total: prompts.
+        new: answered by this run.
+        tokens: of these answers.
+        seconds: since the first prompt of this run was taken up.
+    """
+
+    done: int
+    total: int
+    new: int
+    tokens: int
+    seconds: float
+
+
+def answer_file(job: AnswerJob, on_answer: Callable[[Answered], None] | None = None) -> Answered:
+    """Answers the prompts that have no answer yet and writes the file when all have one.
+
+    Args:
+        job: see there. Started again after it was stopped or killed, it goes on; finished answers stay.
+        on_answer: told after each answer.
+
+    Raises:
+        DataError: lines that are no prompts. ConfigError: answers of another run are in the way.
+        FormatError, AdapterError: see `load`.
+    """
+    model, tokenizer = load(job.model, job.adapter_path)
+    tokenizer = require_tokenizer(tokenizer)
+    require_fitting(job.config, model)
+    reading = {"system": job.system, "dialect": job.dialect, "fields": job.fields}
+    rows = read_prompt_rows(job.prompts, tokenizer, job.config, **reading)  # type: ignore[arg-type]
+    started, tokens, new = time.perf_counter(), 0, 0
+    with AnswerFile(job.output, rows, fingerprint(model)) as answers:
+        left = [number for number in range(len(rows)) if number not in answers.done]
+        requests = [rows[number].request for number in left]
+        for place, answer in iter_answers(model, tokenizer, requests, batch_size=job.batch_size):
+            answers.add(left[place], answer)
+            tokens, new = tokens + len(answer.tokens), new + 1
+            if on_answer is not None:
+                on_answer(Answered(len(answers.done), len(rows), new, tokens, time.perf_counter() - started))
+        answers.finish()
+    return Answered(len(rows), len(rows), new, tokens, time.perf_counter() - started)

@@ -1,0 +1,109 @@
+"""What a chat needs from disk: the model, adapters to change between, and a file to save the conversation to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_afm.adapters import Adapter, is_zero, remove_adapter
+from mlx_afm.adapters.config import WHOLE_WEIGHTS
+from mlx_afm.checkpoints.hub import resolve
+from mlx_afm.errors import AFMError, ConfigError
+from mlx_afm.files import write_text
+from mlx_afm.model import Model
+from mlx_afm.workflows.load import attach, base_adapter, load, open_adapter
+
+FORMS = (".jsonl", ".json")
+
+
+class ChatModel:
+    """A model, and the adapter that is on it, which can be changed for another.
+
+    Args:
+        path: MLX model folder, or the hub id of one.
+        adapters: paths of adapters by name, for `use`.
+        adapter_path: the first one to use.
+
+    Attributes:
+        model: changed in place, or another one after `use`.
+        tokenizer: None if the folder has none.
+        active: name or path of the adapter in use; None for what the folder itself has.
+    """
+
+    def __init__(
+        self, path: str | Path, adapters: Mapping[str, Path] | None = None, adapter_path: Path | None = None
+    ) -> None:
+        self._folder, self.adapters = resolve(path), dict(adapters or {})
+        self.model, self.tokenizer = load(self._folder, adapter_path)
+        self.active = None if adapter_path is None else str(adapter_path)
+        self._current = adapter_path
+        adapter = None if adapter_path is None else open_adapter(self._folder, adapter_path)
+        self._whole = _is_whole(adapter)
+
+    def use(self, name: str | None) -> Model:
+        """The model with another adapter; keys and values of the one before are of no use with it.
+
+        Args:
+            name: one of `adapters`, or a path; None for what the folder itself has.
+
+        Raises:
+            ConfigError: no such name or path. FormatError, TensorsError, AdapterError: not an adapter of this model.
+                What was in use then stays.
+        """
+        path = None if name is None else self._find(name)
+        adapter = open_adapter(self._folder, path) if path is not None else base_adapter(self._folder)
+        try:
+            self._put_on(path, adapter)
+        except AFMError:
+            before = self._current
+            self._put_on(before, open_adapter(self._folder, before) if before else base_adapter(self._folder))
+            raise
+        self._current, self.active = path, name
+        return self.model
+
+    def _find(self, name: str) -> Path:
+        path = self.adapters.get(name, Path(name).expanduser())
+        if name not in self.adapters and not path.exists():
+            known = ", ".join(self.adapters) or "none was named"
+            raise ConfigError("no such adapter", where=name, expected=f"a path, or a name ({known})")
+        return path
+
+    def _put_on(self, path: Path | None, adapter: Adapter | None) -> None:
+        whole = _is_whole(adapter)
+        if whole or self._whole:  # weights of its own take the place of the base's
+            self.model = load(self._folder, path)[0]
+        else:
+            remove_adapter(self.model)
+            if adapter is not None and (path is not None or not is_zero(adapter)):
+                attach(self.model, adapter, where=path)
+        self._whole = whole
+
+
+def _is_whole(adapter: Adapter | None) -> bool:
+    return adapter is not None and adapter.config.fine_tune_type in WHOLE_WEIGHTS
+
+
+def save_chat(path: Path, conversation: Sequence[Mapping[str, Any]], *, overwrite: bool = False) -> None:
+    """Writes a conversation as training data: one record, which `--data` and `generate --prompt` read again.
+
+    Args:
+        path: `.jsonl`, the conversation on its line; or `.json`, an array of this one record.
+        conversation: from `Chat.conversation`.
+        overwrite: replace a file.
+
+    Raises:
+        ConfigError: nothing to save, another ending, or a file in the way.
+    """
+    if not any(message["role"] == "assistant" for message in conversation):
+        raise ConfigError("nothing was answered yet", where=path)
+    if path.suffix not in FORMS:
+        raise ConfigError("the name of a saved chat", where=path, expected=f"{' or '.join(FORMS)} at its end")
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise ConfigError("there is a file or folder of this name", where=path, advice="Choose another name.")
+    record = list(conversation)
+    if path.suffix == ".json":
+        write_text(path, json.dumps([{"messages": record}], ensure_ascii=False, indent=2) + "\n")
+    else:
+        write_text(path, json.dumps(record, ensure_ascii=False) + "\n")

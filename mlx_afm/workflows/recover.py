@@ -1,0 +1,127 @@
+"""Win back what quantisation lost: an adapter trained on the quantised model against the unquantised one.
+
+The result is an ordinary adapter. Kept as the quantised folder's `base_adapter` it is part of the model: feature
+adapters of the same rank and scale start from it, as those of the shipped model do from its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from mlx_afm.adapters import read_adapter, write_adapter_folder
+from mlx_afm.adapters.layers import ALL
+from mlx_afm.checkpoints.hub import resolve
+from mlx_afm.checkpoints.model_folder import BASE_ADAPTER, read_config, read_quantization
+from mlx_afm.checkpoints.names import TARGETS
+from mlx_afm.errors import ConfigError
+from mlx_afm.files import sha256_of
+from mlx_afm.formats.mlx_folder import read_shards
+from mlx_afm.training import Callback, join_ranks
+from mlx_afm.training.distill import distillation_from
+from mlx_afm.training.hooks import ignore
+from mlx_afm.training.step import Loss
+from mlx_afm.workflows.lineage import fingerprint_of_model
+from mlx_afm.workflows.load import TOKENIZER, load
+from mlx_afm.workflows.lora import NEXT_TOKEN, LoRAJob, Objective, Trained, train
+from mlx_afm.workflows.run_folder import BEST
+
+LOSSES = ("distill", "next-token")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverJob:
+    """A recovery run.
+
+    Attributes:
+        run: model (in codes), data, adapter and how it is trained; see `LoRAJob`.
+        loss: distill, the divergence from the teacher's distributions at the trained positions; or next-token.
+        teacher: folder of the unquantised model, or the hub id of one; for distill alone.
+        into_base: keep the adapter as the model folder's `base_adapter` when the run has ended: of distill the last
+            one, since the best is told by the next token's loss; of next-token the best if there is validation data.
+
+    Raises:
+        ConfigError: settings that do not go together; all in one error.
+    """
+
+    run: LoRAJob
+    loss: str = LOSSES[0]
+    teacher: Path | None = None
+    into_base: bool = False
+
+    def __post_init__(self) -> None:
+        faults, form = [], self.run.lora
+        if self.loss not in LOSSES:
+            faults.append(f"loss: expected {' or '.join(LOSSES)}, found {self.loss}")
+        if (self.teacher is None) == (self.loss == "distill"):
+            wanted = "the unquantised model's folder" if self.loss == "distill" else "none, since it is not asked"
+            faults.append(f"teacher: expected {wanted}, found {self.teacher}")
+        if form.fine_tune_type != "lora":
+            faults.append(f"fine_tune_type: expected lora, found {form.fine_tune_type}")
+        if self.into_base and (set(form.targets) != set(TARGETS) or form.layers != ALL):
+            faults.append("into_base: a base adapter sits on all projections of all layers; leave targets and layers")
+        if faults:
+            raise ConfigError("the recovery's settings do not go together", details=faults)
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """Outcome of a recovery run.
+
+    Attributes:
+        trained: of the run itself.
+        base_adapter: where the adapter was kept as part of the model, or None.
+    """
+
+    trained: Trained
+    base_adapter: Path | None
+
+
+def recover(job: RecoverJob, on_event: Callback = ignore, should_stop: Callable[[], bool] = lambda: False) -> Recovered:
+    """Trains the adapter; see `train` for the run's folder, resuming and several processes.
+
+    With validation data the loss told is the next token's, whatever is trained, so that it can be compared.
+
+    Raises:
+        ConfigError: a model that is not in codes, a teacher of another vocabulary, and see `train`.
+
+    Cost: for distill the teacher's weights and one forward pass of it besides what QLoRA takes.
+    """
+    if job.into_base and not job.run.model.is_dir():
+        advice = "Download it, or fuse the adapter into a copy: mlx-afm fuse."
+        raise ConfigError("into_base changes a folder of yours", where=job.run.model, advice=advice)
+    run = replace(job.run, model=resolve(job.run.model))
+    if not read_quantization(run.model):
+        advice = "Quantise it first (mlx-afm convert -q), or train with mlx-afm lora."
+        raise ConfigError("nothing to recover: the model is not in codes", where=run.model, advice=advice)
+    trained = train(run, on_event, should_stop, NEXT_TOKEN if job.teacher is None else _objective(run, job.teacher))
+    ranks, kept = join_ranks(run.train.rank_timeout_seconds), None
+    if job.into_base and not trained.interrupted:
+        kept = run.model / BASE_ADAPTER
+        if ranks.leads:
+            best = trained.adapter_path / BEST
+            takes_best = job.loss == "next-token" and best.is_dir()
+            made = read_adapter(best if takes_best else trained.adapter_path, read_config(run.model))
+            write_adapter_folder(kept, made)
+        ranks.wait()
+    return Recovered(trained, kept)
+
+
+def _objective(run: LoRAJob, teacher: Path) -> Objective:
+    """Distillation from a teacher, which must read the same tokens."""
+    folder = resolve(teacher)
+    words, ours = read_config(folder).vocab_size, read_config(run.model).vocab_size
+    if words != ours:
+        raise ConfigError("a teacher of another vocabulary", where=folder, expected=ours, found=words)
+    files = [path / TOKENIZER for path in (folder, run.model)]
+    if all(file.is_file() for file in files) and len({sha256_of(file) for file in files}) > 1:
+        raise ConfigError("the teacher has another tokenizer", where=files[0], expected=f"that of {run.model}")
+    held = sum(tensor.nbytes for tensor in read_shards(folder).values())
+    sources = {"loss": "distill", "teacher": fingerprint_of_model(folder)}
+    return Objective(load=partial(_distillation, folder), sources=sources, held_bytes=held)
+
+
+def _distillation(folder: Path) -> Loss:
+    return distillation_from(load(folder)[0])

@@ -1,0 +1,208 @@
+"""Many clients, many adapters: right answers, and memory that stays where it is."""
+
+import http.client
+import json
+import os
+import random
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_afm.adapters import LoRAConfig, write_adapter_folder
+from mlx_afm.checkpoints.arrays import from_mlx
+from mlx_afm.checkpoints.model_folder import write_config
+from mlx_afm.formats.safetensors_file import write_safetensors
+from mlx_afm.model import AFMConfig
+from mlx_afm.serving import ServeConfig, running
+from serving_client import REQUESTS, chat
+from tiny import random_adapter, tiny_model
+
+ADAPTERS = ("whole", "small", "some", "dora")
+TOKENS = 12
+CLIENTS, ALL, WARM_UP = 8, 500, 150
+MIDDLE = {"vocab_size": 512, "hidden_dim": 512, "num_layers": 8, "num_kv_reuse_layers": 3, "num_heads": 8}
+
+
+def gauge(text, name):
+    return float(next(line for line in text.splitlines() if line.startswith(f"mlx_afm_{name} ")).split()[1])
+
+
+class Client:
+    """One connection that is kept."""
+
+    def __init__(self, url):
+        self._connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=120)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._connection.close()
+
+    def get(self, path):
+        self._connection.request("GET", path)
+        return self._connection.getresponse().read().decode()
+
+    def ask(self, model, text, **settings):
+        body = json.dumps({"model": model, "messages": chat(text), "max_tokens": TOKENS, **settings})
+        self._connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+        reply = self._connection.getresponse()
+        data = reply.read()
+        assert reply.status == 200, data
+        if not settings.get("stream"):
+            return json.loads(data)["choices"][0]["message"]["content"]
+        events = [json.loads(line[6:]) for line in data.decode().split("\n\n") if line.startswith("data: {")]
+        return "".join(event["choices"][0]["delta"].get("content", "") for event in events)
+
+
+def metrics_of(url):
+    with Client(url) as client:
+        return client.get("/metrics")
+
+
+def ask_once(url, model):
+    with Client(url) as client:
+        return client.ask(model, REQUESTS[0])
+
+
+def ask_all(url, count, seed):
+    """Answers to requests at random, from all clients at once: (model, text, answer) each."""
+
+    def run(number):
+        rng = random.Random(f"{seed} {number}")
+        wanted = [
+            (rng.choice(ADAPTERS), rng.choice(REQUESTS), rng.random() < 0.3) for _ in range(number, count, CLIENTS)
+        ]
+        with Client(url) as client:
+            return [(model, text, client.ask(model, text, stream=stream)) for model, text, stream in wanted]
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        return [answer for answers in pool.map(run, range(CLIENTS)) for answer in answers]
+
+
+def require_right(answers, alone):
+    wrong = [(model, text) for model, text, answer in answers if answer != alone(model, text, max_tokens=TOKENS)]
+    assert wrong == []
+
+
+def test_clients_at_once_get_what_each_alone_gets(server, alone):
+    answers = ask_all(server.url, 40, seed=1)
+    assert len(answers) == 40
+    require_right(answers, alone)
+
+
+ADD_FOUR = """
+import json
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_afm.adapters import LoRAConfig
+from mlx_afm.serving import AdapterSwitch
+from test_serve_load import MIDDLE
+from tiny import random_adapter, random_tokens, tiny_model
+
+model = tiny_model(**MIDDLE)
+base = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+mx.reset_peak_memory()
+switch = AdapterSwitch(model)
+for number in range(4):
+    switch.add(str(number), random_adapter(model.args, LoRAConfig(rank=16), seed=number), where=number)
+for name in (*switch.sizes, *switch.sizes):
+    switch.use(name)
+    mx.eval(model(random_tokens((1, 16), vocab=512)))
+print(json.dumps({"base": base, "adapters": sum(switch.sizes.values()), "peak": mx.get_peak_memory()}))
+"""
+
+
+@pytest.mark.slow
+def test_one_base_and_four_adapters_are_all_that_is_in_memory():
+    """Peak while adapters are added and used, in a process that does nothing else."""
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
+    command = [sys.executable, "-c", ADD_FOUR]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    told = json.loads(done.stdout)
+    wanted = told["base"] + told["adapters"]
+    print({**told, "over": told["peak"] / wanted - 1})
+    assert wanted <= told["peak"] <= 1.1 * wanted
+
+
+def resident_bytes(process):
+    told = subprocess.run(["ps", "-o", "rss=", "-p", str(process.pid)], capture_output=True, text=True, check=True)
+    return 1024 * int(told.stdout)
+
+
+@pytest.mark.slow
+def test_five_hundred_requests(model_folder, served_adapters, alone):
+    """8 clients over 4 adapters against the program: all answers right, and no growth after the warm-up.
+
+    There is room for two of the four adapters, so they come and go all the time.
+    """
+    limit = 1_700_000
+    command = [sys.executable, "-m", "mlx_afm", "serve", "--model", model_folder, "--port", "0", "--json"]
+    command += [f"--adapter={name}={served_adapters[name]}" for name in ADAPTERS] + [f"--adapter-memory={limit}"]
+    with subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            url = json.loads(process.stdout.readline())["url"]
+            answers = ask_all(url, WARM_UP, seed=2)
+            settled = resident_bytes(process)
+            answers += ask_all(url, ALL - WARM_UP, seed=3)
+            grown = resident_bytes(process) - settled
+            metrics = metrics_of(url)
+        finally:
+            process.kill()
+    require_right(answers, alone)
+    assert len(answers) == ALL
+    told = {name: gauge(metrics, name) for name in ("adapter_bytes", "peak_memory_bytes", "completion_tokens_total")}
+    print({"grown": grown, "settled": settled, **told})
+    assert told["adapter_bytes"] <= limit
+    assert grown <= 0.02 * settled
+
+
+@pytest.fixture
+def middle_folder(model_folder, tmp_path):
+    """A model of 19 million weights and its four adapters: large enough for memory to be weights."""
+    folder, model = tmp_path / "middle", tiny_model(**MIDDLE)
+    folder.mkdir()
+    weights = {name: from_mlx(array) for name, array in tree_flatten(model.parameters())}
+    write_safetensors(folder / "model.safetensors", weights, {"format": "mlx"})
+    write_config(folder, AFMConfig(**MIDDLE), {})
+    (folder / "tokenizer.model").write_bytes((model_folder / "tokenizer.model").read_bytes())
+    for number in range(4):
+        adapter = random_adapter(model.args, LoRAConfig(rank=16), seed=number)
+        write_adapter_folder(tmp_path / str(number), adapter)
+    return folder, {str(number): tmp_path / str(number) for number in range(4)}
+
+
+@pytest.mark.slow
+def test_a_server_holds_the_base_once(middle_folder):
+    """Peak of the whole program while all four adapters are in use at once."""
+    folder, adapters = middle_folder
+    code = (
+        "import asyncio, json, sys; from pathlib import Path; from mlx_afm.serving import ServeConfig, serve\n"
+        "adapters = {p.name: p for p in map(Path, sys.argv[2:])}\n"
+        "ready = lambda s: print(json.dumps({'url': s.url}), flush=True)\n"
+        "asyncio.run(serve(sys.argv[1], adapters, ServeConfig(port=0), ready))\n"
+    )
+    command = [sys.executable, "-c", code, str(folder), *map(str, adapters.values())]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            url = json.loads(process.stdout.readline())["url"]
+            before = gauge(metrics_of(url), "active_memory_bytes")
+            with ThreadPoolExecutor(4) as pool:
+                list(pool.map(lambda name: ask_once(url, name), adapters))
+            metrics = metrics_of(url)
+        finally:
+            process.kill()
+    wanted, peak = before + gauge(metrics, "adapter_bytes"), gauge(metrics, "peak_memory_bytes")
+    print({"base": before, "adapters": gauge(metrics, "adapter_bytes"), "peak": peak, "over": peak / wanted - 1})
+    assert gauge(metrics, "adapter_bytes") > 0.04 * before
+    assert peak <= 1.1 * wanted
+
+
+def test_running_reports_what_keeps_it_from_starting(tmp_path):
+    with pytest.raises(ValueError, match="no tokenizer"), running(tmp_path / "none", {}, ServeConfig(port=0)):
+        raise AssertionError
