@@ -3,7 +3,7 @@
     python benchmarks/bench_data.py --data FILE [--model FOLDER] [--repeat 5] [--json FILE]
 
 FILE holds a list of messages a line. Without --model everything is done with two tokenizers: the demo's (unigram, 512
-pieces), and one of the kind that Apple's reports describe (BPE, bytes for what is unknown, digits one by one, no
+pieces), and one of the kind that large models have today (BPE, bytes for what is unknown, digits one by one, no
 normalisation), of 8,000 pieces trained on FILE's own texts; what is found with it is named `bpe`. All contenders run
 in one go, interleaved, each in a process of its own, and each turn begins with another one; medians.
 Timed is what lies between the file on disk and the tokens of all examples with their targets; imports and loading the

@@ -249,6 +249,8 @@ def main() -> None:
     blas = with_openblas()
     wanted = ["a" if name == "b" else name for name in args.cases.split(",")]
     cases: dict[str, dict] = {}
+    facts = {**described("mlx", "mlx-lm", "numpy"), "blas": blas}
+    args.json.parent.mkdir(exist_ok=True)
     print("| case | ours s | mlx-lm s | ratio | CPU time ratio | ours MB | mlx-lm MB | ratio |\n|" + "---|" * 8)
     with tempfile.TemporaryDirectory() as folder:
         for name in dict.fromkeys(wanted):
@@ -259,9 +261,7 @@ def main() -> None:
             if name == "a":
                 cases["b"] = cases["a"]
             print("\n".join([printed(name, cases[name]), *(f"|  {note}" for note in notes)]), flush=True)
-    args.json.parent.mkdir(exist_ok=True)
-    facts = described("mlx", "mlx-lm", "numpy")
-    args.json.write_text(json.dumps({"cases": cases, **facts, "blas": blas}, indent=2) + "\n")
+            args.json.write_text(json.dumps({"cases": cases, **facts}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

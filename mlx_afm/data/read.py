@@ -28,7 +28,7 @@ from mlx_afm.tree import shorten
 
 ARRAYS = ("ids", "trained", "starts", "places")
 META = "meta.json"
-ENCODING = 1  # raise it when the same line becomes other tokens
+ENCODING = 2  # raise it when the same line becomes other tokens
 KEPT_DAYS = 30
 
 
