@@ -47,8 +47,8 @@ SIZES = {
 }
 LINES = {"d": 500, "e": 150}
 BATCH_SIZES = (1, 2, 4)  # tried for mlx-lm; the last is its default
-BATCH_TOKENS = (512, 1024, 1536, 1792, 2048, 3072, 4096)  # tried for ours
-TRIED_EXAMPLES = 32  # to choose a batching
+BATCH_TOKENS = (512, 1024, 1536, 2048, 3072, 4096)  # tried for ours
+TRIED_EXAMPLES = 64  # to choose a batching
 TURNS = 3  # of an epoch
 SIDES = ("ours", "mlx-lm")
 
@@ -148,11 +148,11 @@ def finished(sides: dict[str, Side], outcomes: dict[str, Outcome]) -> dict[str, 
 
 
 def tried(name: str, spec: dict, examples: int) -> tuple[float, int]:
-    """CPU seconds per example, which other programs disturb least, and peak memory of a batching."""
+    """Seconds per example and peak memory of a batching."""
     side = Side(name, spec)
     side.run(side.warm_up)
     chosen = list(range(min(side.steps, max(2, TRIED_EXAMPLES * side.steps // examples))))
-    seconds = sum(side.run(chosen)["cpu_seconds"]) / len(chosen) * side.steps / examples
+    seconds = sum(side.run(chosen)["seconds"]) / len(chosen) * side.steps / examples
     peak = side.peak()
     side.end()
     return seconds, peak
