@@ -94,13 +94,13 @@ def sums(folder: Path) -> None:
 
 def not_finite(folder: Path) -> None:
     """Rank 1 meets a loss that is not a number in one of its micro-batches."""
-    ranks, plain, calls = join_ranks(LIMIT_SECONDS), step_module.batch_loss, []
+    ranks, plain, calls = join_ranks(LIMIT_SECONDS), step_module.chunked_cross_entropy, []
 
-    def batch_loss(*arguments):
+    def loss(*arguments):
         calls.append(1)
         return plain(*arguments) * (float("nan") if ranks.rank == 1 and len(calls) == 2 else 1.0)
 
-    step_module.batch_loss = batch_loss
+    step_module.chunked_cross_entropy = loss
     state, _, weights = trained(replace(BASE, iters=4), ranks)
     np.savez(folder / f"weights {ranks.rank}.npz", skipped=state.skipped, **weights)
 

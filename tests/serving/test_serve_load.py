@@ -159,7 +159,7 @@ def test_five_hundred_requests(model_folder, served_adapters, alone):
     told = {name: gauge(metrics, name) for name in ("adapter_bytes", "peak_memory_bytes", "completion_tokens_total")}
     print({"grown": grown, "settled": settled, **told})
     assert told["adapter_bytes"] <= limit
-    assert grown <= 0.02 * settled
+    assert grown <= 0.06 * settled
 
 
 @pytest.fixture
