@@ -48,7 +48,7 @@ SIZES = {
 LINES = {"d": 500, "e": 150}
 BATCH_SIZES = (1, 2, 4)  # tried for mlx-lm; the last is its default
 BATCH_TOKENS = (512, 1024, 1536, 2048, 3072, 4096)  # tried for ours
-TRIED_EXAMPLES = 64  # to choose a batching
+TRIED_EXAMPLES = 32  # to choose a batching
 TURNS = 3  # of an epoch
 SIDES = ("ours", "mlx-lm")
 
