@@ -32,9 +32,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench_train import with_openblas
 from generate_inputs import adapters_spec, model_spec, pair_spec, parameters_of
-from measured import described
+from measured import described, with_openblas
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "generate.json"

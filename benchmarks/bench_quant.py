@@ -13,9 +13,7 @@ The BLAS in MLX's CPU wheel is slow, so OpenBLAS is preloaded if it is found.
 from __future__ import annotations
 
 import argparse
-import ctypes.util
 import json
-import os
 import statistics
 import sys
 import time
@@ -25,7 +23,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from measured import described
+from measured import described, with_openblas
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_afm.adapters import LoRAConfig, add_adapter
@@ -154,19 +152,6 @@ def measure(form: str, dense: Model, prompt_tokens: int, repeat: int) -> dict[st
     return cases
 
 
-def with_openblas() -> str:
-    """The name of the preloaded OpenBLAS; starts this program again with it if need be."""
-    held = os.environ.get("LD_PRELOAD", "")
-    if "openblas" not in held and sys.platform == "linux":
-        found = ctypes.util.find_library("openblas")
-        if found is None:
-            print("OpenBLAS was not found: this runs on the wheel's own BLAS", file=sys.stderr)
-            return "none"
-        environment = {**os.environ, "LD_PRELOAD": f"{held}:{found}" if held else found}
-        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
-    return held
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=1024)
@@ -183,7 +168,7 @@ def main() -> None:
         "width": options.width,
         "prompt_tokens": options.prompt,
         "repeat": options.repeat,
-        "blas": Path(blas).name,
+        "blas": blas,
     }
     found = {"cases": cases, "settings": settings, **described("mlx-afm", "mlx", "numpy")}
     options.json.parent.mkdir(exist_ok=True)

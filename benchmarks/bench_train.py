@@ -23,9 +23,7 @@ OPENBLAS_CORETYPE says otherwise.
 from __future__ import annotations
 
 import argparse
-import ctypes.util
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -35,7 +33,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from measured import anonymous_bytes, described
+from measured import anonymous_bytes, described, with_openblas
 from train_inputs import ROWS, fixed_rows, system_prompt, tokenized, write_rows, write_weights
 
 HERE = Path(__file__).resolve().parent
@@ -212,22 +210,6 @@ def as_case(outcomes: dict[str, Outcome], total: bool) -> dict[str, object]:
             for name, item in outcomes.items()
         },
     }
-
-
-def with_openblas() -> str:
-    """The name of the preloaded OpenBLAS and its products; starts this program again with it if need be."""
-    held, cpu = os.environ.get("LD_PRELOAD", ""), Path("/proc/cpuinfo")
-    if not os.environ.get("OPENBLAS_CORETYPE") and cpu.exists() and "avx2" in cpu.read_text():
-        os.environ["OPENBLAS_CORETYPE"] = "Haswell"
-    if "openblas" not in held and sys.platform == "linux":
-        found = ctypes.util.find_library("openblas")
-        if found is None:
-            print("OpenBLAS was not found: both sides run on the wheel's own BLAS", file=sys.stderr)
-            return "none"
-        os.environ["LD_PRELOAD"] = f"{found} {held}".strip()
-        print(f"started again with LD_PRELOAD={found}", file=sys.stderr)
-        os.execv(sys.executable, [sys.executable, *sys.argv])
-    return f"{held or 'none'}, core type {os.environ.get('OPENBLAS_CORETYPE', 'detected')}"
 
 
 def printed(name: str, case: dict) -> str:

@@ -1,10 +1,12 @@
-"""Running a command and watching it: wall-clock and peak anonymous memory; and what machine this is."""
+"""Running a command and watching it: wall-clock and peak anonymous memory; what machine this is; its best BLAS."""
 
 from __future__ import annotations
 
+import ctypes.util
 import os
 import platform
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from datetime import date
@@ -56,3 +58,19 @@ def machine() -> str:
 def described(*packages: str) -> dict[str, object]:
     versions = {name: version(name) for name in packages}
     return {"machine": machine(), "versions": versions, "date": date.today().isoformat()}
+
+
+def with_openblas() -> str:
+    """The name of the preloaded OpenBLAS and its products; starts this program again with it if need be."""
+    held, cpu = os.environ.get("LD_PRELOAD", ""), Path("/proc/cpuinfo")
+    if not os.environ.get("OPENBLAS_CORETYPE") and cpu.exists() and "avx2" in cpu.read_text():
+        os.environ["OPENBLAS_CORETYPE"] = "Haswell"
+    if "openblas" not in held and sys.platform == "linux":
+        found = ctypes.util.find_library("openblas")
+        if found is None:
+            print("OpenBLAS was not found: all run on the wheel's own BLAS", file=sys.stderr)
+            return "none"
+        os.environ["LD_PRELOAD"] = f"{found} {held}".strip()
+        print(f"started again with LD_PRELOAD={found}", file=sys.stderr)
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+    return f"{held or 'none'}, core type {os.environ.get('OPENBLAS_CORETYPE', 'detected')}"

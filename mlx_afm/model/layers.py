@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_afm.model.config import AFMConfig
-from mlx_afm.model.exponential import sigmoid
+from mlx_afm.model.exponential import on_cpu, sigmoid
 from mlx_afm.model.lora import LoRAFusedLinear, LoRALinear
 from mlx_afm.model.recompute import recomputed
 
@@ -149,18 +149,40 @@ class FeedForward(nn.Module):
     def __call__(self, x: mx.array, norm: RMSNorm) -> mx.array:
         """The feed-forward of x after `norm`, (..., D) to (..., D).
 
-        Cost: of the values between, the gate and up projections alone are kept for the backward pass.
+        Cost: of the values between, those of the gate and up projections alone are kept for the backward pass, and on
+        the CPU, where sigmoids are slow, the slopes of the activation.
         """
 
         def widen(x: mx.array) -> tuple[mx.array, mx.array]:
             normed = norm(x)
             return self.gate_proj(normed), self.up_proj(normed)
 
-        def narrow(gate: mx.array, up: mx.array) -> mx.array:
-            return self.down_proj(swiglu(gate, up))
-
         gate, up = recomputed([norm, self.gate_proj, self.up_proj], widen, x)
-        return recomputed([self.down_proj], narrow, gate, up)
+        if self.training and on_cpu():
+            return recomputed([self.down_proj], lambda open, up: self.down_proj(open * up), kept_silu(gate), up)
+        return recomputed([self.down_proj], lambda gate, up: self.down_proj(swiglu(gate, up)), gate, up)
+
+
+def kept_silu(gate: mx.array) -> mx.array:
+    """silu(gate). Its slopes are computed at once, and kept for the gradient in the place of the gate."""
+    outputs: tuple[mx.array, mx.array] = _silu_and_slope(gate)  # type: ignore
+    return outputs[0]
+
+
+@mx.custom_function
+def _silu_and_slope(gate: mx.array) -> tuple[mx.array, mx.array]:
+    return _times_with_slope(gate, sigmoid(gate))
+
+
+@_silu_and_slope.vjp
+def _by_slope(_: mx.array, cotangents: list[mx.array], outputs: list[mx.array]) -> mx.array:
+    return cotangents[0] * outputs[1]
+
+
+@partial(mx.compile, shapeless=True)  # one pass over arrays of the feed-forward's width
+def _times_with_slope(gate: mx.array, opening: mx.array) -> tuple[mx.array, mx.array]:
+    activated = gate * opening
+    return activated, opening + activated * (1 - opening)
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
@@ -181,7 +203,7 @@ def _gate_and_up(primals: list[mx.array], cotangent: mx.array, _: mx.array) -> t
     return gate_gradient, mx.zeros_like(opening), up_gradient
 
 
-@partial(mx.compile, shapeless=True)  # one pass over arrays of the feed-forward's width
+@partial(mx.compile, shapeless=True)
 def _gate_times_up(gate: mx.array, opening: mx.array, up: mx.array) -> mx.array:
     return gate * opening * up
 
@@ -228,19 +250,21 @@ def rotary_frequencies(head_dim: int, theta: float) -> tuple[float, ...]:
 
 
 def rotary_tables(positions_BL: mx.array, config: AFMConfig, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-    """Cosines and sines, each (B, L, 1, E / 2): angles in float32, then cast to `dtype`.
+    """Cosines and sines as `rotate` takes them, each (B, L, 1, E): angles in float32, then cast to `dtype`.
+
+    Both values of a pair have its cosine; the first has its sine with the sign changed.
 
     Tables of our own, since queries sit at chosen positions, which `mx.fast.rope` cannot take, and
     since its float32 angles differ from the reference's by 1e-4 at position 4000.
     """
     frequencies = mx.array(rotary_frequencies(config.head_dim, config.rope_theta))
-    angles = positions_BL.astype(mx.float32)[..., None, None] * frequencies
-    return mx.cos(angles).astype(dtype), mx.sin(angles).astype(dtype)
+    angles = positions_BL.astype(mx.float32)[..., None, None, None] * frequencies[:, None]
+    cos, sin = mx.cos(angles).astype(dtype), mx.sin(angles).astype(dtype)
+    shape = (*positions_BL.shape, 1, config.head_dim)
+    return mx.repeat(cos, 2, axis=-1).reshape(shape), mx.concatenate([-sin, sin], axis=-1).reshape(shape)
 
 
 def rotate(x_BLHE: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    """Turns each interleaved pair (x[2i], x[2i + 1]) by its angle."""
-    pairs = x_BLHE.reshape(*x_BLHE.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    turned = mx.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return turned.reshape(x_BLHE.shape)
+    """Turns each interleaved pair (x[2i], x[2i + 1]) by its angle; tables from `rotary_tables`."""
+    swapped = x_BLHE.reshape(*x_BLHE.shape[:-1], -1, 2)[..., ::-1].reshape(x_BLHE.shape)
+    return x_BLHE * cos + swapped * sin

@@ -6,45 +6,54 @@ frozen weights, nearly all of a layer's time, are not among it as long as their 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
 
 
 def recomputed(modules: Sequence[nn.Module], function: Callable[..., Any], *arrays: mx.array) -> Any:
-    """`function(*arrays)`, of which only inputs and outputs are kept for the backward pass.
+    """`function(*arrays)`, of which only what goes in is kept for the backward pass.
 
     Args:
-        modules: every module with trained tensors that `function` uses. `mx.checkpoint` differentiates
-            what it is given as an argument and nothing else, so their tensors are passed along.
+        modules: every module with trained tensors that `function` uses.
         function: what it closes over gets no gradient; in a loop, bind loop variables.
         arrays: float arrays.
+
+    `mx.checkpoint` would keep what comes out too, since it is what the second computation waits for there; here that
+    waits for the gradients of what comes out.
 
     Random numbers, of dropout, are the same both times. That reads the random state, so a function with
     dropout cannot be compiled.
     """
     if not any(module.training for module in modules):
         return function(*arrays)
+    held = [tree_flatten(module.trainable_parameters()) for module in modules]
+    tensors = [array for named in held for _, array in named]
     drawn: list[mx.array] = []  # random states before and after the forward pass
 
-    def run(parameters: list[Any], *arrays: mx.array) -> Any:
-        if not drawn:
-            drawn.append(_random_key())
-            outputs = _with_parameters(modules, parameters, function, arrays)
-            drawn.append(_random_key())
-            return outputs
-        first, last = _number(drawn[0]), _number(drawn[1])
-        if first == last:
-            return _with_parameters(modules, parameters, function, arrays)
-        now = _number(_random_key())
-        mx.random.seed(first)
-        outputs = _with_parameters(modules, parameters, function, arrays)
-        mx.random.seed(now)
+    def run(*given: mx.array) -> Any:
+        with _replaced(modules, held, given[: len(tensors)]):
+            return function(*given[len(tensors) :])
+
+    @mx.custom_function
+    def once(given: list[mx.array]) -> Any:
+        drawn.append(_random_key())
+        outputs = run(*given)
+        drawn.append(_random_key())
         return outputs
 
-    return mx.checkpoint(run)([module.trainable_parameters() for module in modules], *arrays)
+    @once.vjp
+    def again(given: list[mx.array], cotangents: Any, _: Any) -> list[mx.array]:
+        wanted = list(cotangents) if isinstance(cotangents, (list, tuple)) else [cotangents]
+        with _drawing_again(*drawn):
+            _, gradients = mx.vjp(run, mx.depends(given, wanted), wanted)
+        return gradients
+
+    return once([*tensors, *arrays])  # type: ignore[operator]
 
 
 @mx.custom_function
@@ -64,18 +73,31 @@ def _all_at_once(_: Any, cotangents: Sequence[mx.array], __: Any) -> tuple[mx.ar
     return tuple(mx.depends(list(cotangents), list(cotangents)))
 
 
-def _with_parameters(
-    modules: Sequence[nn.Module], parameters: list[Any], function: Callable[..., Any], arrays: Sequence[mx.array]
-) -> Any:
-    """The function's value with other tensors in the modules, which get theirs back afterwards."""
-    held = [module.trainable_parameters() for module in modules]
-    for module, tensors in zip(modules, parameters):
-        module.update(tensors)
+@contextmanager
+def _replaced(
+    modules: Sequence[nn.Module], held: Sequence[Sequence[tuple[str, mx.array]]], tensors: Sequence[mx.array]
+) -> Iterator[None]:
+    """Puts other tensors in the place of those that modules hold, in the same order, for a while."""
+    others = iter(tensors)
     try:
-        return function(*arrays)
+        for module, named in zip(modules, held):
+            module.update(tree_unflatten([(name, next(others)) for name, _ in named]))
+        yield
     finally:
-        for module, tensors in zip(modules, held):
-            module.update(tensors)
+        for module, named in zip(modules, held):
+            module.update(tree_unflatten(list(named)))
+
+
+@contextmanager
+def _drawing_again(before: mx.array, after: mx.array) -> Iterator[None]:
+    """Random numbers are those that came between two states, if any did; the state is as it was afterwards."""
+    first, now = _number(before), _number(_random_key())
+    if first == _number(after):
+        yield
+        return
+    mx.random.seed(first)
+    yield
+    mx.random.seed(now)
 
 
 def _random_key() -> mx.array:

@@ -8,7 +8,7 @@ import pytest
 from mlx_afm.model import exponential
 from mlx_afm.model.attention_cpu import attention_on_cpu
 from mlx_afm.model.exponential import exp, sigmoid
-from mlx_afm.model.layers import swiglu
+from mlx_afm.model.layers import kept_silu, swiglu
 
 SCALE = 0.25
 
@@ -91,11 +91,12 @@ def test_exponentials_are_right_to_the_last_bits():
     assert np.array_equal(np.array(sigmoid(mx.array([-1e4, 1e4, -np.inf, np.inf]))), [0, 1, 0, 1])
 
 
+@pytest.mark.parametrize("function", [swiglu, lambda gate, up: kept_silu(gate) * up])
 @pytest.mark.parametrize("on_cpu", [True, False])
-def test_swiglu_and_its_gradient(on_cpu, monkeypatch):
+def test_swiglu_and_its_gradient(on_cpu, function, monkeypatch):
     monkeypatch.setattr(exponential, "on_cpu", lambda: on_cpu)
     primals, cotangent = [random(4, 9), random(4, 9, seed=1)], random(4, 9, seed=2)
     (expected,), gradients = mx.vjp(lambda gate, up: nn.silu(gate) * up, primals, [cotangent])
-    (out,), own_gradients = mx.vjp(swiglu, primals, [cotangent])
+    (out,), own_gradients = mx.vjp(function, primals, [cotangent])
     for own, other in zip([out, *own_gradients], [expected, *gradients], strict=True):
         np.testing.assert_allclose(np.array(own), np.array(other), atol=1e-6)

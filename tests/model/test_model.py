@@ -149,14 +149,21 @@ def test_rotary_tables_follow_the_recipe_far_out():
     assert np.array_equal(np.array(rotary_frequencies(128, 500000.0), np.float32), frequencies)
     angles = (np.float32(4000) * frequencies).astype(np.float32)
     cos, sin = rotary_tables(mx.array([[4000]]), config, mx.float32)
-    assert np.abs(np.array(cos).ravel() - np.cos(angles.astype(np.float64))).max() < 1e-6
-    assert np.abs(np.array(sin).ravel() - np.sin(angles.astype(np.float64))).max() < 1e-6
+    expected = np.cos(angles.astype(np.float64)), np.sin(angles.astype(np.float64))
+    for table, values, first_sign in zip((cos, sin), expected, (1, -1)):
+        pairs = np.array(table).reshape(half, 2)
+        assert np.abs(pairs - np.stack([first_sign * values, values], axis=-1)).max() < 1e-6
 
 
 def test_rotate_turns_interleaved_pairs():
-    x = mx.array([[[[1.0, 0.0, 0.0, 2.0]]]])
-    cos, sin = mx.array([[[[0.0, 1.0]]]]), mx.array([[[[1.0, 0.0]]]])
-    assert rotate(x, cos, sin).flatten().tolist() == [0, 1, 0, 2]
+    config = tiny_config(hidden_dim=128, num_heads=1, num_kv_heads=1)
+    x = np.random.default_rng(0).standard_normal((2, 3, 4, 128)).astype(np.float32)
+    positions = np.array([[0, 7, 100], [1, 2, 4000]])
+    out = np.array(rotate(mx.array(x), *rotary_tables(mx.array(positions), config, mx.float32)))
+    angles = positions[..., None, None] * np.array(rotary_frequencies(128, config.rope_theta))
+    expected = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * angles)
+    np.testing.assert_allclose(out[..., 0::2] + 1j * out[..., 1::2], expected, atol=1e-3)
+    assert np.array_equal(out[0, 0], x[0, 0])
 
 
 def test_sixteen_bit_norm_rounds_once():
