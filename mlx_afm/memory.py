@@ -42,7 +42,7 @@ NARROW_LOSS_LIMIT = 3  # and of a chunk
 # widths a token; with checkpointing beside what the block then keeps.
 FEED_FORWARD = {"F": 11.2, "D": 6.0, "R": 20.0}
 ATTENTION = {"scores": 3.4, "D": 9.0, "K": 8.0, "R": 20.0}
-FEED_FORWARD_AGAIN = {"F": 14.0, "D": 2.0, "R": 20.0}
+FEED_FORWARD_AGAIN = {"F": 12.0, "D": 2.0, "R": 20.0}
 MASKED = 1.3  # scores of tokens that are read, whose mask is an array
 ATTENTION_AGAIN = {"scores": 4.2, "D": 16.0, "K": 8.0, "R": 20.0}
 NARROW_FACTOR = 1.4  # of that space in 16 bits, where norms and the like are float32 in between
@@ -224,14 +224,15 @@ class _Step:
         return max(0, ordinary - 1 - first), first < ordinary, self.model.num_layers - max(first, ordinary)
 
     def _queries(self) -> int:
-        """Numbers a token in any layer: its input, queries, attention, residual, output; gate and up; the
-        adapter's inner product behind attention, and with dropout what goes into it."""
+        """Numbers a token in any layer: its input, queries, attention, residual; gate and up, on the CPU the activated
+        gate, its slopes and up; the adapter's inner product behind attention, and with dropout what goes into it."""
         inner = self.adapter.rank if "o" in self.adapter.targets else 0
-        return (6 if self.adapter.dropout else 5) * self.model.hidden_dim + 2 * self.model.feed_forward_dim + inner
+        wide = (3 if self.backend == "cpu" else 2) * self.model.feed_forward_dim
+        return (5 if self.adapter.dropout else 4) * self.model.hidden_dim + wide + inner
 
     def _keys(self) -> int:
-        """Bytes of keys and values: projected, keys rotated (float32, for their norm), both as they are attended to."""
-        return self.model.kv_dim * self.all_tokens * (4 * self.number + WIDE)
+        """Bytes of keys and values: keys rotated (float32, for their norm), both as they are attended to."""
+        return self.model.kv_dim * self.all_tokens * (2 * self.number + WIDE)
 
     def _block(self) -> tuple[int, int, int]:
         """Bytes that a layer keeps: an ordinary one, the last ordinary one, one that reuses keys."""
