@@ -48,14 +48,15 @@ def test_full_fine_tuning_holds_float32_weights_and_no_adapter():
     assert found.weights_bytes == found.gradients_bytes + SMALL.num_ordinary_layers * 8
 
 
-def test_what_a_plain_layer_keeps_is_counted():
-    """Of a uniform stack, from the code: 5 widths, gate and up, three times keys and their copies as they are read."""
+@pytest.mark.parametrize(("backend", "wide"), [("cpu", 3), ("gpu", 2)])
+def test_what_a_plain_layer_keeps_is_counted(backend, wide):
+    """Of a uniform stack, from the code: 4 widths; gate and up, on the CPU slopes too; keys rotated, keys, values."""
     uniform = replace(SMALL, num_kv_reuse_layers=0)
     deeper = replace(uniform, num_layers=SMALL.num_layers + 1)
     tokens = LAYOUT.rows * LAYOUT.tokens
     lora = LoRAConfig(rank=4, targets=("q",))
-    wanted = 5 * uniform.hidden_dim + 2 * uniform.feed_forward_dim + 5 * uniform.kv_dim
-    found = [estimate(model, lora=lora).activations_bytes for model in (uniform, deeper)]
+    wanted = 4 * uniform.hidden_dim + wide * uniform.feed_forward_dim + 3 * uniform.kv_dim
+    found = [estimate(model, lora=lora, backend=backend).activations_bytes for model in (uniform, deeper)]
     assert found[1] - found[0] == 4 * tokens * wanted
 
 

@@ -19,6 +19,7 @@ from mlx_afm.model.exponential import LOG2_E
 QUICK_QUERIES = (
     16  # with fewer, as in decoding, the number of operations is what takes time, and MLX's chain is shorter
 )
+CAUSAL_QUERIES = 128  # of a causal mask at a time: with the keys up to them alone, half of all scores are not computed
 HIDDEN = -1e30  # score of a key that is not visible: finite, since what is above an infinite highest one is NaN
 
 
@@ -33,22 +34,27 @@ def attention_on_cpu(
     Cost: nothing is kept for the gradient but what goes in; it does not use what comes out either, so that a
         caller who recomputes queries in the backward pass does not compute the attention again.
     """
+    queries, keys = q_GHNE.shape[2], k_GKSE.shape[2]
+    if not isinstance(mask, str):
+        return _attend(q_GHNE, k_GKSE, v_GKSE, scale, mask)
+    ends = [*range(CAUSAL_QUERIES, queries, CAUSAL_QUERIES), queries]
+    parts = []
+    for q, end in zip(mx.split(q_GHNE, ends[:-1], axis=2), ends):
+        seen = slice(0, keys - queries + end)
+        causal = mx.arange(seen.stop - q.shape[2], seen.stop)[:, None] >= mx.arange(seen.stop)
+        parts.append(_attend(q, k_GKSE[:, :, seen], v_GKSE[:, :, seen], scale, causal))
+    return mx.concatenate(parts, axis=2)
+
+
+def _attend(q_GHNE: mx.array, k_GKSE: mx.array, v_GKSE: mx.array, scale: float, mask: mx.array | None) -> mx.array:
     groups, heads, queries, width = q_GHNE.shape
     key_heads, keys = k_GKSE.shape[1:3]
-    visible = _visible(mask, queries, keys)
     q_GKRE = (q_GHNE.astype(mx.float32) * (scale * LOG2_E)).reshape(groups, key_heads, -1, width)
+    # The mask gets an axis for the heads of a key head: (G or 1, 1, 1, N, S).
+    visible = None if mask is None else mask.reshape(*(1,) * (4 - mask.ndim), *mask.shape)[:, :, None]
     attend = _attention(visible, (groups, key_heads, heads // key_heads, queries, keys))
     out = attend(q_GKRE, k_GKSE.astype(mx.float32), v_GKSE.astype(mx.float32))
     return out.reshape(q_GHNE.shape).astype(q_GHNE.dtype)
-
-
-def _visible(mask: mx.array | str | None, queries: int, keys: int) -> mx.array | None:
-    """The mask with an axis for the heads of a key head: (G or 1, 1, 1, N, S)."""
-    if mask is None:
-        return None
-    if isinstance(mask, str):
-        mask = mx.arange(keys - queries, keys)[:, None] >= mx.arange(keys)
-    return mask.reshape(*(1,) * (4 - mask.ndim), *mask.shape)[:, :, None]
 
 
 def _attention(visible: mx.array | None, shape: Sequence[int]) -> Callable[[mx.array, mx.array, mx.array], mx.array]:
