@@ -66,7 +66,7 @@ class Side:
         status = Path(f"/proc/{self.process.pid}/status")
         while self.process.poll() is None:
             self.anonymous_peak = max(self.anonymous_peak, anonymous_bytes(status))
-            time.sleep(0.02)
+            time.sleep(0.2)
 
     def _answer(self) -> dict:
         line = self.process.stdout.readline() if self.process.stdout else ""

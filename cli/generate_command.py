@@ -11,7 +11,7 @@ import click
 from mlx_afm.data.config import DataConfig
 
 from .data_options import record_options
-from .generate_extras import NAMES, extra_options, open_extras
+from .generate_extras import extra_options, open_extras
 from .generate_options import generate_options
 from .output import json_option, note, read_stdin, show
 
@@ -53,9 +53,9 @@ def command(
             raise click.UsageError("a .jsonl of prompts goes with --output, and not with --prompt-cache-file")
         if reading.transform is not None:
             raise click.UsageError("--transform is for training data")
-        if options["draft_model"] is not None or options["response_format"] is not None:
-            raise click.UsageError("--draft-model and --response-format go with one prompt")
-        options = {name: value for name, value in options.items() if name not in NAMES}
+        del options["num_draft_tokens"]
+        if options.pop("draft_model") is not None:
+            raise click.UsageError("--draft-model goes with one prompt; those of a .jsonl are answered in batches")
         answer_prompts(Path(prompt), output, batch_size, reading, as_json, **options)
     elif output is not None:
         raise click.UsageError("--output goes with a --prompt that names a .jsonl")

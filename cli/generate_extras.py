@@ -1,4 +1,4 @@
-"""Options of `mlx-afm generate` for one prompt: a draft model, and an answer that follows a schema."""
+"""Options of `mlx-afm generate`: an answer that follows a schema; and of one prompt, a draft model."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import click
 
 from .output import note
 from .speculation_options import speculation_options
-
-NAMES = ("draft_model", "num_draft_tokens", "response_format")
 
 
 def extra_options(command: Callable[..., Any]) -> Callable[..., Any]:

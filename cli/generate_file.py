@@ -29,6 +29,7 @@ def answer_prompts(
     adapter_path: Path | None,
     system_prompt: str | None,
     config: GenerateConfig,
+    response_format: Path | None,
 ) -> None:
     """Answers the file and shows how far it is, a line a second on stderr."""
     job = AnswerJob(
@@ -41,6 +42,7 @@ def answer_prompts(
         system=system_prompt,
         dialect=reading.dialect,
         fields=reading.fields,
+        response_format=response_format,
     )
     shown = time.perf_counter()
 

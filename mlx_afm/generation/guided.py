@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_afm.errors import AFMError, ConfigError, MissingDependencyError
+from mlx_afm.generation.sampling import LogitsProcessor
 from mlx_afm.generation.schema import parse_wanted
 from mlx_afm.text.tokenizer import AFMTokenizer
 
@@ -45,6 +46,18 @@ def guided_processor(tokenizer: AFMTokenizer, schema: Any) -> GuidedProcessor:
         found = _first_line(matcher)
         raise ConfigError("an answer cannot be held to this schema", where="schema", found=found, advice=advice)
     return GuidedProcessor(matcher, tokenizer)
+
+
+def guided_when_asked(tokenizer: AFMTokenizer, schema: Any) -> LogitsProcessor:
+    """The same, made at the first call: for the answers of a long file, nearly all of which are waiting."""
+    made: list[GuidedProcessor] = []
+
+    def process(tokens: mx.array, logits: mx.array) -> mx.array:
+        if not made:
+            made.append(guided_processor(tokenizer, schema))
+        return made[0](tokens, logits)
+
+    return process
 
 
 class GuidedProcessor:

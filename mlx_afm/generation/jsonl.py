@@ -12,8 +12,8 @@ there, at once and in the order of the prompts, so nobody ever finds half a line
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,6 +28,7 @@ from mlx_afm.generation.answers import Answer, seeded
 from mlx_afm.generation.batch import Request
 from mlx_afm.generation.config import GenerateConfig
 from mlx_afm.generation.prompts import to_prompt_ids
+from mlx_afm.generation.sampling import LogitsProcessor
 from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.tree import shorten
 
@@ -47,6 +48,10 @@ class PromptRow:
     line: int
     request: Request
 
+    def guided(self, processor: LogitsProcessor) -> PromptRow:
+        """The same prompt, whose answer a processor keeps in bounds."""
+        return replace(self, request=replace(self.request, logits_processors=(processor,)))
+
 
 def read_prompt_rows(
     path: Path,
@@ -54,6 +59,7 @@ def read_prompt_rows(
     config: GenerateConfig,
     *,
     system: str | None = None,
+    question: Mapping[str, Any] | None = None,
     dialect: str = "auto",
     fields: Sequence[tuple[str, str]] = (),
 ) -> list[PromptRow]:
@@ -65,6 +71,7 @@ def read_prompt_rows(
         tokenizer: the model's.
         config: how to answer.
         system: message of the system for conversations without one; None for the model's own.
+        question: keys that the last message of the user gets, unless it has them.
         dialect, fields: see `mlx_afm.data.dialects.read_record`.
 
     Raises:
@@ -78,6 +85,8 @@ def read_prompt_rows(
             messages, tools = _prompt(row, dialect, fields)
             if system is not None and messages[0].get("role") != "system":
                 messages.insert(0, {"role": "system", "content": system})
+            if question and messages[-1].get("role") == "user":
+                messages[-1] = {**question, **messages[-1]}
             ids = to_prompt_ids(tokenizer, messages, tools=tools)
             config.answer_tokens(len(ids))
             rows.append(PromptRow(row.line, Request(ids=ids, config=seeded(config, len(rows)))))
@@ -127,7 +136,7 @@ class AnswerFile:
     Args:
         path: of the finished file.
         rows: the prompts.
-        fingerprint: of model and adapter.
+        fingerprint: of model and adapter, and of what else all answers depend on.
 
     Attributes:
         done: finished answers, lines by the number of the prompt; those of an earlier run among them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,10 +12,13 @@ from mlx_afm.errors import ConfigError
 from mlx_afm.generation import GenerateConfig, iter_answers
 from mlx_afm.generation.batch import BATCH_SIZE
 from mlx_afm.generation.config import require_fitting
-from mlx_afm.generation.jsonl import AnswerFile, read_prompt_rows
+from mlx_afm.generation.guided import guided_processor, guided_when_asked
+from mlx_afm.generation.jsonl import AnswerFile, PromptRow, read_prompt_rows
 from mlx_afm.generation.prompt_cache import fingerprint
 from mlx_afm.generation.prompts import require_tokenizer
+from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.workflows.load import load
+from mlx_afm.workflows.response_format import ResponseFormat, read_response_format
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +33,7 @@ class AnswerJob:
         config: how to answer; prompt n, counted from 0, draws with seed + n.
         batch_size: answered at once.
         system, dialect, fields: see `read_prompt_rows`.
+        response_format: JSON file of what every answer is to follow, see `read_response_format`.
     """
 
     model: str | Path
@@ -40,6 +45,7 @@ class AnswerJob:
     system: str | None = None
     dialect: str = "auto"
     fields: tuple[tuple[str, str], ...] = ()
+    response_format: Path | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -83,10 +89,11 @@ def answer_file(job: AnswerJob, on_answer: Callable[[Answered], None] | None = N
     model, tokenizer = load(job.model, job.adapter_path)
     tokenizer = require_tokenizer(tokenizer)
     require_fitting(job.config, model)
-    reading = {"system": job.system, "dialect": job.dialect, "fields": job.fields}
-    rows = read_prompt_rows(job.prompts, tokenizer, job.config, **reading)  # type: ignore[arg-type]
+    wanted = None if job.response_format is None else read_response_format(job.response_format)
+    rows = _rows(job, tokenizer, wanted)
+    guide = "" if wanted is None else json.dumps(wanted.guide, sort_keys=True)
     started, tokens, new = time.perf_counter(), 0, 0
-    with AnswerFile(job.output, rows, fingerprint(model)) as answers:
+    with AnswerFile(job.output, rows, fingerprint(model) + guide) as answers:
         left = [number for number in range(len(rows)) if number not in answers.done]
         requests = [rows[number].request for number in left]
         for place, answer in iter_answers(model, tokenizer, requests, batch_size=job.batch_size):
@@ -96,3 +103,21 @@ def answer_file(job: AnswerJob, on_answer: Callable[[Answered], None] | None = N
                 on_answer(Answered(len(answers.done), len(rows), new, tokens, time.perf_counter() - started))
         answers.finish()
     return Answered(len(rows), len(rows), new, tokens, time.perf_counter() - started)
+
+
+def _rows(job: AnswerJob, tokenizer: AFMTokenizer, wanted: ResponseFormat | None) -> list[PromptRow]:
+    """The prompts; with a response format the question says it, and a processor of its own keeps each answer to it."""
+    question = None
+    if wanted is not None:
+        guided_processor(tokenizer, wanted.guide)  # what cannot be kept to is refused before the prompts are read
+        question = wanted.message and {"response_format": wanted.message}
+    rows = read_prompt_rows(
+        job.prompts,
+        tokenizer,
+        job.config,
+        system=job.system,
+        question=question,
+        dialect=job.dialect,
+        fields=job.fields,
+    )
+    return rows if wanted is None else [row.guided(guided_when_asked(tokenizer, wanted.guide)) for row in rows]

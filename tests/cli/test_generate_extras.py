@@ -106,11 +106,39 @@ def test_files_that_are_none(model_folder, expect_refusal, tmp_path):
     expect_refusal(*arguments, "--draft-model", tmp_path / "gone", says=["gone"])
 
 
-def test_for_one_prompt_only(model_folder, cli, schema, tmp_path):
+def test_a_draft_model_is_for_one_prompt_only(model_folder, cli, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
     arguments = ["generate", "--model", model_folder, "-p", tmp_path / "p.jsonl", "--output", tmp_path / "a.jsonl"]
-    for more in (["--draft-model", model_folder], ["--response-format", schema(SCHEMA)]):
-        ran = cli(*arguments, *more)
-        assert (ran.code, ran.out) == (2, "")
-        assert "--draft-model and --response-format go with one prompt" in ran.err
+    ran = cli(*arguments, "--draft-model", model_folder)
+    assert (ran.code, ran.out) == (2, "")
+    assert "--draft-model goes with one prompt; those of a .jsonl are answered in batches" in ran.err
     assert cli(*arguments).code == 0
+
+
+def test_a_file_of_answers_by_a_schema(model_folder, cli, say, schema, tmp_path):
+    """Each in its batch is what it is alone."""
+    texts = ["count", "how many lines are in data.csv", "is it even"]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    output = tmp_path / "a.jsonl"
+    arguments = ["generate", "--model", model_folder, "-p", tmp_path / "p.jsonl", "--output", output]
+    guided = [*arguments, "--response-format", schema(SCHEMA), "-m", 60]
+    assert cli(*guided).code == 0
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    for number, (text, answer) in enumerate(zip(texts, answers, strict=True)):
+        jsonschema.validate(json.loads(answer["answer"]), SCHEMA)
+        alone = say("--response-format", schema(SCHEMA), "--seed", number, tokens=60, prompt=text)
+        assert (answer["answer"], answer["prompt_tokens"]) == (alone["text"], alone["prompt_tokens"])
+    assert cli(*guided).code == 0
+    other = [*arguments, "--response-format", schema({"type": "json_object"}, "other.json"), "-m", 60]
+    for again in (other, [*arguments, "-m", 60]):
+        ran = cli(*again)
+        assert ran.code == 1
+        assert "answers of another run" in ran.err
+
+
+def test_what_no_answer_can_be_held_to_is_said_before_a_file_is_begun(model_folder, expect_refusal, schema, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    arguments = ["generate", "--model", model_folder, "-p", tmp_path / "p.jsonl", "--output", tmp_path / "a.jsonl"]
+    says = ["an answer cannot be held to this schema"]
+    expect_refusal(*arguments, "--response-format", schema({**SCHEMA, "not": {}}), says=says)
+    assert not list(tmp_path.glob("a.jsonl*"))
