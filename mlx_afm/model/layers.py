@@ -33,6 +33,8 @@ class RMSNorm(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """The normalised x, in x's dtype."""
+        if x.dtype == self.weight.dtype == mx.float32:  # nothing to cast, which in decoding is noticed
+            return mx.fast.rms_norm(x, self.weight, self.eps)
         y = mx.fast.rms_norm(x.astype(mx.float32), self.weight.astype(mx.float32), self.eps)
         return y.astype(x.dtype)
 
