@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -238,8 +239,14 @@ class Terminal:
     def type(self, text):
         os.write(self.end, text.encode())
 
-    def interrupt(self):
-        time.sleep(0.5)  # a signal between showing the prompt and waiting for a key is noticed with the next key
+    def interrupt(self, asleep=True):
+        """Ctrl-C; when it waits for a key, since one between the prompt and that is noticed with the next key."""
+        time.sleep(0.5)
+        status, sleeping = Path(f"/proc/{self.process.pid}/stat"), 0
+        while asleep and status.exists() and sleeping < 10:  # on a busy machine half a second is not enough
+            state = status.read_text().rpartition(")")[2].split()[0]
+            sleeping = sleeping + 1 if state == "S" else 0
+            time.sleep(0.02)
         self.process.send_signal(signal.SIGINT)
 
     def close(self):
@@ -262,7 +269,7 @@ def test_control_c_stops_the_answer_and_twice_leaves(terminal, tmp_path):
     terminal.wait("> ")
     terminal.type("hello\n")
     terminal.wait(r"hello\r?\n[^\r\n]{20}")
-    terminal.interrupt()
+    terminal.interrupt(asleep=False)
     terminal.wait(r"\(stopped\)\r?\n")
     terminal.wait("> ")
     terminal.type(f"/save {tmp_path}/cut.jsonl\n")
