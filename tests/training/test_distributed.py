@@ -273,12 +273,21 @@ def test_a_signal_to_one_rank_stops_both(folder):
     assert f"resuming after step {step} of {step + 2}" in told
 
 
+LAUNCHERS = {
+    "mlx.launch": (LAUNCH, "-n", "2", "--starting-port", "PORT", "--"),
+    "mpirun": (Path(shutil.which("mpirun") or "mpirun"), "--allow-run-as-root", "--oversubscribe", "-np", "2"),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not LAUNCH.exists(), reason="needs mlx.launch beside the interpreter")
-def test_through_mlx_launch(folder):
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_through_a_launcher(folder, launcher):
+    program, *words = LAUNCHERS[launcher]
+    if not program.exists():
+        pytest.skip(f"needs {launcher}")
     shutil.copy(folder / "data" / "valid.jsonl", folder / "data" / "test.jsonl")
     arguments = [*options(folder, "run"), "--iters", "6", "--test", "--json"]
-    launch = [str(LAUNCH), "-n", "2", "--starting-port", str(free_ports(1)[0]), "--"]
+    launch = [str(program), *(str(free_ports(1)[0]) if word == "PORT" else word for word in words)]
     ran = subprocess.run(
         [*launch, sys.executable, "-m", "mlx_afm", *arguments],
         stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LIMIT_SECONDS, cwd=folder,
