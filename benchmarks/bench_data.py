@@ -45,6 +45,11 @@ Encode = Callable[[], tuple[int, int, int]]  # examples, tokens, targets
 def ours(data: Path, model: Path, **settings: object) -> Encode:
     from mlx_afm.data import read_tokens
 
+    with tempfile.TemporaryDirectory() as folder, data.open("rb") as lines:
+        first = Path(folder) / "first.jsonl"
+        first.write_bytes(lines.readline())
+        read_tokens((first,), model / "tokenizer.model", workers=1)  # the tokenizer is loaded now, as the others' are
+
     def encode() -> tuple[int, int, int]:
         table = read_tokens((data,), model / "tokenizer.model", **settings)
         return len(table), len(table.ids), int(table.trained.sum())

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 from queue import SimpleQueue
@@ -28,6 +29,20 @@ from mlx_afm.text.tokenizer import AFMTokenizer
 
 MAX_WORKERS = 8
 SERIAL_BLOCKS = 32  # 16 MB; up to here starting workers costs more than it saves
+
+
+def _opened(path: Path) -> AFMTokenizer:
+    """The tokenizer of a file, for all splits that are read one after the other; read again if the file changed."""
+    try:
+        stamp = path.stat().st_mtime_ns, path.stat().st_size
+    except OSError:
+        return AFMTokenizer.from_file(path)  # which says what is wrong
+    return _same_file(path.absolute(), stamp)
+
+
+@lru_cache(maxsize=1)
+def _same_file(path: Path, _: tuple[int, int]) -> AFMTokenizer:
+    return AFMTokenizer.from_file(path)
 
 
 def prepare_all(
@@ -55,7 +70,7 @@ def prepare_all(
     first = list(islice(blocks, SERIAL_BLOCKS))
     blocks = chain(first, blocks)
     if workers < 2 or len(first) < SERIAL_BLOCKS:
-        tokenizer = None if tokenizer_file is None else AFMTokenizer.from_file(tokenizer_file)
+        tokenizer = None if tokenizer_file is None else _opened(tokenizer_file)
         preparer = Preparer(config, tokenizer, want_tokens=want_tokens)
         yield from map(preparer, blocks)
         return
