@@ -19,6 +19,7 @@ from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 from queue import SimpleQueue
+from threading import get_ident
 from typing import Any
 
 from mlx_afm.data.config import DataConfig
@@ -29,20 +30,6 @@ from mlx_afm.text.tokenizer import AFMTokenizer
 
 MAX_WORKERS = 8
 SERIAL_BLOCKS = 32  # 16 MB; up to here starting workers costs more than it saves
-
-
-def _opened(path: Path) -> AFMTokenizer:
-    """The tokenizer of a file, for all splits that are read one after the other; read again if the file changed."""
-    try:
-        stamp = path.stat().st_mtime_ns, path.stat().st_size
-    except OSError:
-        return AFMTokenizer.from_file(path)  # which says what is wrong
-    return _same_file(path.absolute(), stamp)
-
-
-@lru_cache(maxsize=1)
-def _same_file(path: Path, _: tuple[int, int]) -> AFMTokenizer:
-    return AFMTokenizer.from_file(path)
 
 
 def prepare_all(
@@ -82,6 +69,21 @@ def prepare_all(
     finally:
         for worker in pool:
             worker.stop()
+
+
+def _opened(path: Path) -> AFMTokenizer:
+    """The tokenizer of a file, for all splits that are read one after the other; read again if the file changed."""
+    try:
+        stamp = path.stat().st_mtime_ns, path.stat().st_size
+    except OSError:
+        return AFMTokenizer.from_file(path)  # which says what is wrong
+    return _same_file(path.absolute(), stamp, get_ident())
+
+
+@lru_cache(maxsize=1)
+def _same_file(path: Path, _: tuple[int, int], __: int) -> AFMTokenizer:
+    """Each thread has its own: a tokenizer that learns words is not for two at a time."""
+    return AFMTokenizer.from_file(path)
 
 
 def _in_order(blocks: Iterator[Block], pool: list[_Worker]) -> Iterator[Prepared]:

@@ -96,8 +96,10 @@ def _drawing_again(before: mx.array, after: mx.array) -> Iterator[None]:
         yield
         return
     mx.random.seed(first)
-    yield
-    mx.random.seed(now)
+    try:
+        yield
+    finally:
+        mx.random.seed(now)
 
 
 def _random_key() -> mx.array:

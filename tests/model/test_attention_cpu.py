@@ -5,7 +5,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_afm.model import exponential
+from mlx_afm.model import attention_cpu, exponential
 from mlx_afm.model.attention_cpu import attention_on_cpu
 from mlx_afm.model.exponential import exp, sigmoid
 from mlx_afm.model.layers import kept_silu, swiglu
@@ -46,6 +46,17 @@ def test_output_and_gradients_are_those_of_mlx(mask):
     primals, cotangent = inputs(), random(3, 6, 5, 16, seed=4)
     (expected,), gradients = mx.vjp(by_mlx(mask), primals, [cotangent])
     (out,), own_gradients = mx.vjp(ours(mask), primals, [cotangent])
+    np.testing.assert_allclose(np.array(out), np.array(expected), atol=2e-6)
+    for own, other in zip(own_gradients, gradients, strict=True):
+        np.testing.assert_allclose(np.array(own), np.array(other), atol=5e-6)
+
+
+@pytest.mark.parametrize("queries", [1, 2, 4, 5, 7])
+def test_causal_queries_in_blocks_are_the_same(queries, monkeypatch):
+    primals, cotangent = inputs(queries=queries), random(3, 6, queries, 16, seed=4)
+    (expected,), gradients = mx.vjp(by_mlx("causal"), primals, [cotangent])
+    monkeypatch.setattr(attention_cpu, "CAUSAL_QUERIES", 2)
+    (out,), own_gradients = mx.vjp(ours("causal"), primals, [cotangent])
     np.testing.assert_allclose(np.array(out), np.array(expected), atol=2e-6)
     for own, other in zip(own_gradients, gradients, strict=True):
         np.testing.assert_allclose(np.array(own), np.array(other), atol=5e-6)
