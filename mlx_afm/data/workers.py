@@ -42,12 +42,14 @@ def prepare_all(
 ) -> Iterator[Prepared]:
     """What became of each block, in order; little data is prepared in this process, more in others.
 
+    In this process it is SentencePiece alone that uses more than one processor, in threads.
+
     Args:
         blocks: from `iter_blocks`.
         config: how to read.
         tokenizer_file: a `tokenizer.model`; None encodes nothing.
         want_tokens: whether the tokens themselves are wanted, or only what is counted.
-        workers: how many processes; as many as there are processors, up to eight, if None.
+        workers: how many processes, or threads; as many as there are processors, up to eight, if None.
 
     Raises:
         ConfigError: the transform cannot be found, or a worker died.
@@ -57,7 +59,7 @@ def prepare_all(
     first = list(islice(blocks, SERIAL_BLOCKS))
     blocks = chain(first, blocks)
     if workers < 2 or len(first) < SERIAL_BLOCKS:
-        tokenizer = None if tokenizer_file is None else _opened(tokenizer_file)
+        tokenizer = None if tokenizer_file is None else _opened(tokenizer_file, workers)
         preparer = Preparer(config, tokenizer, want_tokens=want_tokens)
         yield from map(preparer, blocks)
         return
@@ -71,13 +73,15 @@ def prepare_all(
             worker.stop()
 
 
-def _opened(path: Path) -> AFMTokenizer:
+def _opened(path: Path, threads: int) -> AFMTokenizer:
     """The tokenizer of a file, for all splits that are read one after the other; read again if the file changed."""
     try:
         stamp = path.stat().st_mtime_ns, path.stat().st_size
     except OSError:
         return AFMTokenizer.from_file(path)  # which says what is wrong
-    return _same_file(path.absolute(), stamp, get_ident())
+    tokenizer = _same_file(path.absolute(), stamp, get_ident())
+    tokenizer.threads = max(threads, 1)
+    return tokenizer
 
 
 @lru_cache(maxsize=1)

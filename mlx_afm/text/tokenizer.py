@@ -41,6 +41,7 @@ class AFMTokenizer:
             the chat template.
         prefix_id: the lone space that encoding puts before a text that begins with a mark.
         special_pieces: pieces that no text of a conversation may spell out.
+        threads: how many encode many texts at once.
     """
 
     bos_token = None
@@ -52,6 +53,7 @@ class AFMTokenizer:
     ) -> None:
         """Use `from_file`."""
         _require_symbols(processor, model, where)
+        self.threads = 1
         self._processor = processor
         self._pieces = tuple(piece.text for piece in model.pieces)
         self._kinds = tuple(piece.kind for piece in model.pieces)
@@ -115,7 +117,7 @@ class AFMTokenizer:
         """
         try:
             encoded: list[list[int]] = self._processor.encode(
-                [text.replace("\n", template.NEWLINE) for text in texts], num_threads=1
+                [text.replace("\n", template.NEWLINE) for text in texts], num_threads=self.threads
             )
         except (UnicodeEncodeError, RuntimeError, TypeError):
             return [self.encode(text) for text in texts]  # says which text it is

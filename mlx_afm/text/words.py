@@ -36,7 +36,6 @@ Counts = npt.NDArray[np.int64]
 Encode = Callable[[list[str]], list[list[int]]]
 
 _BPE = 2
-_SPACES = re.compile("  +")
 _INNER = "\x0e"  # a space that does not begin a word, since another stands before it
 _START = "\x0f"  # before each text
 _CUT = "\x12"  # in place of a mark before which a text may be cut too
@@ -175,8 +174,8 @@ def _joined(texts: Sequence[str], shared: str, mark: str | None) -> tuple[str, n
     if odd or _INNER in joined or _CUT in joined or SPACE in joined:
         whole = np.array([_is_unfit(text[1:] if shared and text[:1] == SHARED else text) for text in texts])
         joined = f"{_START} {between.join('.' if one else text for text, one in zip(texts, whole))}"
-    if "  " in joined:
-        joined = _SPACES.sub(lambda run: " " + _INNER * (len(run.group()) - 1), joined)
+    if "  " in joined:  # of each run of spaces the first remains
+        joined = joined.replace("  ", f" {_INNER}").replace(f"{_INNER} ", _INNER * 2)
     if mark is not None:  # after a space it begins a word anyway
         joined = joined.replace(mark, f" {_CUT}").replace(f"  {_CUT}", f" {mark}")
     return joined, whole
