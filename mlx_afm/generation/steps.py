@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlx_afm.generation.config import GenerateConfig
 from mlx_afm.generation.sampling import LogitsProcessor, choose, log_probabilities
 from mlx_afm.model import Model
+from mlx_afm.model.layout import lay_out_for_decoding
 
 Progress = Callable[[int, int], None]  # tokens of the prompt done and in all
 TOKENS_TO_TIDY = 256  # freed memory is given back after so many steps, as mlx-lm does
@@ -44,8 +45,10 @@ def prefill(
         step_tokens: computed at once.
         on_progress: told after each piece.
 
-    Cost: layers that reuse keys and values, and the head, are computed for the last token alone.
+    Cost: layers that reuse keys and values, and the head, are computed for the last token alone. On the CPU the first
+    prompt lays out the model's matrices.
     """
+    lay_out_for_decoding(model)
     last = (len(ids) - 1) // step_tokens * step_tokens
     for start in range(0, last, step_tokens):
         model.hidden(

@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from text.sentencepiece_models import model_bytes, toy_pieces
 
@@ -185,13 +186,14 @@ def test_a_text_that_spells_a_mark_is_refused(loaded):
     assert chat.messages == []
 
 
-class Parrot:
+class Parrot(nn.Module):
     """A model that says what it is told."""
 
     layers = model = None
     args = SimpleNamespace(vocab_size=512)
 
     def __init__(self, tokenizer):
+        super().__init__()
         self.tokenizer = tokenizer
 
     def tell(self, text):

@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -48,13 +49,12 @@ class Length:
     state = mx.zeros(1)
 
 
-class Told:
+class Told(nn.Module):
     """A model that says the logits `rows(place)` after the token at a place, whatever the tokens are."""
 
-    layers = (None,)
-
-    def __init__(self, rows):
-        self.rows = rows
+    def __init__(self, rows, layers=1):
+        super().__init__()
+        self.rows, self.layers = rows, (None,) * layers
 
     def make_cache(self):
         return [Length()]
@@ -75,6 +75,7 @@ class Chain(Told):
     """A model for which the next token depends on the last one alone: logits (V, V), for ids modulo V."""
 
     def __init__(self, table):
+        super().__init__(None)
         self.table = mx.array(table, mx.float32)
 
     def __call__(self, tokens_BL, cache):
@@ -183,8 +184,7 @@ def test_stream_generate_takes_a_draft(model_folder):
 
 
 def test_the_number_of_tokens_follows_what_is_accepted(draft):
-    lengths, large = [], Told(None)
-    large.layers = (None,) * 30  # ten times as many as the draft has
+    lengths, large = [], Told(None, layers=30)  # ten times as many as the draft has
     for share in (0.0, 0.5, 1.0):
         speculation = Speculation(draft=draft, num_draft_tokens=None)
         for _ in range(60):
