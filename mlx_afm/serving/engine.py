@@ -17,6 +17,7 @@ from mlx_afm.adapters import is_zero
 from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.checkpoints.model_folder import BASE_ADAPTER, load_model
 from mlx_afm.errors import ConfigError
+from mlx_afm.model.layout import lay_out_for_decoding
 from mlx_afm.serving.adapters import AdapterSwitch
 from mlx_afm.serving.config import ServeConfig
 from mlx_afm.serving.jobs import Job
@@ -157,6 +158,7 @@ class Engine:
     def _load(self, adapters: dict[str, Path]) -> Scheduler:
         model = load_model(self.folder)
         mx.eval(model.parameters())
+        lay_out_for_decoding(model)
         self._vocabulary = model.args.vocab_size
         switch = AdapterSwitch(model)
         own = base_adapter(self.folder)

@@ -138,27 +138,19 @@ def convert(
     The target appears when it is complete, or not at all.
     """
     source, target = resolve(source), Path(target)
-    if dtype is not None and dtype not in FLOAT_DTYPES:
-        raise ConfigError("unknown dtype", expected=" or ".join(FLOAT_DTYPES), found=dtype)
-    if to not in ("mlx", "torch"):
-        raise ConfigError("unknown form", where="to", expected="mlx or torch", found=to)
-    if to == "torch" and (quantization is not None or dequantize):
-        raise ConfigError("a torch checkpoint has no codes", advice="Quantise or dequantise to an MLX folder.")
-    if quantization is not None and dequantize:
-        raise ConfigError("either quantise or dequantise")
-    if quantization is None and (init_adapter is not None or calibration is not None):
-        raise ConfigError("init_adapter and calibration belong to quantising", advice="Add -q, or leave them out.")
+    change = Change(
+        dtype=dtype,
+        quantization=quantization,
+        dequantize=dequantize,
+        init=init_adapter,
+        calibration=calibration,
+    )
+    _require_sensible(to, change)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         advice = "Remove it or choose another --mlx-path."
         raise ConfigError("the target exists already", where=target, advice=advice)
     options = _Options(
-        change=Change(
-            dtype=dtype,
-            quantization=quantization,
-            dequantize=dequantize,
-            init=init_adapter,
-            calibration=calibration,
-        ),
+        change=change,
         config=None if config is None else Path(config),
         no_tokenizer=no_tokenizer,
         verify=verify,
@@ -169,6 +161,19 @@ def convert(
     if source.is_dir() and (source / "config.json").is_file():
         return _mlx_to_mlx(source, target, options)
     return _torch_to_mlx(source, target, options)
+
+
+def _require_sensible(to: str, change: Change) -> None:
+    if change.dtype is not None and change.dtype not in FLOAT_DTYPES:
+        raise ConfigError("unknown dtype", expected=" or ".join(FLOAT_DTYPES), found=change.dtype)
+    if to not in ("mlx", "torch"):
+        raise ConfigError("unknown form", where="to", expected="mlx or torch", found=to)
+    if to == "torch" and (change.quantization is not None or change.dequantize):
+        raise ConfigError("a torch checkpoint has no codes", advice="Quantise or dequantise to an MLX folder.")
+    if change.quantization is not None and change.dequantize:
+        raise ConfigError("either quantise or dequantise")
+    if change.quantization is None and (change.init is not None or change.calibration is not None):
+        raise ConfigError("init_adapter and calibration belong to quantising", advice="Add -q, or leave them out.")
 
 
 def _torch_to_mlx(source: Path, target: Path, options: _Options) -> Converted:
