@@ -103,7 +103,7 @@ def _turns(
     body_T = np.append(newlines, len(ids))[np.searchsorted(newlines, start_T)] + 1
     following = np.append(start_T[1:], len(ids))
     wrong = ~((start_T < body_T) & (body_T < stop_T) & (stop_T <= following))
-    np.logical_or.at(odd, np.repeat(np.arange(len(turns_B)), turns_B), wrong)
+    odd[np.repeat(np.arange(len(turns_B)), turns_B)[wrong]] = True
     return start_T, body_T, stop_T, odd
 
 

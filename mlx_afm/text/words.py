@@ -169,12 +169,13 @@ def _joined(texts: Sequence[str], shared: str, mark: str | None) -> tuple[str, n
     between = f" {_START} "
     joined = f"{_START} {between.join(texts)}"
     whole = np.zeros(len(texts), np.bool_)
-    odd = joined.count(_START) > len(texts) or f" {between}" in joined or joined.endswith(" ")
+    runs = "  " in joined
+    odd = joined.count(_START) > len(texts) or (runs and f" {between}" in joined) or joined.endswith(" ")
     odd = odd or joined.count(SHARED) > (joined.count(f"{_START} {SHARED} ") if shared else 0)
     if odd or _INNER in joined or _CUT in joined or SPACE in joined:
         whole = np.array([_is_unfit(text[1:] if shared and text[:1] == SHARED else text) for text in texts])
         joined = f"{_START} {between.join('.' if one else text for text, one in zip(texts, whole))}"
-    if "  " in joined:  # of each run of spaces the first remains
+    if runs:  # of each run of spaces the first remains
         joined = joined.replace("  ", f" {_INNER}").replace(f"{_INNER} ", _INNER * 2)
     if mark is not None:  # after a space it begins a word anyway
         joined = joined.replace(mark, f" {_CUT}").replace(f"  {_CUT}", f" {mark}")
