@@ -33,18 +33,26 @@ def guided_processor(tokenizer: AFMTokenizer, schema: Any) -> GuidedProcessor:
         ConfigError: a schema that is none, or that says what cannot be kept while writing (`not`, `uniqueItems`, ...).
     Cost: the first call for a tokenizer, a table of its tokens; each, the grammar: milliseconds for usual schemas.
     """
-    llguidance = _import_llguidance()
+    matchers = _import_llguidance().LLMatcher
     wanted = parse_wanted(schema)
-    matchers = llguidance.LLMatcher
     if wanted.kind == "regex":
         grammar = matchers.grammar_from_regex(wanted.text)
     else:
         grammar = matchers.grammar_from_json_schema(wanted.text, overrides=SEPARATORS)
-    matcher = matchers(_vocabulary(tokenizer), grammar, log_level=0)
+    return processor_of_grammar(tokenizer, grammar, where="schema")
+
+
+def processor_of_grammar(tokenizer: AFMTokenizer, grammar: str, *, where: str) -> GuidedProcessor:
+    """What keeps one answer to a grammar of llguidance's; `where` is what the user gave.
+
+    Raises:
+        MissingDependencyError, ConfigError: as `guided_processor`.
+    """
+    matcher = _import_llguidance().LLMatcher(_vocabulary(tokenizer), grammar, log_level=0)
     if matcher.is_error():
         advice = "Say it without what is not supported, or check the answer afterwards."
         found = _first_line(matcher)
-        raise ConfigError("an answer cannot be held to this schema", where="schema", found=found, advice=advice)
+        raise ConfigError("an answer cannot be held to this schema", where=where, found=found, advice=advice)
     return GuidedProcessor(matcher, tokenizer)
 
 

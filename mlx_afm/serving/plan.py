@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from mlx_afm.generation.sampling import narrowed
 from mlx_afm.serving.config import ServeConfig
+from mlx_afm.serving.forms import processor_of
 from mlx_afm.serving.jobs import Job
 from mlx_afm.serving.metrics import Metrics
 from mlx_afm.serving.prompts import Prompt
@@ -15,7 +16,6 @@ from mlx_afm.serving.refusal import Refusal
 from mlx_afm.serving.requests import Asked
 from mlx_afm.serving.sinks import ChoiceSink, Event
 from mlx_afm.serving.text import TextStream
-from mlx_afm.serving.tools import processor_of
 from mlx_afm.text.tokenizer import AFMTokenizer
 
 
@@ -45,11 +45,11 @@ def plan_jobs(
     """A job for each prompt, its choices numbered on.
 
     Raises:
-        Refusal: prompt and answer do not fit in the context; a schema that answers cannot be held to.
+        Refusal: prompt and answer do not fit in the context; a schema or tools that answers cannot be held to.
     """
     # Its first use imports mlx-lm, which takes seconds: here, while the model's thread goes on with others.
     narrowed(mx.zeros((1, tokenizer.vocab_size)), asked.sampling.config)
-    processor = None if asked.schema is None else processor_of(tokenizer, asked.schema)
+    processor = processor_of(asked, tokenizer)
     jobs = []
     for number, prompt in enumerate(asked.prompts):
         sinks = [

@@ -47,6 +47,7 @@ class Asked:
         tools: the model may call tools.
         one_call: and only one at a time.
         schema: of the JSON that the answer must be.
+        must_call: tools, of which the answer must call one; empty if it need not.
     """
 
     chat: bool
@@ -61,6 +62,7 @@ class Asked:
     tools: bool = False
     one_call: bool = False
     schema: Mapping[str, Any] | None = None
+    must_call: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,10 @@ class Reader:
         if alternatives is not None and not told:
             fields.fault("top_logprobs", "expected logprobs to be true with it")
         tools = self._tools(fields)
+        must_call = _must_call(fields, tools)
         schema = _schema(fields)
+        if must_call and schema is not None:
+            fields.fault("response_format", "an answer that must call a tool has no other form")
         shared = self._shared(fields, (alternatives or 0) if told else None)
         one_call = not fields.flag("parallel_tool_calls", True)
         fields.done()
@@ -99,15 +104,15 @@ class Reader:
             prompt = chat_prompt(fields.value("messages"), tools, schema, self.tokenizer)
         except AFMError as error:
             raise _refused("messages", error) from error
-        has_tools = bool(tools) and fields.value("tool_choice") != "none"
         constraint = None if schema is None else schema["schema"]
         return Asked(
             chat=True,
             prompts=(prompt,),
             max_tokens=wanted,
-            tools=has_tools,
+            tools=bool(tools),
             one_call=one_call,
             schema=constraint,
+            must_call=must_call,
             **shared,
         )
 
@@ -185,9 +190,7 @@ class Reader:
         return {int(token): float(value) for token, value in given.items()}
 
     def _tools(self, fields: Fields) -> list[Any]:
-        tools, choice = fields.value("tools"), fields.value("tool_choice")
-        if choice not in (None, "none", "auto"):
-            fields.fault("tool_choice", 'only "auto" and "none" are supported')
+        tools = fields.value("tools")
         if tools is None:
             return []
         good = isinstance(tools, list) and all(
@@ -200,7 +203,24 @@ class Reader:
         if not good:
             fields.fault("tools", 'expected a list of {"type": "function", "function": {"name": ..., ...}}')
             return []
-        return [] if choice == "none" else tools
+        return [] if fields.value("tool_choice") == "none" else tools
+
+
+def _must_call(fields: Fields, tools: list[Any]) -> tuple[Mapping[str, Any], ...]:
+    """The tools of which one must be called, by `tool_choice`."""
+    choice = fields.value("tool_choice")
+    if choice in (None, "none", "auto"):
+        return ()
+    named = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+    name = named.get("name") if isinstance(named, dict) else None
+    if choice != "required" and not isinstance(name, str):
+        one = '{"type": "function", "function": {"name": ...}}'
+        fields.fault("tool_choice", f'expected "auto", "none", "required" or {one}')
+        return ()
+    wanted = tuple(tool for tool in tools if name is None or tool["function"]["name"] == name)
+    if not wanted:
+        fields.fault("tool_choice", "expected tools with it" if name is None else f"no tool is named {name[:80]!r}")
+    return wanted
 
 
 def _schema(fields: Fields) -> dict[str, Any] | None:

@@ -205,7 +205,7 @@ class Scheduler:
             if row.fault is not None:
                 wanted = isinstance(row.fault, ConfigError)  # a schema that the model's tokens cannot spell
                 self._log(f"an answer left its form: {row.fault}")
-                self._fail(row.job, Refusal(400 if wanted else 500, str(row.fault), param="response_format"))
+                self._fail(row.job, Refusal(400 if wanted else 500, str(row.fault)))
 
     def _say(self, row: Row, said: Said) -> bool:
         """Hands a token on; whether the answer ends with it."""

@@ -27,6 +27,12 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     },
 }
+SMALL = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}, "required": ["city"]}
+SMALL_TOOL = {
+    "type": "function",
+    "function": {"name": "weather", "parameters": {**SMALL, "additionalProperties": False}},
+}
+CITIES = [("weather", {"city": "Oslo"}), ("weather", {"city": "Rome"})]
 
 
 @pytest.fixture(scope="module")
@@ -172,13 +178,13 @@ def test_an_answer_that_cannot_keep_its_form_ends_alone(model_folder, monkeypatc
     """A processor that fails in the middle of an answer takes no other answer of its batch with it."""
     from mlx_afm.serving import plan
 
-    def processor_of(tokenizer, schema):
+    def processor_of(asked, tokenizer):
         def process(said, logits):
             if len(said) == 3:
                 raise ValueError("the form is broken")
             return logits
 
-        return lambda: process
+        return None if asked.schema is None else lambda: process
 
     monkeypatch.setattr(plan, "processor_of", processor_of)
     told, form = [], {"type": "json_schema", "json_schema": {"name": "Person", "schema": SCHEMA}}
@@ -239,6 +245,22 @@ def test_tools_and_their_results_reach_the_prompt(client, ask):
     ]
     answer = client.chat.completions.create(model="base", messages=messages, tools=[TOOL], max_tokens=4)
     assert answer.usage.completion_tokens >= 1
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}], ids=str)
+def test_a_tool_that_must_be_called_is(choice, ask):
+    pytest.importorskip("llguidance", reason="needs the guided extra")
+    clock = {"type": "function", "function": {"name": "clock"}}
+    settings = {"tools": [clock, SMALL_TOOL], "tool_choice": choice, "parallel_tool_calls": False, "max_tokens": 80}
+    answer = ask("copy vome.go to zasu.txt", **settings).choices[0]
+    (call,) = answer.message.tool_calls
+    assert answer.finish_reason == "tool_calls"
+    assert answer.message.content is None
+    assert (call.function.name, json.loads(call.function.arguments)) in [("clock", {}), *CITIES][choice != "required" :]
+    streamed = [delta for c in ask(**settings, stream=True) for delta in c.choices[0].delta.tool_calls or ()]
+    assert [(part.function.name, part.function.arguments) for part in streamed] == [
+        (call.function.name, call.function.arguments)
+    ]
 
 
 def test_a_conversation_in_parts_with_a_developer_message(client, ask):
@@ -302,7 +324,16 @@ def test_what_prompts_share_is_computed_once(model_folder, served_adapters, clie
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop: expected a string or up to 4"),
         ({"top_logprobs": 3}, "top_logprobs: expected logprobs to be true"),
         ({"logit_bias": {"9999": 1}}, "logit_bias: expected token ids below 512"),
-        ({"tool_choice": "required", "tools": [TOOL]}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice: expected tools with it"),
+        ({"tool_choice": "always", "tools": [TOOL]}, 'tool_choice: expected "auto"'),
+        (
+            {"tool_choice": {"type": "function", "function": {"name": "wind"}}, "tools": [TOOL]},
+            "no tool is named 'wind'",
+        ),
+        (
+            {"tool_choice": "required", "tools": [TOOL], "response_format": {"type": "json_object"}},
+            "response_format: an",
+        ),
         ({"response_format": {"type": "json_schema"}}, "response_format: expected"),
         ({"extra_body": {"temprature": 1}}, r"temprature: not a field .*did you mean temperature"),
         ({"extra_body": {"temprature": 1}, "seed": 0.5}, "2 fields cannot be used"),
