@@ -33,7 +33,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     yield (
         f"{count}{', mean and standard deviation' * (len(seeds) > 1)}. {settings['pretrain_steps']} steps of "
         f"pretraining, {settings['task_steps']} of each task adapter, {settings['recovery_steps']} of each recovery. "
-        f"{found['machine']}, {packages}, {found['date']}, {minutes:.0f} minutes with others on the machine."
+        f"{found['machine']}, {packages}, {found['date']}, {minutes:.0f} minutes."
     )
     yield from ("", "### 1. A task learnt on codes", "", "| | exact match, % |", "|---|---|")
     for name, value in found["exact_match_percent"].items():
