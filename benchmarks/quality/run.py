@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pretrain-steps", type=int, default=160)
-    parser.add_argument("--task-steps", type=int, default=150)
+    parser.add_argument("--task-steps", type=int, default=450)
     parser.add_argument("--recovery-steps", type=int, default=30)
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, help="Folder for models and adapters; default: one that is removed.")
