@@ -1,7 +1,7 @@
 """Decoding, prefill and a QLoRA step of every kind of codes beside the dense model, in one run.
 
     python benchmarks/bench_quant.py [--width 1024] [--prompt 128] [--repeat 5] [--forms apple,affine-4] [--json FILE]
-    python benchmarks/bench_quant.py --full --repeat 3 --forms apple    # the real sizes, 13 GB; no training step
+    python benchmarks/bench_quant.py --width 2048 --forms apple,affine-4 --json FILE    # layers of the real width
 
 Random weights, float32, 4 + 2 layers, vocabulary 16,384; times are medians of interleaved runs. A case is
 TASK_FORM; a ratio is codes / dense: `time_ratio` of the task, `memory_ratio` of the weights that are held. Decoding is
@@ -33,7 +33,7 @@ from mlx_afm.model import AFMConfig, Model
 from mlx_afm.model.layout import lay_out_for_decoding
 from mlx_afm.quant import QuantConfig, plan_schemes
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results" / "quant.json"
 FORMS = {
     "apple": {"recipe": "apple"},
     "affine-2": {"bits": 2},
@@ -47,12 +47,9 @@ DECODED = 8
 TRAINED = 32
 
 
-def sizes(width: int) -> AFMConfig:
-    return AFMConfig(vocab_size=16384, hidden_dim=width, num_layers=6, num_kv_reuse_layers=2, num_heads=width // 128)
-
-
-def dense_model(config: AFMConfig) -> Model:
+def dense_model(width: int) -> Model:
     mx.random.seed(0)
+    config = AFMConfig(vocab_size=16384, hidden_dim=width, num_layers=6, num_kv_reuse_layers=2, num_heads=width // 128)
     model = Model(config)
     model.eval()
     mx.eval(model.parameters())
@@ -130,7 +127,7 @@ def interleaved(actions: list[Callable[[], None]], repeat: int) -> list[float]:
     return [statistics.median(times) for times in zip(*runs, strict=True)]
 
 
-def measure(form: str, dense: Model, prompt_tokens: int, repeat: int, *, trains: bool) -> dict[str, dict[str, float]]:
+def measure(form: str, dense: Model, prompt_tokens: int, repeat: int) -> dict[str, dict[str, float]]:
     codes, prompt = in_codes(dense, form), tokens(prompt_tokens)
     memory = weight_bytes(codes) / weight_bytes(dense)
     pair = (codes, dense)
@@ -152,8 +149,6 @@ def measure(form: str, dense: Model, prompt_tokens: int, repeat: int, *, trains:
     add("decode", [lambda m=model, c=cache: decode(m, c, prompt) for model, cache in zip(pair, caches)], memory)
     ratio = sum(layer.nbytes for layer in small) / sum(layer.nbytes for layer in caches[0])
     add("decode_kv8", [lambda: decode(codes, small, prompt), lambda: decode(codes, caches[0], prompt)], ratio)
-    if not trains:
-        return cases
     twin = Model(dense.args)
     twin.update(tree_map(lambda array: array, dense.parameters()))
     trained = [adapted(model) for model in (codes, twin)]
@@ -164,16 +159,15 @@ def measure(form: str, dense: Model, prompt_tokens: int, repeat: int, *, trains:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--full", action="store_true", help="the sizes of the real model")
     parser.add_argument("--prompt", type=int, default=128, help="tokens")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--forms", default=",".join(FORMS))
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
     blas, cases = with_openblas(), {}
-    dense = dense_model(AFMConfig() if options.full else sizes(options.width))
+    dense = dense_model(options.width)
     for form in options.forms.split(","):
-        cases.update(measure(form, dense, options.prompt, options.repeat, trains=not options.full))
+        cases.update(measure(form, dense, options.prompt, options.repeat))
     settings = {
         "width": dense.args.hidden_dim,
         "layers": dense.args.num_layers,
@@ -182,9 +176,8 @@ def main() -> None:
         "blas": blas,
     }
     found = {"cases": cases, "settings": settings, **described("mlx-afm", "mlx", "numpy")}
-    target = options.json or RESULTS / ("quant_full_size.json" if options.full else "quant.json")
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(found, indent=2) + "\n")
+    options.json.parent.mkdir(exist_ok=True)
+    options.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":
