@@ -35,10 +35,13 @@ def guided_processor(tokenizer: AFMTokenizer, schema: Any) -> GuidedProcessor:
     """
     matchers = _import_llguidance().LLMatcher
     wanted = parse_wanted(schema)
-    if wanted.kind == "regex":
-        grammar = matchers.grammar_from_regex(wanted.text)
-    else:
-        grammar = matchers.grammar_from_json_schema(wanted.text, overrides=SEPARATORS)
+    try:
+        if wanted.kind == "regex":
+            grammar = matchers.grammar_from_regex(wanted.text)
+        else:
+            grammar = matchers.grammar_from_json_schema(wanted.text, overrides=SEPARATORS)
+    except ValueError as error:  # nested too deeply for it
+        raise ConfigError("an answer cannot be held to this schema", where="schema", found=error) from error
     return processor_of_grammar(tokenizer, grammar, where="schema")
 
 

@@ -58,7 +58,7 @@ def parse_wanted(schema: Any) -> Wanted:
     elif form == "text":
         advice = f"Leave it out, or choose one of {', '.join(FORMS)}."
         raise ConfigError("a response format of type text guides nothing", where="response_format", advice=advice)
-    return Wanted(kind="json", text=_json(in_order(schema)))
+    return Wanted(kind="json", text=_json(schema))
 
 
 def in_order(schema: Any) -> Any:
@@ -102,6 +102,8 @@ def _inner(response_format: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _json(schema: Any) -> str:
     try:
-        return json.dumps(schema, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
+        return json.dumps(in_order(schema), allow_nan=False)
+    except RecursionError as error:
+        raise ConfigError("the schema is nested too deeply", where="schema") from error
+    except (TypeError, ValueError) as error:
         raise ConfigError("the schema is no JSON", where="schema", found=error) from error

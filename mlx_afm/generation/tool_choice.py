@@ -53,7 +53,10 @@ def _call(tool: Mapping[str, Any], index: int) -> tuple[str, str]:
         expected = '{"type": "function", "function": {"name": ..., "parameters": ...}}'
         raise ConfigError("a tool without name", where=f"tools, tool {index}", expected=expected)
     parameters = function.get("parameters")
-    schema = {"type": "object", **json.loads(parse_wanted(NO_ARGUMENTS if parameters is None else parameters).text)}
+    wanted = parse_wanted(NO_ARGUMENTS if parameters is None else parameters)
+    if wanted.kind != "json":
+        raise ConfigError("parameters are no JSON schema", where=f"tools, tool {index}", found=wanted.kind)
+    schema = {"type": "object", **json.loads(wanted.text)}
     opening = f'{{"name": {json.dumps(name)}, "arguments": '
     rule = json.dumps(schema | {"x-guidance": SEPARATORS})
     return f'call_{index}: {json.dumps(opening)} arguments_{index} "}}"', f"arguments_{index}: %json {rule}"

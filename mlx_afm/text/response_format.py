@@ -65,9 +65,8 @@ def response_format(model: Any, *, name: str | None = None, description: str | N
         "name": name if name is not None else f"Response{title}",
         **({} if described is None else {"description": described}),
         "strict": "true",  # the text, as the toolkit writes it
-        "schema": _ordered(whole),
+        "schema": _json(whole, title),
     }
-    _require_json(json_schema, title)
     return {"type": "json_schema", "json_schema": json_schema}
 
 
@@ -76,7 +75,8 @@ def _inlined(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     reference = schema.get("$ref")
     if not isinstance(reference, str) or not reference.startswith("#/$defs/"):
         return schema
-    defined = schema.get("$defs", {}).get(reference.removeprefix("#/$defs/"))
+    named = schema.get("$defs")
+    defined = named.get(reference.removeprefix("#/$defs/")) if isinstance(named, Mapping) else None
     rest = {key: value for key, value in schema.items() if key != "$ref"}
     return {**defined, **rest} if isinstance(defined, Mapping) else schema
 
@@ -88,7 +88,8 @@ def _ordered(schema: Any) -> Any:
     inner = {key: _within(key, value) for key, value in schema.items()}
     if "properties" in inner:
         inner.setdefault("additionalProperties", False)
-        inner.setdefault("x-order", list(inner.get("required", ())))
+        required = inner.get("required")
+        inner.setdefault("x-order", list(required) if isinstance(required, (list, tuple)) else [])
     return {key: inner[key] for key in [*(key for key in KEY_ORDER if key in inner), *inner]}
 
 
@@ -102,8 +103,11 @@ def _within(key: str, value: Any) -> Any:
     return value
 
 
-def _require_json(value: object, title: str) -> None:
+def _json(schema: Mapping[str, Any], title: str) -> Any:
+    """The schema in order, which can be written as JSON."""
     try:
-        json.dumps(value, allow_nan=False)
+        ordered = _ordered(schema)
+        json.dumps(ordered, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError("the schema is no JSON", where=title, found=error) from error
+    return ordered
