@@ -45,7 +45,7 @@ from .output import json_option, note, show
 @json_option
 def command(model: str, named: tuple[str, ...], adapters_dir: Path | None, as_json: bool, **settings: Any) -> None:
     """Answer over HTTP as OpenAI's API does; every adapter is a model id."""
-    from mlx_afm.serving import find_adapters, serve
+    from mlx_afm.serving import find_adapters, serve, settle
     from mlx_afm.serving.running import Running
 
     adapters = {} if adapters_dir is None else find_adapters(adapters_dir)
@@ -60,7 +60,10 @@ def command(model: str, named: tuple[str, ...], adapters_dir: Path | None, as_js
     def ready(server: Running) -> None:
         show({"url": server.url, "models": list(server.models)}, as_json)
 
-    asyncio.run(serve(model, adapters, _config(**settings), ready, note, signals=True))
+    try:
+        asyncio.run(serve(model, adapters, _config(**settings), ready, note, signals=True))
+    finally:
+        settle()
 
 
 def _config(

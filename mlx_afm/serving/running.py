@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -23,6 +24,7 @@ from mlx_afm.serving.scheduler import Log
 from mlx_afm.serving.server import Server
 
 SUFFIXES = (".pt", ".fmadapter")
+SETTLE_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,17 @@ def running(
         if started.exception() is None:
             started.result().stop()
         thread.join()
+        settle()
+
+
+def settle() -> None:
+    """Gives threads that were joined the time to end for the system as well; to be called before a program ends.
+
+    MLX (0.32) holds compiled functions for each thread and lets go of them there, behind Python's back. In an
+    interpreter that is ending by then they cannot be let go of, and the process is aborted: one in thirty on a busy
+    machine.
+    """
+    time.sleep(SETTLE_SECONDS)
 
 
 async def serve(
