@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from contextlib import suppress
 
@@ -18,6 +19,7 @@ class Messages:
     def __init__(self) -> None:
         self._terminal = sys.stdin.isatty()
         if self._terminal:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # some parents have their children ignore it
             with suppress(ImportError):
                 import readline  # noqa: F401  (`input` then edits lines and remembers them)
 
