@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from mlx_afm.adapters import is_zero
 from mlx_afm.checkpoints.hub import resolve
-from mlx_afm.checkpoints.model_folder import BASE_ADAPTER, load_model
+from mlx_afm.checkpoints.model_folder import BASE_ADAPTER, load_model, read_config
 from mlx_afm.errors import ConfigError
 from mlx_afm.model.layout import lay_out_for_decoding
 from mlx_afm.serving.adapters import AdapterSwitch
@@ -51,6 +51,7 @@ class Engine:
         self.config, self._metrics, self._log = config, metrics, log
         self.folder = resolve(model)
         self.model_id = config.model_id or (self.folder.resolve().name if Path(model).exists() else str(model))
+        read_config(self.folder)  # says what is wrong with a folder that is no model's
         self.tokenizer = _require_tokenizer(self.folder)
         self._arrivals: deque[Job] = deque()
         self._calls: deque[Callable[[], None]] = deque()

@@ -88,7 +88,7 @@ def test_a_second_signal_does_not_wait(model_folder):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--model", "nothing"], "nothing"),
+        (["--model", "nothing"], "nothing: no such folder"),
         (["--model", "MODEL", "--host", "0.0.0.0"], "--api-key"),
         (["--model", "MODEL", "--adapters-dir", "nothing"], "no such folder"),
         (["--model", "MODEL", "--adapter", "a=nothing"], "no adapter here"),

@@ -204,5 +204,5 @@ def test_a_server_holds_the_base_once(middle_folder):
 
 
 def test_running_reports_what_keeps_it_from_starting(tmp_path):
-    with pytest.raises(ValueError, match="no tokenizer"), running(tmp_path / "none", {}, ServeConfig(port=0)):
+    with pytest.raises(ValueError, match="no such folder"), running(tmp_path / "none", {}, ServeConfig(port=0)):
         raise AssertionError
