@@ -3,7 +3,7 @@
     AFMError
     ├── ConfigError (ValueError)        a model configuration or a setting
     ├── FormatError (ValueError)        a file or folder that is not what its name says
-    ├── TensorsError (ValueError)       tensors missing, surplus or of the wrong shape
+    ├── TensorsError (ValueError)       tensors missing, surplus, of the wrong shape or not finite
     ├── DataError (ValueError)          a training record
     ├── AdapterError (ValueError)       an adapter that does not belong to this model
     ├── DistributedError (RuntimeError) the other processes of a run
@@ -65,7 +65,7 @@ class FormatError(AFMError, ValueError):
 
 
 class TensorsError(AFMError, ValueError):
-    """Tensors that are missing, surplus or of the wrong shape; all of them in one error."""
+    """Tensors that are missing, surplus, of the wrong shape or not finite; all of them in one error."""
 
 
 class DataError(AFMError, ValueError):

@@ -16,6 +16,7 @@ import numpy as np
 from mlx_afm.adapters.config import DEFAULT_SCALE, LoRAConfig, parse_adapter_json, to_adapter_json
 from mlx_afm.adapters.layers import ALL, chosen_layers, coded_projections, layer_of
 from mlx_afm.checkpoints.arrays import cast
+from mlx_afm.checkpoints.finite import require_finite
 from mlx_afm.checkpoints.names import (
     DEFAULT_ADAPTER,
     Entry,
@@ -69,7 +70,7 @@ class Adapter:
 
 
 def read_adapter(path: Path, base: AFMConfig | None = None, scale: float | None = None) -> Adapter:
-    """Opens an adapter of any form; names and shapes are checked, values stay on disk.
+    """Opens an adapter of any form; names, shapes and values are checked, values stay on disk.
 
     Args:
         path: a folder, a `.pt` or a `.fmadapter`.
@@ -78,7 +79,9 @@ def read_adapter(path: Path, base: AFMConfig | None = None, scale: float | None 
 
     Raises:
         FormatError: no such thing, or damaged. AdapterError: an adapter for another base model, or of
-            another kind. TensorsError: tensors that are not an adapter's, all listed.
+            another kind. TensorsError: tensors that are not an adapter's, or NaN or infinite ones, all listed.
+
+    Cost: reads the file once.
     """
     if path.suffix == ".fmadapter":
         adapter = _read_package(path)
@@ -88,6 +91,7 @@ def read_adapter(path: Path, base: AFMConfig | None = None, scale: float | None 
         adapter = _read_folder(path)
     if base is not None:
         _require_fit(adapter, base, path)
+    require_finite(adapter.weights, where=path)
     return adapter
 
 
@@ -210,4 +214,4 @@ def is_zero(adapter: Adapter) -> bool:
     """Whether the adapter changes nothing: a LoRA adapter whose every B is zero."""
     if adapter.config.fine_tune_type != "lora":
         return False
-    return not any(np.any(tensor.read()) for name, tensor in adapter.weights.items() if name.endswith(".lora_b"))
+    return not any(np.any(tensor.read_values()) for name, tensor in adapter.weights.items() if name.endswith(".lora_b"))

@@ -163,7 +163,7 @@ def load_prompt_cache(path: Path, model: Model, *, quantized: bool = False) -> P
     advice = "It is of use with the model and adapter it was made with alone; remove it, or name another file."
     if metadata.get("fingerprint") != fingerprint(model):
         raise ConfigError("a prompt cache of another model or adapter", where=path, advice=advice)
-    ids = tensors["ids"].read().tolist()
+    ids = tensors["ids"].read_values().tolist()
     layers = model.make_cache(quantized=quantized)
     for number, layer in enumerate(layers):
         keys, values = (_held(path, model, tensors, f"{name}.{number}", len(ids)) for name in ("keys", "values"))

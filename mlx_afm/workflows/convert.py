@@ -19,9 +19,12 @@ from mlx_afm.checkpoints.model_folder import (
     KEPT_FILES,
     kept_settings,
     model_tensors,
+    observed_ranges,
     quantization_settings,
     read_config,
+    read_observers,
     read_quantization,
+    read_toolkit_config,
     state_dict_of,
     toolkit_parts,
     write_config,
@@ -33,7 +36,7 @@ from mlx_afm.checkpoints.quantized import (
     bits_per_weight,
 )
 from mlx_afm.checkpoints.toolkit import ToolkitCheckpoint, find_toolkit_files, read_toolkit_checkpoint
-from mlx_afm.checkpoints.verify import require_same_values
+from mlx_afm.checkpoints.verify import loaded_steps, require_same_steps, require_same_values
 from mlx_afm.errors import ConfigError, FormatError
 from mlx_afm.files import atomic_folder, require_space
 from mlx_afm.formats.mlx_folder import read_shards
@@ -120,7 +123,9 @@ def convert(
             quantiser steps stay float32.
         config: the JSON of a lone `.pt`, if it does not lie beside it.
         no_tokenizer: convert a folder that lacks `tokenizer.model`.
-        verify: read everything back and compare it with the source before the target appears.
+        verify: before the target appears, read everything back and compare it with the source: every value to the last
+            bit, and what the model computes with (steps of the key and value quantizers, balanced matrices) with
+            numbers computed from the source in another way.
         quantization: put projections and embedding in codes. Matrices on the balanced grid are packed as they
             are. A base adapter that does nothing is left out of a quantised folder, which cannot go back to torch.
         dequantize: make the weights of a quantised folder dense.
@@ -130,7 +135,8 @@ def convert(
 
     Raises:
         FormatError: a part missing or damaged. ConfigError: a model that is not AFM text v7, an unknown
-            setting, a target in the way, or too little disk. TensorsError: tensors of another model.
+            setting, a target in the way, or too little disk. TensorsError: tensors of another model, NaN or infinite
+            weights, or a difference that `verify` found.
 
     Cost: some 64 MB blocks in memory, whatever the model's size; when quantising about ten. `init_adapter`: see
     `start_values`; `calibration`: the dense model.
@@ -191,7 +197,15 @@ def _torch_to_mlx(source: Path, target: Path, options: _Options) -> Converted:
     count = _Counter(weights.tensors, options.on_progress)
     require_space(target, count.total + _adapter_bytes(adapter) + SPARE_BYTES)
     with atomic_folder(target) as partial:
-        settings = write_weights(partial, weights, adapter, verify=options.verify, on_bytes=count.add)
+        settings = write_weights(
+            partial,
+            weights,
+            adapter,
+            source=source,
+            ranges=observed_ranges(checkpoint.config, checkpoint.tensors),
+            verify=options.verify,
+            on_bytes=count.add,
+        )
         names_it = weights.start is None and (adapter is not None or checkpoint.config.adapter is None)
         write_toolkit_parts(partial, checkpoint, config=names_it)
         if files.tokenizer is not None:
@@ -213,7 +227,15 @@ def _mlx_to_mlx(source: Path, target: Path, options: _Options) -> Converted:
     count = _Counter(weights.tensors, options.on_progress)
     require_space(target, count.total + _adapter_bytes(adapter) + SPARE_BYTES)
     with atomic_folder(target) as partial:
-        settings = write_weights(partial, weights, adapter, verify=options.verify, on_bytes=count.add)
+        settings = write_weights(
+            partial,
+            weights,
+            adapter,
+            source=source,
+            ranges=observed_ranges(read_toolkit_config(source), read_observers(source)),
+            verify=options.verify,
+            on_bytes=count.add,
+        )
         names_it = weights.start is None and (adapter is not None or own is None)
         parts = toolkit_parts(source, config=names_it)
         for name in (*KEPT_FILES, *parts):
@@ -258,6 +280,8 @@ def _mlx_to_torch(source: Path, target: Path, options: _Options) -> Converted:
             written = read_torch(partial / "base-model.pt")
             aliases = {"output_transform.weight": state["embedding.weight"]}
             require_same_values({**state, **aliases}, written, where=partial)
+            ranges = observed_ranges(config, written)
+            require_same_steps(ranges, loaded_steps(source, ranges.keys()), where=partial)
     return Converted(target, "torch", len(state), count.total, _activity(adapter), options.verify)
 
 

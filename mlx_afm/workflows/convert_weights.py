@@ -8,6 +8,8 @@ from pathlib import Path
 
 from mlx_afm.adapters import Adapter, is_zero, write_adapter_folder
 from mlx_afm.adapters.config import DEFAULT_SCALE
+from mlx_afm.adapters.store import WEIGHTS
+from mlx_afm.checkpoints.finite import finite_while_read, require_finite
 from mlx_afm.checkpoints.model_folder import BASE_ADAPTER, NORM
 from mlx_afm.checkpoints.quantized import (
     Quantization,
@@ -16,9 +18,10 @@ from mlx_afm.checkpoints.quantized import (
     quantize_tensors,
     to_quantization_json,
 )
-from mlx_afm.checkpoints.verify import require_same_values
+from mlx_afm.checkpoints.verify import loaded_steps, require_close_codes, require_same_steps, require_same_values
 from mlx_afm.errors import ConfigError
 from mlx_afm.formats.mlx_folder import read_shards, write_shards
+from mlx_afm.formats.safetensors_file import read_safetensors
 from mlx_afm.formats.tensors import LazyTensor, OnBytes
 from mlx_afm.interop import write_shim
 from mlx_afm.quant import QuantConfig, Scheme
@@ -81,9 +84,11 @@ def _in_codes(source: Source, config: QuantConfig, change: Change, *, where: Pat
     if change.init is not None and source.adapter is not None and not is_zero(source.adapter):
         advice = "Fuse it first (mlx-afm fuse), or leave --init-adapter out."
         raise ConfigError("the base model has an active adapter already", where=where, advice=advice)
+    if change.init is not None or change.calibration is not None:  # both compute with every value before it is written
+        require_finite(source.tensors, where=where)
     if change.calibration is not None:
         config = calibrated(config, source, change.calibration, weighs_start=change.init is not None)
-    made = quantize_tensors(source.tensors, config, change.dtype)
+    made = quantize_tensors(source.tensors, config, change.dtype, where=where)
     if change.init is None:
         return Weights(made.tensors, made.plan.schemes, made, computed=True)
     start = start_values(
@@ -96,19 +101,47 @@ def _in_codes(source: Source, config: QuantConfig, change: Change, *, where: Pat
     )
     if start.tensors:  # float32, so the dtype of the others must be said
         dtype = change.dtype or source.tensors[NORM].dtype
-        made = quantize_tensors({**source.tensors, **start.tensors}, config, dtype)
+        made = quantize_tensors({**source.tensors, **start.tensors}, config, dtype, where=where)
     return Weights(made.tensors, made.plan.schemes, made, computed=True, start=start)
 
 
 def write_weights(
-    partial: Path, weights: Weights, adapter: Adapter | None, *, verify: bool, on_bytes: OnBytes
+    partial: Path,
+    weights: Weights,
+    adapter: Adapter | None,
+    *,
+    source: Path,
+    ranges: Mapping[str, LazyTensor],
+    verify: bool,
+    on_bytes: OnBytes,
 ) -> dict[str, object]:
-    """Writes weights and base adapter, read back if asked; returns what `config.json` has to say of them."""
-    write_shards(partial, weights.tensors, on_bytes=on_bytes, ahead=not weights.computed)
+    """Writes weights and base adapter, read back if asked; returns what `config.json` has to say of them.
+
+    Args:
+        partial: the folder.
+        weights, adapter: what to write.
+        source: where they come from, for messages.
+        ranges: of the toolkit's observers, by the names of the quantizer steps that they imply, as far as known.
+        verify: compare what was written with the source.
+        on_bytes: told of bytes written.
+
+    Raises:
+        TensorsError: NaN or infinite weights, or something that `verify` found.
+    """
+    write_shards(
+        partial, finite_while_read(weights.tensors, where=source), on_bytes=on_bytes, ahead=not weights.computed
+    )
     if adapter is not None:
+        require_finite(adapter.weights, where=source)
         write_adapter_folder(partial / BASE_ADAPTER, adapter)
     if verify:
-        require_same_values(weights.tensors, read_shards(partial), where=partial)
+        written = read_shards(partial)
+        require_same_values(weights.tensors, written, where=partial)
+        require_same_steps(ranges, loaded_steps(partial, ranges.keys()), where=partial)
+        if adapter is not None:
+            require_same_values(adapter.weights, read_safetensors(partial / BASE_ADAPTER / WEIGHTS), where=partial)
+        if weights.made is not None:
+            require_close_codes(weights.made, written, where=partial)
     settings: dict[str, object] = {"torch_dtype": weights.tensors[NORM].dtype}
     if weights.made is not None:
         settings["quantization"] = to_quantization_json(weights.made.plan)

@@ -148,7 +148,7 @@ def _toolkit_value(entry: Entry, ours: Mapping[str, LazyTensor], rng: np.random.
     if entry.kind is Kind.WEIGHT:
         return cast(ours[entry.ours], "float32")
     if entry.kind is Kind.RANGE:
-        return LazyTensor.of(range_of_scale(ours[entry.ours].read()))
+        return LazyTensor.of(range_of_scale(ours[entry.ours].read_values()))
     if entry.kind is Kind.SAMPLES:
         return LazyTensor.of(np.array(1, np.int64))
     if entry.ours.endswith(".lora_b"):

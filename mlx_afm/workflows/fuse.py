@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 
 from mlx_afm.adapters import Adapter, fuse_adapter, is_zero, write_adapter_folder
 from mlx_afm.checkpoints.arrays import from_mlx
+from mlx_afm.checkpoints.finite import finite_while_read
 from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.checkpoints.model_folder import (
     BASE_ADAPTER,
@@ -32,6 +33,7 @@ from mlx_afm.checkpoints.quantized import to_quantization_json
 from mlx_afm.errors import AdapterError, ConfigError
 from mlx_afm.files import atomic_folder
 from mlx_afm.formats.mlx_folder import INDEX, shard_files, write_shards
+from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.interop import write_shim
 from mlx_afm.model import Model
 from mlx_afm.model.quantized import Quantized
@@ -73,6 +75,7 @@ def fuse(
 
     Raises:
         AdapterError: an adapter for another model, or nothing to fuse.
+        TensorsError: NaN or infinite weights, also those that the sum has in a 16-bit dtype.
         ConfigError: a target in the way.
     """
     source, target = resolve(model_path), Path(save_path)
@@ -96,7 +99,7 @@ def fuse(
             settings.update({**quantization_settings(source), **_copy_codes(source, partial, adapter)})
         else:
             fuse_adapter(model, dequantize=dequantize)
-            write_shards(partial, {name: from_mlx(array) for name, array in tree_flatten(model.parameters())})
+            write_shards(partial, finite_while_read(_tensors(model), where=target))
             settings.update(_explained_codes(model, partial) if made_codes else {})
         # The toolkit's JSON, which names the base adapter, no longer holds.
         for name in (*KEPT_FILES, OBSERVERS):
@@ -108,6 +111,10 @@ def fuse(
         difference = _distance(_logits(load(partial)[0]), live)
     form = "codes" if keeps_codes else "trained codes" if made_codes else "dense"
     return Fused(target, form, difference, _distance(plain, live))
+
+
+def _tensors(model: Model) -> dict[str, LazyTensor]:
+    return {name: from_mlx(array) for name, array in tree_flatten(model.parameters())}
 
 
 def _copy_codes(source: Path, partial: Path, adapter: Adapter) -> dict[str, str]:

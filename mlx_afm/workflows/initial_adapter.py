@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_afm.adapters import Adapter, LoRAConfig, adapter_shapes
-from mlx_afm.checkpoints.arrays import to_float32
 from mlx_afm.checkpoints.quantized import row_blocks
 from mlx_afm.errors import ConfigError
 from mlx_afm.formats.tensors import LazyTensor
@@ -152,7 +151,7 @@ def _rest(source: LazyTensor, pieces: list[Split]) -> LazyTensor:
 
 
 def _whole(tensor: LazyTensor) -> Floats:
-    return to_float32(np.ascontiguousarray(tensor.read()), tensor.dtype).reshape(tensor.shape)
+    return tensor.read_values().astype(np.float32, copy=False)
 
 
 def _on_grid(tensor: LazyTensor) -> bool:

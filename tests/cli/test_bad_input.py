@@ -148,7 +148,7 @@ def test_a_checkpoint_that_is_none(content, says, expect_toolkit_refusal):
 
 def test_a_head_that_is_not_the_embedding(toolkit_folder, expect_toolkit_refusal):
     state = dict(read_torch(toolkit_folder / "base-model.pt"))
-    state["output_transform.weight"] = type(state["embedding.weight"]).of(state["embedding.weight"].read() + 1)
+    state["output_transform.weight"] = type(state["embedding.weight"]).of(state["embedding.weight"].read_values() + 1)
     says = ["base-model.pt: output_transform.weight is not embedding.weight", "a model with its own head cannot be"]
     expect_toolkit_refusal(lambda folder: write_torch(folder / "base-model.pt", state), says)
 

@@ -59,7 +59,7 @@ def test_training_leaves_the_toolkits_checkpoints(toolkit, cli):
     assert all("adapters.base_adapter" in name for name in final)
     reference = [name for name in read_torch(Path("assets/base-model.pt")) if "adapter" in name]
     assert list(final) == reference
-    assert any(np.any(tensor.read()) for name, tensor in final.items() if name.endswith("b_transpose"))
+    assert any(np.any(tensor.read_values()) for name, tensor in final.items() if name.endswith("b_transpose"))
     rates = [line.split()[5] for line in ran.err.splitlines() if line.startswith("step ") and "rate" in line]
     assert [float(rate) for rate in rates[:3]] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3], rel=1e-2)
     assert len(rates) == 9
@@ -173,7 +173,7 @@ def test_export_takes_the_toolkits_options(toolkit, adapter, model_folder, cli):
     base = read_config(model_folder)
     wanted, found = read_adapter(adapter, base), read_adapter(Path("out/tidy.fmadapter"), base)
     for name, tensor in wanted.weights.items():
-        np.testing.assert_array_equal(found.weights[name].read(), tensor.read())
+        np.testing.assert_array_equal(found.weights[name].read_values(), tensor.read_values())
     again = cli("toolkit", "export_fmadapter", *arguments)
     assert "replacing out/tidy.fmadapter" in again.err
     quiet = cli("toolkit", "export_fmadapter", *arguments, "-q")

@@ -101,7 +101,7 @@ def test_leaving_at_epochs_changes_nothing(settings, tmp_path):
     wanted = read_safetensors(job.adapter_path / "adapters.safetensors")
     assert len(ours) == len(wanted)
     for found, tensor in zip(ours.values(), wanted.values()):
-        np.testing.assert_array_equal(found.read(), tensor.read())
+        np.testing.assert_array_equal(found.read_values(), tensor.read_values())
 
     def reports(told):
         return [(e.step, e.loss, e.learning_rate) for e in told if isinstance(e, StepsReported)]
@@ -124,7 +124,7 @@ def test_the_best_two_epochs_are_kept(settings, monkeypatch):
     names = {path.name for path in settings.checkpoint_dir.glob("*.pt")}
     assert names == {"adapter-final.pt", "adapter-epoch1.pt", "adapter-epoch4.pt"}
     final, last = (read_torch(settings.checkpoint_dir / f"adapter-{name}.pt") for name in ("final", "epoch4"))
-    assert all(np.array_equal(final[name].read(), last[name].read()) for name in final)
+    assert all(np.array_equal(final[name].read_values(), last[name].read_values()) for name in final)
     assert not [path for path in settings.checkpoint_dir.iterdir() if path.name.startswith(".")]
 
 
