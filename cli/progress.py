@@ -20,6 +20,7 @@ from mlx_afm.training import (
     TrainingInterrupted,
     TrainingResumed,
     TrainingStarted,
+    ZeroGradientsFound,
 )
 
 from .output import note
@@ -63,6 +64,10 @@ def _line(event: Event) -> str:
         return f"step {event.step}  {event.prompt!r} -> {event.answer!r}"
     if isinstance(event, LossSpiked):
         return f"step {event.step}  loss spike: {event.loss:.4f}, {event.mean_before:.4f} before"
+    if isinstance(event, ZeroGradientsFound):
+        first = ", ".join(event.names[:3]) + (", ..." if len(event.names) > 3 else "")
+        count = f"{len(event.names)} of {event.trained_tensors} trained tensors"
+        return f"step {event.step}  warning: the gradient of {count} is exactly zero, so they do not learn: {first}"
     if isinstance(event, TrainingInterrupted):
         return f"stopped and saved after step {event.step} of {event.total_steps}"
     if isinstance(event, Notice):

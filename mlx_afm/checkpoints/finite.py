@@ -13,6 +13,7 @@ from mlx_afm.formats.tensors import LazyTensor, count_nonfinite
 from mlx_afm.tree import shorten
 
 ADVICE = "The training that made them diverged, or the file is damaged. Use an earlier save or another copy."
+FLOAT16 = "float16 holds at most 65504: choose bfloat16 or float32, or check the source."
 
 
 def require_finite(tensors: Mapping[str, LazyTensor], *, where: object) -> None:
@@ -25,7 +26,8 @@ def require_finite(tensors: Mapping[str, LazyTensor], *, where: object) -> None:
     """
     counts = {name: count for name, tensor in tensors.items() if (count := tensor.count_nonfinite())}
     if counts:
-        raise _error(counts, {name: tensor.size for name, tensor in tensors.items()}, where)
+        advice = FLOAT16 if any(tensors[name].dtype == "float16" for name in counts) else ADVICE
+        raise _error(counts, {name: tensor.size for name, tensor in tensors.items()}, where, advice)
 
 
 def finite_while_read(tensors: Mapping[str, LazyTensor], *, where: object) -> dict[str, LazyTensor]:
@@ -61,7 +63,7 @@ def require_finite_arrays(arrays: Mapping[str, mx.array], *, where: object) -> N
     """
     counts = nonfinite_arrays(arrays)
     if counts:
-        raise _error(counts, {name: array.size for name, array in arrays.items()}, where)
+        raise _error(counts, {name: array.size for name, array in arrays.items()}, where, ADVICE)
 
 
 def nonfinite_arrays(arrays: Mapping[str, mx.array]) -> dict[str, int]:
@@ -75,7 +77,7 @@ def nonfinite_arrays(arrays: Mapping[str, mx.array]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def _error(counts: Mapping[str, int], sizes: Mapping[str, int], where: object) -> TensorsError:
+def _error(counts: Mapping[str, int], sizes: Mapping[str, int], where: object, advice: str) -> TensorsError:
     details = shorten([f"{name}: {count} of {sizes[name]} values" for name, count in counts.items()])
     what = f"weights that are not finite (NaN or infinite) in {len(counts)} of {len(sizes)} tensors"
-    return TensorsError(what, where=where, advice=ADVICE, details=details)
+    return TensorsError(what, where=where, advice=advice, details=details)

@@ -188,6 +188,8 @@ def state_dict_of(
         adapter: the base adapter by our names; needed if the toolkit's JSON names one.
         dtype: cast weights to this when they are read; None keeps them.
 
+    Reading a tensor that holds NaN or infinite values raises `TensorsError`.
+
     Raises:
         ConfigError: a quantised folder. TensorsError: it lacks a tensor the configuration asks for.
     """
@@ -195,7 +197,7 @@ def state_dict_of(
         advice = "Make it dense first: mlx-afm convert -d --hf-path FOLDER --mlx-path DENSE"
         raise ConfigError("the toolkit has no quantised weights", where=source, advice=advice)
     config = read_toolkit_config(source)
-    ours = {**read_shards(source), **adapter}
+    ours = finite_while_read({**read_shards(source), **adapter}, where=source)
     observers = read_observers(source)
     entries = plan_names(config)
     wanted = {e.ours: e.shape for e in entries if e.kind in (Kind.WEIGHT, Kind.ADAPTER)}

@@ -17,6 +17,7 @@ from mlx_afm.training.events import (
     TrainingInterrupted,
     TrainingResumed,
     TrainingStarted,
+    ZeroGradientsFound,
     is_recorded,
     to_record,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "TrainingInterrupted",
     "TrainingResumed",
     "TrainingStarted",
+    "ZeroGradientsFound",
     "chunked_cross_entropy",
     "cross_entropy",
     "evaluate_data",

@@ -120,6 +120,15 @@ class LossSpiked:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ZeroGradientsFound:
+    """The gradient of some trained tensors was exactly zero in each of the first steps: they do not learn."""
+
+    step: int
+    names: tuple[str, ...]
+    trained_tensors: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingInterrupted:
     """The run was asked to stop, is saved and can be resumed. Not in `metrics.jsonl`."""
 
@@ -160,6 +169,7 @@ Event = (
     | Evaluated
     | Sampled
     | LossSpiked
+    | ZeroGradientsFound
     | TrainingInterrupted
     | TrainingFinished
     | Notice
@@ -182,6 +192,7 @@ RECORDED: dict[type[Event], str] = {
     Evaluated: "eval",
     Sampled: "sample",
     LossSpiked: "spike",
+    ZeroGradientsFound: "zero_gradients",
     TrainingFinished: "end",
 }
 

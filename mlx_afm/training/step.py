@@ -80,13 +80,15 @@ def train_step(
     grad_checkpoint: bool = False,
     ranks: Ranks = ALONE,
     loss_of: Loss = batch_loss,
+    on_gradients: Callable[[Any], None] | None = None,
 ) -> StepResult:
     """One optimizer step over the sum of some micro-batches.
 
     Every target weighs the same, however the micro-batches cut the data. One micro-batch's
     activations are in memory at a time; with `grad_checkpoint` one array per layer of them. With several
     ranks each brings its own micro-batches, perhaps none, and all take the same step over all of them.
-    `loss_of` is what is lowered, the next token's cross entropy unless another is given.
+    `loss_of` is what is lowered, the next token's cross entropy unless another is given. `on_gradients` is told of
+    the gradients, a tree of arrays, if they are finite.
     """
     loss_and_grad = nn.value_and_grad(model, loss_of)
     loss = tokens = mx.array(0.0)
@@ -105,6 +107,8 @@ def train_step(
     total, gradient_norm = _number(loss), _number(norm)
     finite = math.isfinite(total) and math.isfinite(gradient_norm)
     if finite:
+        if on_gradients is not None:
+            on_gradients(gradients)
         optimizer.update(model, gradients)
         mx.eval(model.trainable_parameters(), optimizer.state)
     return StepResult(total, _number(tokens), read_tokens, gradient_norm, finite)

@@ -25,7 +25,9 @@ from mlx_afm.training.events import (
     TrainingInterrupted,
     TrainingResumed,
     TrainingStarted,
+    ZeroGradientsFound,
 )
+from mlx_afm.training.health import WATCHED_STEPS, GradientWatch, diverged, require_finite_weights
 from mlx_afm.training.hooks import Hooks
 from mlx_afm.training.optimizers import GroupedOptimizer
 from mlx_afm.training.order import DataOrder
@@ -60,8 +62,10 @@ def train(
         loss_of: what the steps lower; evaluations always tell the next token's cross entropy.
 
     Raises:
-        ConfigError: nothing to train, or not float32, or no data; or `max_skipped_steps` steps in a row
-            without a finite gradient. TensorsError: a snapshot of another model. DistributedError: a rank was lost.
+        ConfigError: nothing to train, or not float32, or no data; or the run diverged: trained tensors or the
+            validation loss are not finite, `max_skipped_steps` steps in a row or most steps had no finite gradient.
+            What was saved before is left as it is.
+        TensorsError: a snapshot of another model. DistributedError: a rank was lost.
     """
     require_float32(model)
     if not train_data:
@@ -92,6 +96,8 @@ class _Run:
         self.total_steps = self.order.total_steps
         self.optimizer = GroupedOptimizer(config, self.weights())
         self.state = TrainState()
+        self.saved: dict[str, int] = {}  # "last" and "best": after which step
+        self.gradients = GradientWatch(min(WATCHED_STEPS, self.total_steps))
 
     def weights(self) -> dict[str, mx.array]:
         """The trained tensors by name."""
@@ -113,6 +119,11 @@ class _Run:
         self.model.update(tree_unflatten(list(snapshot.weights.items())))
         self.optimizer.restore(snapshot.optimizer)
         self.state = deepcopy(snapshot.state)
+        if self.state.step:
+            self.saved = {"last": self.state.step}
+            self.gradients = GradientWatch(0)
+        if self.state.best_loss is not None:
+            self.saved["best"] = self.state.best_step
         self.state.interrupted = False
         self.state.stopped_early = 0 < self.config.patience <= self.state.evaluations_without_best
         set_random_state(snapshot.random)
@@ -195,14 +206,42 @@ class _Run:
                 grad_checkpoint=config.grad_checkpoint,
                 ranks=self.ranks,
                 loss_of=self.loss_of,
+                on_gradients=self.gradients.add if self.gradients.watching else None,
             )
         state.add(result, time.perf_counter() - started)
-        if state.skipped_in_a_row == config.max_skipped_steps:
-            advice = "Lower --learning-rate; convert a float16 base to bfloat16. The last saved adapter is intact."
-            raise ConfigError(f"{state.skipped_in_a_row} steps in a row without a finite gradient", advice=advice)
         if result.applied:
             self._watch_for_spike(result)
+            self._tell_zero_gradients()
+        else:
+            self._require_recoverable()
         return result
+
+    def _require_recoverable(self) -> None:
+        """After a step without a finite gradient: one batch may cause that, ruined weights always do."""
+        state = self.state
+        self._require_finite()
+        if state.skipped_in_a_row == self.config.max_skipped_steps:
+            what = f"{state.skipped_in_a_row} steps in a row without a finite gradient"
+            raise diverged(what, state.step, self.saved)
+
+    def _require_finite(self) -> None:
+        require_finite_weights(self.weights(), self.state.step, self.saved)
+
+    def _require_finite_end(self) -> None:
+        """Before the last save: without validation data nothing else looks at the model after the last step."""
+        state, config = self.state, self.config
+        if 2 * state.skipped >= state.step > 0:
+            raise diverged(f"{state.skipped} of {state.step} steps had no finite gradient", state.step, self.saved)
+        if not self.valid_data:
+            first = [self.train_data[index] for index in range(min(config.batch_size, len(self.train_data)))]
+            loss, _ = evaluate_data(self.model, first, config.batch_size, ranks=self.ranks)
+            if not math.isfinite(loss):
+                raise diverged(f"the loss of a training batch is {loss}", state.step, self.saved)
+
+    def _tell_zero_gradients(self) -> None:
+        if names := self.gradients.take():
+            count = len(self.weights())
+            self.hooks.on_event(ZeroGradientsFound(step=self.state.step, names=names, trained_tensors=count))
 
     def _next_batches(self) -> list[Batch]:
         """The micro-batches of the next step; the position moves on at once, to where the step after it starts."""
@@ -256,11 +295,15 @@ class _Run:
             self.model, self.valid_data, config.batch_size, config.val_batches, ranks=self.ranks
         )
         mean = loss / tokens
+        if not math.isfinite(mean):
+            raise diverged(f"the validation loss is {mean}", state.step, self.saved)
         best = state.best_loss is None or mean < state.best_loss
         state.evaluations_without_best = 0 if best else state.evaluations_without_best + 1
         if best:
             state.best_loss, state.best_step = mean, state.step
+            self._require_finite()
             self.hooks.save("best")
+            self.saved["best"] = state.step
         elapsed = time.perf_counter() - started
         state.seconds += elapsed
         self.hooks.on_event(Evaluated(step=state.step, loss=mean, tokens=round(tokens), best=best, seconds=elapsed))
@@ -276,8 +319,10 @@ class _Run:
 
     def _save(self) -> None:
         """The state before the adapter: after a crash between them, resuming writes the adapter again."""
+        self._require_finite()
         self.hooks.save_state(self.snapshot())
         self.hooks.save("last")
+        self.saved["last"] = self.state.step
 
     def _interrupt(self) -> TrainState:
         self._save()
@@ -288,6 +333,7 @@ class _Run:
 
     def _finish(self) -> TrainState:
         state = self.state
+        self._require_finite_end()
         self._save()
         self.hooks.on_event(
             TrainingFinished(

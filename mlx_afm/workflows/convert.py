@@ -124,8 +124,8 @@ def convert(
         config: the JSON of a lone `.pt`, if it does not lie beside it.
         no_tokenizer: convert a folder that lacks `tokenizer.model`.
         verify: before the target appears, read everything back and compare it with the source: every value to the last
-            bit, and what the model computes with (steps of the key and value quantizers, balanced matrices) with
-            numbers computed from the source in another way.
+            bit, and balanced matrices, made dense again, with the weights they stand for. The steps of the key and
+            value quantizers are always compared with what the observers' ranges imply.
         quantization: put projections and embedding in codes. Matrices on the balanced grid are packed as they
             are. A base adapter that does nothing is left out of a quantised folder, which cannot go back to torch.
         dequantize: make the weights of a quantised folder dense.
@@ -136,7 +136,7 @@ def convert(
     Raises:
         FormatError: a part missing or damaged. ConfigError: a model that is not AFM text v7, an unknown
             setting, a target in the way, or too little disk. TensorsError: tensors of another model, NaN or infinite
-            weights, or a difference that `verify` found.
+            weights, quantizer steps that the ranges do not imply, or a difference that `verify` found.
 
     Cost: some 64 MB blocks in memory, whatever the model's size; when quantising about ten. `init_adapter`: see
     `start_values`; `calibration`: the dense model.
@@ -274,14 +274,14 @@ def _mlx_to_torch(source: Path, target: Path, options: _Options) -> Converted:
     require_space(target, count.total + SPARE_BYTES)
     with atomic_folder(target) as partial:
         write_torch_checkpoint(source, partial, config, state, count.add)
+        written = read_torch(partial / "base-model.pt")
+        ranges = observed_ranges(config, written)
+        require_same_steps(ranges, loaded_steps(source, ranges.keys()), where=source)
         if (source / "tokenizer.model").is_file():
             shutil.copyfile(source / "tokenizer.model", partial / "tokenizer.model")
         if options.verify:
-            written = read_torch(partial / "base-model.pt")
             aliases = {"output_transform.weight": state["embedding.weight"]}
             require_same_values({**state, **aliases}, written, where=partial)
-            ranges = observed_ranges(config, written)
-            require_same_steps(ranges, loaded_steps(source, ranges.keys()), where=partial)
     return Converted(target, "torch", len(state), count.total, _activity(adapter), options.verify)
 
 

@@ -126,7 +126,8 @@ def write_weights(
         on_bytes: told of bytes written.
 
     Raises:
-        TensorsError: NaN or infinite weights, or something that `verify` found.
+        TensorsError: NaN or infinite weights, quantizer steps that the ranges do not imply, or something that `verify`
+            found.
     """
     write_shards(
         partial, finite_while_read(weights.tensors, where=source), on_bytes=on_bytes, ahead=not weights.computed
@@ -134,10 +135,10 @@ def write_weights(
     if adapter is not None:
         require_finite(adapter.weights, where=source)
         write_adapter_folder(partial / BASE_ADAPTER, adapter)
+    require_same_steps(ranges, loaded_steps(partial, ranges.keys()), where=source)
     if verify:
         written = read_shards(partial)
         require_same_values(weights.tensors, written, where=partial)
-        require_same_steps(ranges, loaded_steps(partial, ranges.keys()), where=partial)
         if adapter is not None:
             require_same_values(adapter.weights, read_safetensors(partial / BASE_ADAPTER / WEIGHTS), where=partial)
         if weights.made is not None:

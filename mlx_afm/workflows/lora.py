@@ -177,7 +177,14 @@ def train(
         on_event(Notice(text=text))
     _state_memory(job, data["train"], objective.held_bytes, on_event)
     model = load_model(job.model)
-    form = start_adapter(model, job.model, job.lora, seed=job.train.seed, adapter_file=job.resume_adapter_file)
+    form = start_adapter(
+        model,
+        job.model,
+        job.lora,
+        seed=job.train.seed,
+        adapter_file=job.resume_adapter_file,
+        on_event=on_event if saved is None else ignore,  # a resumed run has its own values
+    )
     snapshot, valid = None if saved is None else saved.snapshot, data.get("valid", ())
     with ExitStack() as stack:
         hooks = Hooks(should_stop=should_stop)
