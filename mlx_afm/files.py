@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 from mlx_afm.errors import ConfigError, FormatError
 
 WRITE_OUT_BYTES = 1 << 27
+LFS_START = b"version https://git-lfs.github.com/spec/"  # of a Git LFS pointer: a text of some lines
+LFS_MOST_BYTES = 1024
 REPLACE_ATTEMPTS = 100  # only other processes that write the same folder make more than one necessary
 
 
@@ -76,6 +78,23 @@ def _replace_folder(new: Path, path: Path) -> None:
             shutil.rmtree(aside, ignore_errors=True)
     else:
         raise FileExistsError(errno.EEXIST, "other processes keep writing this folder", str(path))
+
+
+def require_not_lfs_pointer(path: Path) -> None:
+    """Checks that a file that exists is not a Git LFS pointer, which a clone without Git LFS has in its place.
+
+    Raises:
+        FormatError: it is one; with the size that the file itself has.
+    """
+    if path.stat().st_size > LFS_MOST_BYTES:
+        return
+    text = path.read_bytes()
+    if text.startswith(LFS_START):
+        sizes = [line.removeprefix(b"size ") for line in text.splitlines() if line.startswith(b"size ")]
+        expected = f"{int(sizes[0]):,} bytes" if sizes and sizes[0].isdigit() else "the file itself"
+        advice = "Run `git lfs pull` in its folder, or download the file itself."
+        what, found = "a Git LFS pointer, not the file that it stands for", f"{len(text)} bytes"
+        raise FormatError(what, where=path, expected=expected, found=found, advice=advice)
 
 
 def map_file(handle: BinaryIO) -> mmap.mmap:
@@ -141,10 +160,11 @@ def read_json(path: Path) -> Any:
     """The value in a UTF-8 JSON file.
 
     Raises:
-        FormatError: no such file, not UTF-8, not JSON; with the place of the fault.
+        FormatError: no such file, a Git LFS pointer, not UTF-8, not JSON; with the place of the fault.
     """
     if not path.is_file():
         raise FormatError("no such file", where=path)
+    require_not_lfs_pointer(path)
     try:
         return json.loads(path.read_bytes().decode("utf-8"))
     except UnicodeDecodeError as error:

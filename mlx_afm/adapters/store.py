@@ -7,8 +7,8 @@ NAME.fmadapter/     the package devices load (fp16; written here, read back exac
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +27,14 @@ from mlx_afm.checkpoints.names import (
     plan_names,
     target_of,
 )
-from mlx_afm.errors import AdapterError
+from mlx_afm.errors import AdapterError, ConfigError
 from mlx_afm.files import atomic_folder, read_json, write_json
 from mlx_afm.formats.fmadapter import read_fmadapter
 from mlx_afm.formats.safetensors_file import read_safetensors, write_safetensors
 from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.formats.torch_file import read_torch
 from mlx_afm.model import AdapterSpec, AFMConfig, ToolkitConfig
-from mlx_afm.tree import require_same_tensors
+from mlx_afm.tree import require_same_tensors, require_unwrapped
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 APPLE_HEADS = {(2048, 256): (16, 2)}  # (width, key width) -> heads of the shipped model
@@ -91,8 +91,19 @@ def read_adapter(path: Path, base: AFMConfig | None = None, scale: float | None 
         adapter = _read_folder(path)
     if base is not None:
         _require_fit(adapter, base, path)
+        adapter = replace(adapter, base=adapter.base or base)
     require_finite(adapter.weights, where=path)
     return adapter
+
+
+def _require_no_lists(names: Iterable[str], path: Path) -> None:
+    """Checks that the fused projection has a pair for each part and not the lists of mlx-lm's own afm7 class."""
+    lists = [name for name in names if name.rpartition(".")[2].isdecimal()]
+    if lists:
+        what = "an adapter of mlx-lm's own afm7 class, whose fused projection has lists of arrays"
+        advice = "Train it with mlx-afm lora, or with mlx-lm on a folder that mlx-afm converted."
+        expected = lists[0].rpartition(".")[0].replace(".lora_", ".q.lora_")
+        raise AdapterError(what, where=path, expected=expected, found=lists[0], advice=advice)
 
 
 def _require_fit(adapter: Adapter, base: AFMConfig, path: Path) -> None:
@@ -108,9 +119,11 @@ def _require_fit(adapter: Adapter, base: AFMConfig, path: Path) -> None:
             advice = "Use it with the model it was trained on."
             raise AdapterError("an adapter for another base model", where=path, advice=advice, details=other)
     found = {name: tensor.shape for name, tensor in adapter.weights.items()}
-    require_same_tensors(
-        adapter_shapes(base, adapter.config), found, where=path, advice="Was it trained for another base model?"
-    )
+    try:
+        shapes = adapter_shapes(base, adapter.config)
+    except ConfigError as error:
+        raise AdapterError(error.what, where=path, expected=error.expected, found=error.found) from error
+    require_same_tensors(shapes, found, where=path, advice="Was it trained for another base model?")
 
 
 def adapter_shapes(base: AFMConfig, config: LoRAConfig) -> dict[str, tuple[int, ...]]:
@@ -148,7 +161,9 @@ def _read_folder(path: Path) -> Adapter:
         )
     values = read_json(path / CONFIG)
     config, base = parse_adapter_json(values, where=path / CONFIG)
-    return Adapter(config, base, read_safetensors(path / WEIGHTS), str(values.get("toolkit_name", DEFAULT_ADAPTER)))
+    tensors = read_safetensors(path / WEIGHTS)
+    _require_no_lists(tensors, path / WEIGHTS)
+    return Adapter(config, base, tensors, str(values.get("toolkit_name", DEFAULT_ADAPTER)))
 
 
 def _read_pt(path: Path, base: AFMConfig | None, scale: float) -> Adapter:
@@ -157,6 +172,7 @@ def _read_pt(path: Path, base: AFMConfig | None, scale: float) -> Adapter:
     if len(ids) != 1:
         expected = "tensors named ...adapters.ID.... of one adapter"
         raise AdapterError("not a toolkit adapter checkpoint", where=path, expected=expected, found=ids or "none")
+    require_unwrapped(tensors, where=path, start="layers.")
     first = next(iter(tensors.values()))
     config = LoRAConfig(rank=first.shape[-1], scale=scale)
     made_for = base or _apple_base(tensors)

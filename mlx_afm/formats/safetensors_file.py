@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_afm.errors import FormatError
-from mlx_afm.files import WriteOut, atomic_file, map_file
+from mlx_afm.files import WriteOut, atomic_file, map_file, require_not_lfs_pointer
 from mlx_afm.formats.tensors import STORAGE_DTYPES, LazyTensor, OnBytes, ignore_bytes, read_ahead
 
 MAX_HEADER_BYTES = 100_000_000
@@ -78,6 +78,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def _read_header(handle: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
     """The header, and where the values start."""
+    require_not_lfs_pointer(path)
     prefix = handle.read(8)
     size = path.stat().st_size
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0

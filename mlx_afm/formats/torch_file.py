@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_afm.errors import FormatError, TensorsError
-from mlx_afm.files import WriteOut, atomic_file, map_file
+from mlx_afm.files import WriteOut, atomic_file, map_file, require_not_lfs_pointer
 from mlx_afm.formats.tensors import STORAGE_DTYPES, LazyTensor, OnBytes, ignore_bytes, told
 from mlx_afm.formats.torch_contents import unwrap
 from mlx_afm.formats.torch_legacy import read_legacy
@@ -105,6 +105,7 @@ def _map(path: Path) -> mmap.mmap:
             raise FormatError("no such file", where=path)
         if not path.stat().st_size:
             raise FormatError("file is empty", where=path, expected="a torch checkpoint")
+        require_not_lfs_pointer(path)
         with path.open("rb") as handle:
             return map_file(handle)
     except OSError as error:

@@ -14,6 +14,7 @@ import numpy as np
 import sentencepiece
 
 from mlx_afm.errors import ConfigError, DataError, FormatError
+from mlx_afm.files import require_not_lfs_pointer
 from mlx_afm.text import template
 from mlx_afm.text.hf_chat_template import hf_chat_template
 from mlx_afm.text.messages import parse_messages, parse_tools
@@ -85,6 +86,7 @@ class AFMTokenizer:
         path = Path(path)
         if not path.is_file():
             raise FormatError("no such file", where=path, expected="a SentencePiece tokenizer.model")
+        require_not_lfs_pointer(path)
         data = path.read_bytes()
         model = parse_sentencepiece_model(data, where=path)
         processor = sentencepiece.SentencePieceProcessor()

@@ -13,6 +13,7 @@ from mlx_afm.formats.draft_pair import PROGRAM_FILE, DraftPair
 from mlx_afm.formats.draft_spec import parse_spec
 from mlx_afm.formats.torch_file import read_torch
 from mlx_afm.model import parse_toolkit_config
+from mlx_afm.tree import require_unwrapped
 
 TEMPLATE_FILE, SPEC_FILE, CONFIG_FILE = "weights_template.bin", "checkpoint_spec.yaml", "draft-model-config.json"
 ASSETS = (PROGRAM_FILE, TEMPLATE_FILE, SPEC_FILE, CONFIG_FILE)
@@ -33,12 +34,12 @@ def open_draft_pair(toolkit: Path, checkpoint: Path, *, ignore_surplus: bool = F
     """
     assets = find_draft_assets(toolkit)
     model = parse_toolkit_config(read_json(assets / CONFIG_FILE), where=assets / CONFIG_FILE).model
-    state = {name: cast(tensor, "float32") for name, tensor in read_torch(checkpoint).items()}
-    tensors = spec_tensors(state, heads=model.num_heads, kv_heads=model.num_kv_heads, where=checkpoint)
+    tensors = read_torch(checkpoint)
+    require_unwrapped(tensors, where=checkpoint)
+    state = {name: cast(tensor, "float32") for name, tensor in tensors.items()}
+    named = spec_tensors(state, heads=model.num_heads, kv_heads=model.num_kv_heads, where=checkpoint)
     spec = parse_spec(read_yaml(assets / SPEC_FILE), where=assets / SPEC_FILE)
-    return DraftPair(assets / PROGRAM_FILE, assets / TEMPLATE_FILE, spec, tensors).checked(
-        ignore_surplus=ignore_surplus
-    )
+    return DraftPair(assets / PROGRAM_FILE, assets / TEMPLATE_FILE, spec, named).checked(ignore_surplus=ignore_surplus)
 
 
 def find_draft_assets(toolkit: Path) -> Path:

@@ -79,6 +79,8 @@ def test_a_model_folder_that_is_not_finite_is_refused(name, dtype, model_folder,
     if name != MATRIX:
         with pytest.raises(TensorsError, match=name):
             mlx_afm.load(folder, lazy=True)
+    ran = cli("generate", "--model", model_folder, "--draft-model", folder, "--prompt", "hi")
+    assert (ran.code, name in ran.err) == (1, True), ran.err
     for options in ((), ("-q",), ("--to", "torch")):
         ran = cli("convert", "--hf-path", folder, "--mlx-path", tmp_path / "out", *options)
         assert (ran.code, name in ran.err) == (1, True), (options, ran.err)
