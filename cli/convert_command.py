@@ -35,7 +35,9 @@ from .quantize_options import quantize_options, take_quantization
 )
 @quantize_options
 @click.option("--config", type=Path, help="The JSON of a lone .pt, if it does not lie beside it.")
-@click.option("--verify", is_flag=True, help="Read everything back and compare it with the source.")
+@click.option(
+    "--verify", is_flag=True, help="Read everything back and compare it, derived values too, with the source."
+)
 @click.option("--no-tokenizer", is_flag=True, help="Convert a folder without tokenizer.model.")
 @json_option
 def command(source: Path, target: Path, as_json: bool, **options: Any) -> None:

@@ -41,7 +41,9 @@ def new_folder(model_folder, tmp_path):
             for name, t in adapter.weights.items()
         }
         folder = tmp_path / "adapter"
-        tensors = {name: replace(adapter.weights[name], read=lambda a=array: a) for name, array in scaled.items()}
+        tensors = {
+            name: replace(adapter.weights[name], read_stored=lambda a=array: a) for name, array in scaled.items()
+        }
         write_adapter_folder(folder, replace(adapter, weights=tensors))
         return folder
 
