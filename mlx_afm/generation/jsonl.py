@@ -58,7 +58,6 @@ def read_prompt_rows(
     tokenizer: AFMTokenizer,
     config: GenerateConfig,
     *,
-    system: str | None = None,
     question: Mapping[str, Any] | None = None,
     dialect: str = "auto",
     fields: Sequence[tuple[str, str]] = (),
@@ -68,9 +67,8 @@ def read_prompt_rows(
     Args:
         path: records of any dialect of training data (`mlx_afm.data`), in any form of file; or objects that
             have a "prompt" alone.
-        tokenizer: the model's.
+        tokenizer: the model's; its `system_prompt` is that of conversations without a system message.
         config: how to answer.
-        system: message of the system for conversations without one; None for the model's own.
         question: keys that the last message of the user gets, unless it has them.
         dialect, fields: see `mlx_afm.data.dialects.read_record`.
 
@@ -83,8 +81,6 @@ def read_prompt_rows(
     for row in iter_rows(path):
         try:
             messages, tools = _prompt(row, dialect, fields)
-            if system is not None and messages[0].get("role") != "system":
-                messages.insert(0, {"role": "system", "content": system})
             if question and messages[-1].get("role") == "user":
                 messages[-1] = {**question, **messages[-1]}
             ids = to_prompt_ids(tokenizer, messages, tools=tools)

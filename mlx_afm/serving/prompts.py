@@ -10,7 +10,8 @@ from mlx_afm.errors import ConfigError, DataError
 from mlx_afm.serving.fields import kind
 from mlx_afm.text.messages import parse_messages, parse_tools
 from mlx_afm.text.response_format import response_format
-from mlx_afm.text.template import Turn, encode, render
+from mlx_afm.text.system_prompt import with_system_prompt
+from mlx_afm.text.template import DEFAULT_SYSTEM, Turn, encode, render
 from mlx_afm.text.tokenizer import AFMTokenizer
 
 IDLE_KEYS = ("name", "refusal", "annotations", "audio", "function_call")  # of messages, as clients send them back
@@ -31,7 +32,11 @@ class Prompt:
 
 
 def chat_prompt(
-    messages: object, tools: Sequence[Any], schema: Mapping[str, Any] | None, tokenizer: AFMTokenizer
+    messages: object,
+    tools: Sequence[Any],
+    schema: Mapping[str, Any] | None,
+    tokenizer: AFMTokenizer,
+    system: str | None = DEFAULT_SYSTEM,
 ) -> Prompt:
     """A conversation's prompt.
 
@@ -40,6 +45,8 @@ def chat_prompt(
         tools: definitions, written into the system message.
         schema: `json_schema` of the answer; written into the last message unless it has no name.
         tokenizer: the model's.
+        system: system prompt if there is no system message; None for no system turn. Tools need a system turn, so
+            with tools the model's own takes the place of None.
 
     Raises:
         DataError, ConfigError: it cannot be rendered.
@@ -54,7 +61,8 @@ def chat_prompt(
         expected = "a user message or a tool's result last"
         raise DataError("nothing to answer", where="messages", expected=expected, found=f"role {parsed[-1].role!r}")
     definitions = parse_tools(list(tools), where="tools", special_pieces=tokenizer.special_pieces)
-    encoded = encode(render(parsed, tools=definitions, add_generation_prompt=True), tokenizer)
+    parsed = with_system_prompt(parsed, DEFAULT_SYSTEM if definitions and system is None else system)
+    encoded = encode(render(parsed, system=None, tools=definitions, add_generation_prompt=True), tokenizer)
     return Prompt(encoded.ids, cuts_of(encoded.turns))
 
 

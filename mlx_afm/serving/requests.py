@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from mlx_afm.serving.fields import Fields, kind
 from mlx_afm.serving.jobs import Sampling
 from mlx_afm.serving.prompts import Prompt, chat_prompt, text_prompts
 from mlx_afm.serving.refusal import Refusal
+from mlx_afm.text.template import DEFAULT_SYSTEM
 from mlx_afm.text.tokenizer import AFMTokenizer
 
 MAX_STOPS, MAX_TOP_LOGPROBS, MAX_TOP_COMPLETION, MAX_SEED = 4, 20, 5, 2**63
@@ -73,11 +74,13 @@ class Reader:
         tokenizer: the model's.
         config: defaults and limits.
         vocabulary: how many ids there are.
+        system_prompt: of conversations without a system message, by model id.
     """
 
     tokenizer: AFMTokenizer
     config: ServeConfig
     vocabulary: int
+    system_prompt: Callable[[str], str | None] = lambda model: DEFAULT_SYSTEM
 
     def chat(self, values: Mapping[str, Any]) -> Asked:
         """A request of /v1/chat/completions.
@@ -101,7 +104,8 @@ class Reader:
         one_call = not fields.flag("parallel_tool_calls", True)
         fields.done()
         try:
-            prompt = chat_prompt(fields.value("messages"), tools, schema, self.tokenizer)
+            system = self.system_prompt(shared["model"])
+            prompt = chat_prompt(fields.value("messages"), tools, schema, self.tokenizer, system)
         except AFMError as error:
             raise _refused("messages", error) from error
         constraint = None if schema is None else schema["schema"]

@@ -17,7 +17,6 @@ from mlx_afm.workflows.run_state import fingerprint_of_files
 
 SOURCES, BASE_SOURCE = "sources", "base model"  # keys of `adapter_config.json`, and of its sources
 SETTINGS = ("fine_tune_type", "lora_parameters", "trained_targets", "trained_layers", "train")
-OURS = "mlx_afm"  # the key of `creatorDefined` that is the library's
 
 
 def lineage_of(adapter: Path, model: Path | None) -> dict[str, str]:
