@@ -23,7 +23,7 @@ from mlx_afm.data.json_text import parse_json
 from mlx_afm.data.rows import Row, not_utf8
 from mlx_afm.data.sources import file_faults, iter_rows
 from mlx_afm.errors import ConfigError, DataError, FormatError
-from mlx_afm.files import atomic_file
+from mlx_afm.files import atomic_file, to_json
 from mlx_afm.generation.answers import Answer, seeded
 from mlx_afm.generation.batch import Request
 from mlx_afm.generation.config import GenerateConfig
@@ -199,7 +199,7 @@ class AnswerFile:
 
 
 def _as_line(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+    return to_json(value).encode("utf-8", "replace") + b"\n"
 
 
 def _lines_of(path: Path, *, cut: bool) -> list[dict[str, Any]]:

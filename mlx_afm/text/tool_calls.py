@@ -151,7 +151,7 @@ def _arguments_text(arguments: object) -> str:
             json.loads(arguments)
         except (ValueError, RecursionError):
             return arguments
-    return json.dumps(arguments, ensure_ascii=False)
+    return json.dumps(arguments, ensure_ascii=False, allow_nan=False)  # 1e999 is read as infinity
 
 
 def _refuse(constant: str) -> NoReturn:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from mlx_afm.adapters import Adapter, is_zero, remove_adapter
 from mlx_afm.adapters.config import WHOLE_WEIGHTS
 from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.errors import AFMError, ConfigError
-from mlx_afm.files import write_text
+from mlx_afm.files import to_json, write_text
 from mlx_afm.model import Model
 from mlx_afm.text.system_prompt import default_system_prompt, system_prompt_notice
 from mlx_afm.workflows.load import attach, base_adapter, load, open_adapter, system_prompts_of
@@ -115,6 +114,6 @@ def save_chat(path: Path, conversation: Sequence[Mapping[str, Any]], *, overwrit
         raise ConfigError("there is a file or folder of this name", where=path, advice="Choose another name.")
     record = list(conversation)
     if path.suffix == ".json":
-        write_text(path, json.dumps([{"messages": record}], ensure_ascii=False, indent=2) + "\n")
+        write_text(path, to_json([{"messages": record}], indent=2) + "\n")
     else:
-        write_text(path, json.dumps(record, ensure_ascii=False) + "\n")
+        write_text(path, to_json(record) + "\n")
