@@ -113,7 +113,9 @@ class Chat:
         """
         self.last = None
         question = {"role": "user", "content": text}
-        ids = to_prompt_ids(self.tokenizer, [*self.messages, question], system=self.system)
+        ids = to_prompt_ids(
+            self.tokenizer, [*self.messages, question], system=self.system, vocabulary=self.model.args.vocab_size
+        )
         max_tokens = self._answer_tokens(ids)
         reused = self._rewind_to(ids)
         steps = self._steps(ids, reused, max_tokens, should_stop)

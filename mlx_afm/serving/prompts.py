@@ -12,7 +12,7 @@ from mlx_afm.text.messages import parse_messages, parse_tools
 from mlx_afm.text.response_format import response_format
 from mlx_afm.text.system_prompt import with_system_prompt
 from mlx_afm.text.template import DEFAULT_SYSTEM, Turn, encode, render
-from mlx_afm.text.tokenizer import AFMTokenizer
+from mlx_afm.text.tokenizer import AFMTokenizer, require_token_ids
 
 IDLE_KEYS = ("name", "refusal", "annotations", "audio", "function_call")  # of messages, as clients send them back
 LEAST_CUT_TOKENS = 64  # each piece of a prompt is a call of the model
@@ -82,22 +82,25 @@ def text_prompts(prompt: object, tokenizer: AFMTokenizer, vocabulary: int, most:
     """Prompts of text to be continued: a string, a list of ids, or a list of either.
 
     Raises:
-        DataError: something else, or too many.
+        DataError: something else, or too many. ConfigError: an id outside the vocabulary.
     """
     several: list[Any] = [prompt]
     if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
         several = prompt
     if len(several) > most:
         raise DataError("too many prompts in one request", expected=f"at most {most}", found=len(several))
-    return tuple(Prompt(_text_ids(item, tokenizer, vocabulary)) for item in several)
+    places = ["prompt"] if several == [prompt] else [f"prompt {number}" for number in range(len(several))]
+    return tuple(Prompt(_text_ids(item, tokenizer, vocabulary, where)) for item, where in zip(several, places))
 
 
-def _text_ids(prompt: object, tokenizer: AFMTokenizer, vocabulary: int) -> list[int]:
+def _text_ids(prompt: object, tokenizer: AFMTokenizer, vocabulary: int, where: str) -> list[int]:
     if isinstance(prompt, str) and prompt:
         return [tokenizer.eos_id, *tokenizer.encode(prompt)]
-    if isinstance(prompt, list) and prompt and all(type(i) is int and 0 <= i < vocabulary for i in prompt):
-        return list(prompt)
-    raise DataError("not a prompt", expected=f"text, or token ids from 0 to {vocabulary - 1}", found=kind(prompt))
+    if isinstance(prompt, list) and prompt and all(isinstance(item, (int, float)) for item in prompt):
+        return require_token_ids(prompt, vocabulary, where=where)
+    raise DataError(
+        "not a prompt", where=where, expected=f"text, or token ids from 0 to {vocabulary - 1}", found=kind(prompt)
+    )
 
 
 def _plain(message: object, index: int) -> object:

@@ -30,6 +30,32 @@ _MARKS = {
 }
 
 
+def require_token_ids(ids: Iterable[object], vocabulary: int, *, where: object) -> list[int]:
+    """The ids as integers, if the model has a row of the embedding for each.
+
+    An id that is too large or negative makes the model read memory that is not its own.
+
+    Args:
+        ids: token ids, from wherever.
+        vocabulary: rows of the model's embedding; there may be more than the tokenizer has pieces.
+        where: named in the error.
+
+    Raises:
+        ConfigError: the first id that cannot be used, and its place, counted from 0.
+    """
+    checked = []
+    for place, token in enumerate(ids):
+        if isinstance(token, bool) or not isinstance(token, (int, np.integer)) or not 0 <= token < vocabulary:
+            raise ConfigError(
+                "token id outside the vocabulary",
+                where=f"{where}, token {place}",
+                expected=f"a whole number from 0 to {vocabulary - 1} (the model has {vocabulary} tokens)",
+                found=f"{token!r:.80}",
+            )
+        checked.append(int(token))
+    return checked
+
+
 class AFMTokenizer:
     """Text to ids and back.
 

@@ -114,9 +114,21 @@ def system_prompts_of(folder: Path, adapter: Adapter | None) -> SystemPrompts:
 
 
 def load_tokenizer(folder: Path) -> AFMTokenizer | None:
-    """The tokenizer of a model folder, or None if it has none."""
+    """The tokenizer of a model folder, or None if it has none.
+
+    Raises:
+        ConfigError: it has more pieces than the model has tokens. FormatError: no tokenizer.
+    """
     file = folder / TOKENIZER
-    return AFMTokenizer.from_file(file) if file.is_file() else None
+    tokenizer = AFMTokenizer.from_file(file) if file.is_file() else None
+    if tokenizer is not None and (folder / "config.json").is_file():
+        rows = read_config(folder).vocab_size
+        if tokenizer.vocab_size > rows:
+            advice = "Use the tokenizer.model that came with the model."
+            expected, found = f"at most the {rows} tokens of the model", f"{tokenizer.vocab_size} pieces"
+            what = "the tokenizer is another model's"
+            raise ConfigError(what, where=file, expected=expected, found=found, advice=advice)
+    return tokenizer
 
 
 def open_adapter(folder: Path, path: Path) -> Adapter:
