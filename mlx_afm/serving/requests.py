@@ -47,7 +47,7 @@ class Asked:
         stops: strings that end an answer.
         stream, usage: events, and with the token counts at the end.
         tools: the model may call tools.
-        one_call: and only one at a time.
+        one_call: and only one at a time; also of a tool that is called by name.
         schema: of the JSON that the answer must be.
         must_call: tools, of which the answer must call one; empty if it need not.
     """
@@ -102,7 +102,8 @@ class Reader:
         if must_call and schema is not None:
             fields.fault("response_format", "an answer that must call a tool has no other form")
         shared = self._shared(fields, (alternatives or 0) if told else None)
-        one_call = not fields.flag("parallel_tool_calls", True)
+        named = bool(must_call) and fields.value("tool_choice") != "required"
+        one_call = not fields.flag("parallel_tool_calls", True) or named
         fields.done()
         try:
             system = self.system_prompt(shared["model"])
