@@ -10,7 +10,7 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -77,6 +77,11 @@ def _replace_folder(new: Path, path: Path) -> None:
             shutil.rmtree(aside, ignore_errors=True)
     else:
         raise FileExistsError(errno.EEXIST, "other processes keep writing this folder", str(path))
+
+
+def visible(paths: Iterable[Path]) -> list[Path]:
+    """The paths in order, without hidden ones: macOS leaves `._NAME` beside each file on other file systems."""
+    return sorted(path for path in paths if not path.name.startswith("."))
 
 
 def map_file(handle: BinaryIO) -> mmap.mmap:

@@ -66,7 +66,7 @@ def read_prompt_rows(
 
     Args:
         path: records of any dialect of training data (`mlx_afm.data`), in any form of file; or objects that
-            have a "prompt" alone.
+            have a "prompt" or an "instruction" alone.
         tokenizer: the model's; its `system_prompt` is that of conversations without a system message.
         config: how to answer.
         question: keys that the last message of the user gets, unless it has them.
@@ -104,8 +104,8 @@ def _prompt(row: Row, dialect: str, fields: Sequence[tuple[str, str]]) -> tuple[
         value = parse_json(row.text.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise not_utf8(error) from error
-    if isinstance(value, dict) and not {"completion", "response"} & set(value) and "prompt" in value:
-        value = {**value, "completion": ""}  # an answer is still to come
+    if isinstance(value, dict):
+        value = {**value, **_awaited(value, fields)}
     conversation = read_record(value, dialect, fields)
     if conversation.text is not None:
         raise DataError("plain text asks for no answer", expected="a conversation")
@@ -117,6 +117,14 @@ def _prompt(row: Row, dialect: str, fields: Sequence[tuple[str, str]]) -> tuple[
     if not asked:
         raise DataError("nothing to answer", expected="a message of the user")
     return asked, conversation.tools or None
+
+
+def _awaited(record: Mapping[str, Any], fields: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Empty answers for a record that has a question alone, under its own names or those that `fields` gives it."""
+    names = {*record, *(name for name, column in fields if column in record)}
+    if "prompt" in names and not names & {"completion", "response"}:
+        return {"completion": ""}
+    return {"output": ""} if "instruction" in names and "output" not in names else {}
 
 
 def run_of(request: Request, fingerprint: str) -> str:

@@ -114,11 +114,19 @@ def _plain(message: object, index: int) -> object:
         plain["role"] = "system"
     if plain.get("role") in ("tool", "function"):
         plain.pop("tool_call_id", None)
-    if plain.get("role") == "assistant" and plain.get("tool_calls") == []:
+    calls = plain.get("tool_calls")
+    if calls == []:
         del plain["tool_calls"]
+    elif isinstance(calls, list):
+        plain["tool_calls"] = [present(call) for call in calls]
     if isinstance(plain.get("content"), list) and plain.get("role") != "function":
         plain["content"] = "".join(_part(part, f"messages, message {index}") for part in plain["content"])
     return plain
+
+
+def present(value: Any) -> Any:
+    """An object without what is null, which is as good as absent; anything else as it is."""
+    return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
 
 
 def _part(part: object, where: str) -> str:

@@ -13,7 +13,7 @@ from mlx_afm.generation import GenerateConfig
 from mlx_afm.serving.config import ServeConfig
 from mlx_afm.serving.fields import Fields, kind, shown
 from mlx_afm.serving.jobs import Sampling
-from mlx_afm.serving.prompts import Prompt, chat_prompt, text_prompts
+from mlx_afm.serving.prompts import Prompt, chat_prompt, present, text_prompts
 from mlx_afm.serving.refusal import Refusal
 from mlx_afm.text.template import DEFAULT_SYSTEM
 from mlx_afm.text.tokenizer import AFMTokenizer, require_token_ids
@@ -215,7 +215,9 @@ class Reader:
         if not good:
             fields.fault("tools", 'expected a list of {"type": "function", "function": {"name": ..., ...}}')
             return []
-        return [] if fields.value("tool_choice") == "none" else tools
+        if fields.value("tool_choice") == "none":
+            return []
+        return [{**tool, "function": present(tool["function"])} for tool in map(present, tools)]
 
 
 def _as_id(key: str) -> object:
@@ -242,7 +244,7 @@ def _must_call(fields: Fields, tools: list[Any]) -> tuple[Mapping[str, Any], ...
 
 def _schema(fields: Fields) -> dict[str, Any] | None:
     """The `json_schema` of a response format; that of any object for `json_object`."""
-    wanted = fields.value("response_format")
+    wanted: Any = present(fields.value("response_format"))
     if wanted is None:
         return None
     form = wanted.get("type") if isinstance(wanted, dict) else None

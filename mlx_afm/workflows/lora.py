@@ -18,6 +18,7 @@ from mlx_afm.checkpoints.model_folder import load_model, read_config
 from mlx_afm.data import DataConfig, TokenTable, default_cache, find_splits, read_tokens
 from mlx_afm.data.sources import Files
 from mlx_afm.errors import ConfigError, FormatError
+from mlx_afm.files import visible
 from mlx_afm.formats.fmadapter import require_adapter_name
 from mlx_afm.text.system_prompt import default_system_prompt, trained_system_prompts
 from mlx_afm.text.tokenizer import AFMTokenizer
@@ -221,7 +222,7 @@ def _course(job: LoRAJob, data: Mapping[str, TokenTable], objective: Objective) 
     if job.resume_adapter_file is not None:
         path = job.resume_adapter_file
         names = [path / CONFIG, path / WEIGHTS] if path.is_dir() and path.suffix != ".fmadapter" else path.rglob("*")
-        files = [path] if path.is_file() else [file for file in sorted(names) if file.is_file()]
+        files = [path] if path.is_file() else [file for file in visible(names) if file.is_file()]
         sources["adapter to start from"] = fingerprint_of_files(files)
     return course_of(job.train, job.lora, sources)
 
