@@ -103,7 +103,7 @@ def batch_generate(
 
     Args:
         model, tokenizer: from `mlx_afm.load`.
-        prompts: of each form that `to_prompt_ids` takes. A string, a list of message dicts, or a list of ids is one
+        prompts: of each form that `to_prompt_ids` takes. A string, a list of message dicts, or ids are one
             prompt, and the result a list of one answer.
         config: settings; or give single ones by name. Row n draws with `seed + n`.
         batch_size, prefix_cache: see `iter_answers`.
@@ -125,4 +125,6 @@ def batch_generate(
 
 def _is_one(prompts: Any) -> bool:
     """Whether this is one prompt rather than several: a text, message dicts, or ids."""
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (Mapping, Number)))
+    if isinstance(prompts, str) or hasattr(prompts, "tolist"):
+        return True
+    return len(prompts) > 0 and isinstance(prompts[0], (Mapping, Number))

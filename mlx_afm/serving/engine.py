@@ -22,7 +22,7 @@ from mlx_afm.serving.adapters import AdapterSwitch
 from mlx_afm.serving.config import ServeConfig
 from mlx_afm.serving.jobs import Job
 from mlx_afm.serving.metrics import Metrics
-from mlx_afm.serving.pool import AdapterPool
+from mlx_afm.serving.pool import AdapterPool, Entry
 from mlx_afm.serving.refusal import Refusal
 from mlx_afm.serving.scheduler import Log, Scheduler
 from mlx_afm.text.system_prompt import default_system_prompt, system_prompt_notice
@@ -76,6 +76,12 @@ class Engine:
         if self.config.system is not None:
             return self.config.system or None
         return default_system_prompt(self._scheduler.pool.system_prompts(model))
+
+    def warn_of(self, entry: Entry) -> None:
+        """Logs a warning if an adapter leaves its system prompt open and the server's settings do too."""
+        notice = system_prompt_notice(entry.system_prompts, entry.path)
+        if notice is not None and self.config.system is None:
+            self._log(notice)
 
     @property
     def vocabulary(self) -> int:
@@ -175,10 +181,7 @@ class Engine:
             switch.add(BASE, own, where=self.folder / BASE_ADAPTER)
         pool = AdapterPool(switch, self.folder, self.config.adapter_bytes, reserved=self.model_id)
         for name, path in adapters.items():
-            entry = pool.register(name, path)
-            notice = system_prompt_notice(entry.system_prompts, path)
-            if notice is not None and self.config.system is None:
-                self._log(notice)
+            self.warn_of(pool.register(name, path))
         base = BASE if has_own else None
         return Scheduler(model, switch, pool, self.config, self._metrics, self._log, base=base)
 

@@ -63,6 +63,16 @@ def test_hidden_files_among_the_adapters_are_passed_over(model_folder, served_ad
         assert said["models"] == ["mlx", "small"]
 
 
+def test_the_system_prompt_of_the_command_line(model_folder):
+    value = {"model": "mlx", "messages": [{"role": "user", "content": "list the files"}], "max_tokens": 1}
+    counts = []
+    for options in ([], ["--no-system-prompt"], ["--system-prompt", ""], ["--system-prompt", "Go."]):
+        with serving("--model", model_folder, *options) as (_, said):
+            reply = parse_reply(send(said["url"], request_bytes("POST", CHAT, json.dumps(value).encode())))
+            counts.append(reply.json["usage"]["prompt_tokens"])
+    assert counts[0] > counts[3] > counts[1] == counts[2]
+
+
 def test_told_to_stop_it_finishes_what_is_under_way_and_takes_no_more(model_folder, served_adapters):
     folder = served_adapters["small"].parent
     with serving("--model", model_folder, "--adapters-dir", folder, "--adapter-memory", "5MB") as (process, said):

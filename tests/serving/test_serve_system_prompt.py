@@ -56,6 +56,14 @@ def test_each_model_id_has_its_own(model_folder, adapters, serve_config, call, l
     assert "trained with 2 system prompts" in notice
 
 
+def test_an_adapter_that_is_added_later_warns_too(model_folder, adapters, serve_config, call, tmp_path):
+    said = []
+    with running(model_folder, {}, dataclasses.replace(serve_config, admin_roots=(tmp_path,)), said.append) as server:
+        added = {"name": "several", "path": str(adapters["several"])}
+        assert call(server.url, "POST", "/admin/adapters", added).status == 200
+    assert ["trained with 2 system prompts" in text for text in said] == [True]
+
+
 @pytest.mark.parametrize(("system", "text"), [("Be brief.", "Be brief."), ("", None)])
 def test_the_servers_own_setting_wins(system, text, model_folder, adapters, serve_config, call, length):
     config = dataclasses.replace(serve_config, system=system)

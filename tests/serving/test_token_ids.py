@@ -131,7 +131,8 @@ def test_ids_over_http(server, token, place):
 
 
 def test_a_string_is_one_prompt(loaded):
-    for prompt in ("hi", [{"role": "user", "content": "hi"}], mlx_afm.generation.to_prompt_ids(loaded[1], "hi")):
+    ids = mlx_afm.generation.to_prompt_ids(loaded[1], "hi")
+    for prompt in ("hi", [{"role": "user", "content": "hi"}], ids, mx.array(ids)):
         (answer,) = mlx_afm.batch_generate(*loaded, prompt, max_tokens=4)
         assert answer.text == mlx_afm.generate(*loaded, "hi", max_tokens=4)
     assert mlx_afm.batch_generate(*loaded, [], max_tokens=4) == []
