@@ -23,6 +23,7 @@ from mlx_afm.data.render_block import Block as Block
 from mlx_afm.data.render_block import BlockRenderer, RenderedBlock
 from mlx_afm.data.rows import Row
 from mlx_afm.data.sources import Files, iter_rows
+from mlx_afm.data.tokens import Weights
 from mlx_afm.errors import DataError
 from mlx_afm.text.template import NEWLINE, TURN_END, TURN_START, Encoded
 from mlx_afm.text.tokenizer import AFMTokenizer
@@ -46,7 +47,7 @@ class Prepared:
         examples: int64 (examples, columns): of each good example line, tokens, tokens of each role of `ROLES` (marks
             included), trained tokens, fingerprints of the example, of its prompt (without the last answer)
             and of its system turn (0 if there is none); no fingerprints where the tokens are wanted.
-        ids, trained: the tokens of all good examples, one after the other; empty if not wanted.
+        ids, weights: the tokens of all good examples and their loss weights, see `TokenTable`; empty if not wanted.
         lost: (line, tokens removed, whether it was left out) of each example that overflow changed.
     """
 
@@ -56,7 +57,7 @@ class Prepared:
     problems: list[Problem] = field(default_factory=list)
     examples: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, COLUMNS), np.int64))
     ids: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
-    trained: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    weights: Weights = field(default_factory=lambda: np.zeros(0, np.bool_))
     lost: list[tuple[int, int, bool]] = field(default_factory=list)
 
 
@@ -93,16 +94,16 @@ class Preparer:
         if self.tokenizer is None:
             self._fill(prepared, rendered, places, np.zeros((len(places), 2 + len(ROLES)), np.int64))
             return prepared
-        encoded = encode_block(rendered.texts, rendered.roles, self.tokenizer, rendered.shared)
+        encoded = encode_block(rendered.texts, rendered.roles, self.tokenizer, rendered.shared, rendered.weights)
         lengths = np.diff(encoded.starts)
         closer = encoded.odd | (lengths > self.config.max_tokens)
         if closer.any():
             self._one_by_one(prepared, rendered)
             return prepared
-        targets = np.diff(np.concatenate([[0], np.cumsum(encoded.trained)])[encoded.starts])
+        targets = np.diff(np.concatenate([[0], np.cumsum(encoded.weights > 0)])[encoded.starts])
         self._fill(prepared, rendered, places, np.column_stack([lengths, encoded.roles, targets]))
         if self.want_tokens:
-            prepared.ids, prepared.trained = encoded.ids, encoded.trained
+            prepared.ids, prepared.weights = encoded.ids, encoded.weights
         return prepared
 
     def _one_by_one(self, prepared: Prepared, rendered: RenderedBlock) -> None:
@@ -127,7 +128,8 @@ class Preparer:
         self._fill(prepared, rendered, kept, np.array(counts, np.int64).reshape(len(counts), 2 + len(ROLES)))
         if self.want_tokens:
             prepared.ids = np.array([token for part in parts for token in part.ids], np.int32)
-            prepared.trained = np.array([one for part in parts for one in part.trained], np.bool_)
+            weights = np.array([one for part in parts for one in part.weights], np.float32)
+            prepared.weights = weights if rendered.weights else weights > 0
 
     def _fill(
         self, prepared: Prepared, rendered: RenderedBlock, places: Sequence[int], counts: npt.NDArray[np.int64]
@@ -136,7 +138,7 @@ class Preparer:
         lines = np.array([rendered.rows[place].line for place in places], np.int64)
         prints = np.zeros((len(places), 3), np.int64)
         if places and not self.want_tokens:
-            prints[:] = [_fingerprints(rendered.whole_text(place), rendered.roles[place]) for place in places]
+            prints[:] = [_fingerprints(rendered, place) for place in places]
         prepared.examples = np.column_stack([lines, counts, prints])
 
 
@@ -148,15 +150,16 @@ def _tokens_of_roles(encoded: Encoded) -> list[int]:
     return roles
 
 
-def _fingerprints(text: str, roles: Sequence[str]) -> tuple[int, int, int]:
+def _fingerprints(rendered: RenderedBlock, place: int) -> tuple[int, int, int]:
     """64 bits each of the whole example, of what comes before its last answer, and of its system turn."""
+    text, roles, weights = rendered.whole_text(place), rendered.roles[place], rendered.weights.get(place, "")
     head = f"{TURN_START} {roles[-1]}{NEWLINE}" if roles else ""
     answer = text.rfind(head) + len(head) if roles else 0
     has_system = roles[:1] == ("system",)
     system = _system_hash(text[: text.find(TURN_END)]) if has_system else 0
     prompt = blake2b(text[:answer].encode("utf-8", "surrogatepass"), digest_size=8)
     example = prompt.copy()
-    example.update(text[answer:].encode("utf-8", "surrogatepass"))
+    example.update(f"{text[answer:]}{weights}".encode("utf-8", "surrogatepass"))
     return _number(example.digest()), _number(prompt.digest()), system
 
 

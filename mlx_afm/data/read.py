@@ -26,9 +26,9 @@ from mlx_afm.errors import DataError, FormatError
 from mlx_afm.files import atomic_folder, read_json, sha256_of, write_json
 from mlx_afm.tree import shorten
 
-ARRAYS = ("ids", "trained", "starts", "places")
+ARRAYS = ("ids", "weights", "starts", "places")
 META = "meta.json"
-ENCODING = 2  # raise it when the same line becomes other tokens
+ENCODING = 3  # raise it when the same line becomes other tokens
 KEPT_DAYS = 30
 
 
@@ -115,7 +115,7 @@ def _table(parts: Sequence[Prepared], files: Files) -> TokenTable:
     return TokenTable(
         files=tuple(file.name for file in files),
         ids=np.concatenate([part.ids for part in parts] or [np.zeros(0, np.int32)]),
-        trained=np.concatenate([part.trained for part in parts] or [np.zeros(0, np.bool_)]),
+        weights=np.concatenate([part.weights for part in parts] or [np.zeros(0, np.bool_)]),
         starts=np.concatenate([[0], np.cumsum(examples[:, 1])]).astype(np.int64),
         places=np.stack([file_of.astype(np.int64), examples[:, 0]], axis=1),
         removed_tokens=sum(removed for _, removed, _ in lost),

@@ -45,6 +45,7 @@ class RenderedBlock:
         roles: whose the turns are; plain text has none.
         shared: what many of the texts begin with.
         spans: those of the rows that were read one by one, by their place in `rows`.
+        weights: loss weight of each turn, for the rows in which an assistant's turn has another than 1.
         problems: what is wrong with the other rows, and what is odd about these.
     """
 
@@ -53,6 +54,7 @@ class RenderedBlock:
     roles: list[tuple[str, ...]] = field(default_factory=list)
     shared: str = ""
     spans: dict[int, tuple[Span, ...]] = field(default_factory=dict)
+    weights: dict[int, tuple[float, ...]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
     def add_plain(self, rows: list[Row], plain: PlainLines, start: int, stop: int) -> None:
@@ -121,6 +123,8 @@ class BlockRenderer:
             rendered.problems += to_problems(error, block.name, row.line)
             return
         rendered.problems += _warnings(example, row, block.name)
+        if any(message.weight is not None for message in example.messages):
+            rendered.weights[len(rendered.rows)] = tuple([span.weight for span in spans[1::2]])
         rendered.spans[len(rendered.rows)] = spans
         rendered.add(row, "".join([span.text for span in spans]), tuple([span.role for span in spans[1::2]]))
 

@@ -23,11 +23,13 @@ class Row(NamedTuple):
         line: its line, counted from 1 (its number, in a form without lines).
         text: JSON in UTF-8; empty if there is a fault.
         fault: why there is no text.
+        in_table: it is a row of a table, whose cells may hold lists as JSON text.
     """
 
     line: int
     text: bytes
     fault: DataError | None = None
+    in_table: bool = False
 
 
 def encoding_of(path: Path) -> str:
@@ -228,7 +230,8 @@ def dataset_rows(path: Path) -> Iterator[Row]:
 
 
 def _row(line: int, record: Any) -> Row:
-    return Row(line, json.dumps(record, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass"))
+    text = json.dumps(record, ensure_ascii=False, default=str)
+    return Row(line, text.encode("utf-8", "surrogatepass"), in_table=True)
 
 
 def _without_nulls(value: Any) -> Any:

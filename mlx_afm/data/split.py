@@ -18,7 +18,7 @@ import numpy.typing as npt
 from mlx_afm.data.config import DataConfig
 from mlx_afm.data.near import THRESHOLD, group_near, normalise
 from mlx_afm.data.problems import Problem, to_problems
-from mlx_afm.data.records import Example, RecordReader
+from mlx_afm.data.records import Example, RecordReader, as_json_line
 from mlx_afm.data.rows import Row
 from mlx_afm.data.sources import SPLITS, Files, iter_rows
 from mlx_afm.errors import ConfigError, DataError
@@ -104,13 +104,14 @@ def split_data(
     names = ["train", *(name for name, share in config.shares if share > 0)]
     targets = {name: folder / f"{name}.jsonl" for name in names}
     require_other_files(files, targets.values())
-    prompts = [_prompt(example) for example in _examples(files, reading or DataConfig())]
+    reading = reading or DataConfig()
+    prompts = [_prompt(example) for example in _examples(files, reading)]
     groups = group_examples(prompts, config.threshold)
     sides = assign(groups, config, where=files[0])
     with ExitStack() as stack:
         partial = {name: stack.enter_context(atomic_file(path)) for name, path in targets.items()}
         handles = {name: stack.enter_context(path.open("wb")) for name, path in partial.items()}
-        _write(files, sides, handles)
+        _write(files, sides, handles, reading.fields)
         for handle in handles.values():
             handle.close()
     sizes = np.bincount(groups)
@@ -184,6 +185,6 @@ def _rows(files: Files) -> Iterator[tuple[Path, Row]]:
     return ((path, row) for path in files for row in iter_rows(path))
 
 
-def _write(files: Files, sides: Ints, handles: Mapping[str, BinaryIO]) -> None:
+def _write(files: Files, sides: Ints, handles: Mapping[str, BinaryIO], fields: Sequence[tuple[str, str]]) -> None:
     for (_, row), side in zip(_rows(files), sides.tolist(), strict=True):
-        handles[SPLITS[side]].write(row.text + b"\n")
+        handles[SPLITS[side]].write(as_json_line(row, fields) + b"\n")

@@ -110,7 +110,7 @@ def _prompt(row: Row, dialect: str, fields: Sequence[tuple[str, str]]) -> tuple[
         raise not_utf8(error) from error
     if isinstance(value, dict) and not {"completion", "response"} & set(value) and "prompt" in value:
         value = {**value, "completion": ""}  # an answer is still to come
-    conversation = read_record(value, dialect, fields)
+    conversation = read_record(value, dialect, fields, in_table=row.in_table)
     if conversation.text is not None:
         raise DataError("plain text asks for no answer", expected="a conversation")
     messages = conversation.messages
