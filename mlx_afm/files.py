@@ -78,6 +78,11 @@ def _replace_folder(new: Path, path: Path) -> None:
         raise FileExistsError(errno.EEXIST, "other processes keep writing this folder", str(path))
 
 
+def visible_entries(folder: Path) -> list[Path]:
+    """The files and folders in a folder by name, without hidden ones: `.DS_Store`, `._NAME` of macOS, and the like."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
 def map_file(handle: BinaryIO) -> mmap.mmap:
     """A read-only memory map of an open file that is not empty, read ahead as files are mostly read: in order."""
     data = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)

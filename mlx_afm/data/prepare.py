@@ -16,6 +16,7 @@ import numpy.typing as npt
 from mlx_afm.data.config import DataConfig
 from mlx_afm.data.encode import encode_spans
 from mlx_afm.data.encode_block import ROLES, encode_block
+from mlx_afm.data.oddities import unknown_tokens
 from mlx_afm.data.overflow import fit
 from mlx_afm.data.problems import Problem, to_problems
 from mlx_afm.data.records import MARKS
@@ -101,6 +102,9 @@ class Preparer:
             self._one_by_one(prepared, rendered)
             return prepared
         targets = np.diff(np.concatenate([[0], np.cumsum(encoded.weights > 0)])[encoded.starts])
+        if not self.want_tokens:
+            unknown = np.cumsum(np.concatenate([[0], encoded.ids == self.tokenizer.unk_id]))[encoded.starts]
+            self._warn_of_unknown(prepared, rendered, np.flatnonzero(np.diff(unknown)).tolist())
         self._fill(prepared, rendered, places, np.column_stack([lengths, encoded.roles, targets]))
         if self.want_tokens:
             prepared.ids, prepared.weights = encoded.ids, encoded.weights
@@ -125,11 +129,21 @@ class Preparer:
                 kept.append(place)
                 parts.append(fitted.encoded)
                 counts.append((len(fitted.encoded.ids), *_tokens_of_roles(whole), sum(fitted.encoded.trained)))
+        if not self.want_tokens:
+            unknown = [place for place, part in zip(kept, parts) if self.tokenizer.unk_id in part.ids]
+            self._warn_of_unknown(prepared, rendered, unknown)
         self._fill(prepared, rendered, kept, np.array(counts, np.int64).reshape(len(counts), 2 + len(ROLES)))
         if self.want_tokens:
             prepared.ids = np.array([token for part in parts for token in part.ids], np.int32)
             weights = np.array([one for part in parts for one in part.weights], np.float32)
             prepared.weights = weights if rendered.weights else weights > 0
+
+    def _warn_of_unknown(self, prepared: Prepared, rendered: RenderedBlock, places: Sequence[int]) -> None:
+        """Adds a warning for each of these rows, whose tokens have unknown ones among them."""
+        assert self.tokenizer is not None
+        for place in places:
+            row = rendered.rows[place]
+            prepared.problems.append(unknown_tokens(rendered.whole_text(place), self.tokenizer, row, prepared.name))
 
     def _fill(
         self, prepared: Prepared, rendered: RenderedBlock, places: Sequence[int], counts: npt.NDArray[np.int64]

@@ -11,7 +11,7 @@ from typing import Any
 from mlx_afm._version import __version__
 from mlx_afm.adapters.store import CONFIG
 from mlx_afm.checkpoints.model_folder import BASE_ADAPTER
-from mlx_afm.files import read_json
+from mlx_afm.files import read_json, visible_entries
 from mlx_afm.formats.fmadapter import SUFFIX
 from mlx_afm.workflows.run_state import fingerprint_of_files
 
@@ -60,8 +60,9 @@ def base_differs(adapter: Path, model: Path) -> bool:
 
 def fingerprint_of_model(folder: Path) -> str:
     """SHA-256 that names a model folder by its configuration, weights and base adapter."""
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    files += sorted(path for path in (folder / BASE_ADAPTER).glob("*") if path.is_file())
+    files = [folder / "config.json", *(file for file in visible_entries(folder) if file.suffix == ".safetensors")]
+    if (folder / BASE_ADAPTER).is_dir():
+        files += [path for path in visible_entries(folder / BASE_ADAPTER) if path.is_file()]
     return fingerprint_of_files(files)
 
 

@@ -15,9 +15,9 @@ from mlx_afm.adapters import LoRAConfig
 from mlx_afm.adapters.store import CONFIG, WEIGHTS
 from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.checkpoints.model_folder import load_model, read_config
-from mlx_afm.data import DataConfig, TokenTable, default_cache, find_splits, read_tokens
-from mlx_afm.data.sources import Files
-from mlx_afm.errors import ConfigError, FormatError
+from mlx_afm.data import DataConfig, TokenTable, default_cache, read_tokens
+from mlx_afm.data.sources import Files, find_unread, require_splits, unread_text
+from mlx_afm.errors import ConfigError
 from mlx_afm.formats.fmadapter import require_adapter_name
 from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.training import Callback, DataOrder, DataRead, Hooks, Notice, TrainConfig, evaluate_data, join_ranks
@@ -218,7 +218,7 @@ def _course(job: LoRAJob, data: Mapping[str, TokenTable], objective: Objective) 
     if job.resume_adapter_file is not None:
         path = job.resume_adapter_file
         names = [path / CONFIG, path / WEIGHTS] if path.is_dir() and path.suffix != ".fmadapter" else path.rglob("*")
-        files = [path] if path.is_file() else [file for file in sorted(names) if file.is_file()]
+        files = [path] if path.is_file() else [f for f in sorted(names) if f.is_file() and not f.name.startswith(".")]
         sources["adapter to start from"] = fingerprint_of_files(files)
     return course_of(job.train, job.lora, sources)
 
@@ -254,18 +254,14 @@ def split_files(data: Path, split: str) -> Files:
     Raises:
         FormatError: there are none.
     """
-    splits = find_splits(data)
-    if data.is_file():
-        return splits["train"]
-    if split not in splits:
-        expected = f"{split}.jsonl (or .json, .csv, .parquet, a saved data set)"
-        raise FormatError(f"no {split} split", where=data, expected=expected)
-    return splits[split]
+    return require_splits(data)["train"] if data.is_file() else require_splits(data, split)[split]
 
 
 def _read_data(job: LoRAJob, on_event: Callback) -> dict[str, TokenTable]:
     """The splits that the run will read, each checked and announced."""
-    there = find_splits(job.data)
+    there = require_splits(job.data, "train")
+    if unread := find_unread(job.data, there):
+        on_event(Notice(text=f"{job.data}: {unread_text(unread)}"))
     wanted = ("train", *(("valid",) if "valid" in there else ()), *(("test",) if job.test else ()))
     data = {}
     for split in wanted:

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from mlx_afm.data.config import DataConfig
 from mlx_afm.data.convert import convert_data
-from mlx_afm.data.sources import Files
+from mlx_afm.data.sources import Files, require_splits
 from mlx_afm.data.split import Split, SplitConfig, split_data
 from mlx_afm.errors import ConfigError
 from mlx_afm.files import atomic_folder
-from mlx_afm.workflows.check_data import require_splits
 
 
 def split(data: Path, out: Path, config: SplitConfig, reading: DataConfig | None = None) -> Split:

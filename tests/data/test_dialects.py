@@ -76,6 +76,7 @@ RECORDS = {
         ),
     ],
 }
+CALLED_TWICE = {"from": "function_call", "value": "[]", "tool_calls": [{"function": {}}]}
 # The same for rows of tables, whose cells hold JSON.
 ROWS = [
     ("messages", {"messages": json.dumps([ASK, SAY]), "tools": json.dumps(TOOLS)}, [ASK, SAY], TOOLS),
@@ -171,8 +172,8 @@ def test_text_that_only_looks_like_messages_stays_text():
         ({"instruction": "q", "output": "a", "history": "[]"}, "auto", "only a cell of a table", "wrong-field"),
         ({"messages": "[]"}, "auto", "messages has the wrong form .expected a list, found JSON text", "wrong-field"),
         ({"conversations": "[]"}, "auto", "only a cell of a table holds it as text", "wrong-field"),
-        ({"conversations": [{"from": "gpt", "role": "assistant", "value": "x"}]}, "auto", "'from' and 'role'", "unknown-key"),
-        ({"conversations": [{"from": "function_call", "value": "[]", "tool_calls": [1]}]}, "auto", "Keep one", "wrong-tool-call"),
+        ({"conversations": [{"from": "gpt", "role": "gpt", "value": "x"}]}, "auto", "'from' and 'role'", "unknown-key"),
+        ({"conversations": [CALLED_TWICE]}, "auto", "calls in 'tool_calls' and as the value", "wrong-tool-call"),
         ({"conversations": "hello"}, "auto", "conversations has the wrong form", "no-messages"),
         ({"conversations": ["hello"]}, "auto", "conversations has the wrong form", "no-messages"),
         ({"conversations": [{"from": "bot", "value": "x"}]}, "auto", "unknown role", "unknown-role"),
