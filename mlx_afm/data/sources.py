@@ -17,7 +17,7 @@ from mlx_afm.files import visible_entries
 
 SPLITS = ("train", "valid", "test")
 NAMES = {
-    "train": ("train", "training", "train_data", "training_data"),
+    "train": ("train", "training_data"),
     "valid": ("valid", "validation", "val", "dev", "eval"),
     "test": ("test",),
 }
@@ -69,7 +69,7 @@ def require_splits(data: Path, *needed: str) -> dict[str, Files]:
     if not missing:
         return splits
     wanted = [f"{name}.jsonl" for split in missing for name in NAMES[split]]
-    expected = f"{', '.join(wanted[:-1])} or {wanted[-1]} (or .json, .csv, .parquet, a saved data set)"
+    expected = f"{' or '.join(wanted)} (or .json, .csv, .parquet, a saved data set)"
     others = [path.name for path in (visible_entries(data) if data.is_dir() else [data])]
     found = ", ".join(others[:SHOWN_NAMES]) + (f" and {len(others) - SHOWN_NAMES} more" * (len(others) > SHOWN_NAMES))
     what = f"no {' and no '.join(needed)} split" if needed else "no training data in this folder"

@@ -82,6 +82,10 @@ FAULTS = [
     ("newline-mark", [user("a<n>b"), answer("newline")]),
     ("replacement-character", [user("lost: \ufffd"), answer("something")]),
     ("empty-prompt", [user(" "), answer("an answer to nothing")]),
+    ("wrong-weight", [user("weighed"), answer("x", weight="1")]),
+    ("unknown-token", [user("say it in Japanese"), answer("東京")]),
+    ("arguments-not-json", [user("call badly"), answer("", tool_calls=[call(arguments="{'a': 1}")])]),
+    ("other-template", [user("<|user|>hi"), answer("hello")]),
 ]  # fmt: skip
 
 
@@ -131,5 +135,7 @@ def plant(folder):
             data = data.decode().encode("utf-16")
         (folder / f"{split}.jsonl").write_bytes(data)
         expected |= {(f"{split}.jsonl", line, kind) for line, (kind, _) in enumerate(rows, start=1) if kind}
-    assert len(expected) == 60, len(expected)
+        lost = [line for line, (kind, _) in enumerate(rows, start=1) if kind == "replacement-character"]
+        expected |= {(f"{split}.jsonl", line, "unknown-token") for line in lost}  # it is one
+    assert len(expected) == 65, len(expected)
     return expected

@@ -36,7 +36,7 @@ def test_all_planted_faults_and_nothing_else(tmp_path, tokenizer_file):
     expected = plant(tmp_path / "data")
     report = check_data(find_splits(tmp_path / "data"), DataConfig(max_tokens=MAX_TOKENS), tokenizer_file)
     assert sorted(found(report)) == sorted(expected)
-    assert (len(expected), len(report.counts), sum(report.counts.values())) == (60, 29, 60)
+    assert (len(expected), len(report.counts), sum(report.counts.values())) == (65, 33, 65)
     assert not report.ok
     assert (report.errors, report.warnings) == (55, 5)
     assert [(file.split, file.records, file.examples) for file in report.files] == [
