@@ -30,6 +30,8 @@ ARRAYS = ("ids", "weights", "starts", "places")
 META = "meta.json"
 ENCODING = 3  # raise it when the same line becomes other tokens
 KEPT_DAYS = 30
+CACHE_OFF = "off"  # value of $MLX_AFM_CACHE
+PRIVATE = 0o700  # encoded data can be decoded again: it is for nobody else's eyes
 
 
 def read_tokens(
@@ -123,9 +125,11 @@ def _table(parts: Sequence[Prepared], files: Files) -> TokenTable:
     )
 
 
-def default_cache() -> Path:
-    """Where encoded data is kept: `$MLX_AFM_CACHE`, else `mlx-afm` in the user's cache folder."""
+def default_cache() -> Path | None:
+    """Where encoded data is kept: `$MLX_AFM_CACHE`, else `mlx-afm` in the user's cache folder; None if that is `off`."""
     chosen = os.environ.get("MLX_AFM_CACHE")
+    if chosen == CACHE_OFF:
+        return None
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(chosen) if chosen else home / "mlx-afm"
 
@@ -154,9 +158,11 @@ def _load(entry: Path, files: Files) -> TokenTable | None:
 
 
 def _store(entry: Path, table: TokenTable) -> None:
-    """Writes an entry whole or not at all, and clears away those unused for a month."""
+    """Writes an entry whole or not at all, and deletes those unused for a month. Only the user can read any of them."""
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
+        entry.parent.parent.mkdir(PRIVATE, parents=True, exist_ok=True)
+        entry.parent.mkdir(PRIVATE, exist_ok=True)
+        entry.parent.chmod(PRIVATE)  # earlier releases left it open to all
         for old in entry.parent.iterdir():  # also what a killed process left half-written
             with suppress(FileNotFoundError):
                 used = (old / META if (old / META).exists() else old).stat().st_mtime
@@ -168,5 +174,6 @@ def _store(entry: Path, table: TokenTable) -> None:
             for name in ARRAYS:
                 np.save(folder / f"{name}.npy", getattr(table, name))
             write_json(folder / META, {"removed_tokens": table.removed_tokens, "dropped": table.dropped})
+        entry.chmod(PRIVATE)
     except OSError:
         return  # a cache that cannot be written is no reason not to train

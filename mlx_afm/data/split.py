@@ -59,6 +59,11 @@ class SplitConfig:
         """Share of each held-out side."""
         return ("valid", self.valid), ("test", self.test)
 
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """Names of the splits that are written."""
+        return ("train", *(name for name, share in self.shares if share > 0))
+
 
 @dataclass(frozen=True)
 class Split:
@@ -101,7 +106,7 @@ def split_data(
     Cost: the files are read twice; memory see `group_near`.
     """
     config = config or SplitConfig()
-    names = ["train", *(name for name, share in config.shares if share > 0)]
+    names = config.sides
     targets = {name: folder / f"{name}.jsonl" for name in names}
     require_other_files(files, targets.values())
     reading = reading or DataConfig()
@@ -151,8 +156,7 @@ def assign(groups: Ints, config: SplitConfig, *, where: object) -> Ints:
                 side_of[group] = SPLITS.index(name)
                 room -= int(sizes[group])
     sides = side_of[np.searchsorted(present, groups)]
-    needed = ["train", *(name for name, share in config.shares if share > 0)]
-    if empty := [name for name in needed if not (sides == SPLITS.index(name)).any()]:
+    if empty := [name for name in config.sides if not (sides == SPLITS.index(name)).any()]:
         found = f"{len(groups):,} examples in {len(present):,} groups of near prompts, the largest of {sizes.max():,}"
         advice = "Choose larger shares, or a higher threshold"
         raise DataError(f"too few groups: {empty[0]} would be empty", where=where, found=found, advice=advice)
