@@ -124,6 +124,10 @@ def parse_cells(record: dict[str, Any], fields: Sequence[tuple[str, str]] = ()) 
     return row
 
 
+def _dialect_with(names: Sequence[str]) -> str | None:
+    return next((dialect for dialect, keys in KEYS.items() if all(key in names for key in keys)), None)
+
+
 def _message_list(value: object) -> list[Any] | None:
     """The messages in a cell; None if it holds something else."""
     if not isinstance(value, str) or not value.startswith("[{") or '"role"' not in value:
@@ -134,12 +138,12 @@ def _message_list(value: object) -> list[Any] | None:
 
 def _dialect_of(record: Mapping[str, Any]) -> str:
     present = [key for key, value in record.items() if value is not None]
-    for names in (present, record):  # a dialect of which only null fields remain is better than none
-        for dialect, keys in KEYS.items():
-            if all(key in names for key in keys):
-                return dialect
+    if (dialect := _dialect_with(present)) is not None:
+        return dialect
     if isinstance(_first(record), list):
         return "toolkit"
+    if (dialect := _dialect_with(list(record))) is not None:
+        return dialect  # whose reader says which of its fields is null
     raise DataError(
         "no messages: a record of no dialect we know",
         kind="unknown-form",

@@ -126,7 +126,10 @@ def _table(parts: Sequence[Prepared], files: Files) -> TokenTable:
 
 
 def default_cache() -> Path | None:
-    """Where encoded data is kept: `$MLX_AFM_CACHE`, else `mlx-afm` in the user's cache folder; None if that is `off`."""
+    """The folder that keeps encoded data: `$MLX_AFM_CACHE`, else `mlx-afm` in the user's cache folder.
+
+    None, so that nothing is kept, if the variable is `off`.
+    """
     chosen = os.environ.get("MLX_AFM_CACHE")
     if chosen == CACHE_OFF:
         return None

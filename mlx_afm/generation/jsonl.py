@@ -18,7 +18,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlx_afm.data.dialects import read_record
+from mlx_afm.data.dialects import ANSWERS, read_record
 from mlx_afm.data.json_text import parse_json
 from mlx_afm.data.rows import Row, not_utf8
 from mlx_afm.data.sources import file_faults, iter_rows
@@ -83,7 +83,7 @@ def read_prompt_rows(
     for row in iter_rows(path):
         try:
             messages, tools = _prompt(row, dialect, fields)
-            if system is not None and messages[0].get("role") != "system":
+            if system is not None and messages[0].get("role") not in ("system", "developer"):
                 messages.insert(0, {"role": "system", "content": system})
             if question and messages[-1].get("role") == "user":
                 messages[-1] = {**question, **messages[-1]}
@@ -108,7 +108,7 @@ def _prompt(row: Row, dialect: str, fields: Sequence[tuple[str, str]]) -> tuple[
         value = parse_json(row.text.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise not_utf8(error) from error
-    if isinstance(value, dict) and not {"completion", "response"} & set(value) and "prompt" in value:
+    if isinstance(value, dict) and "prompt" in value and all(value.get(name) is None for name in ANSWERS):
         value = {**value, "completion": ""}  # an answer is still to come
     conversation = read_record(value, dialect, fields, in_table=row.in_table)
     if conversation.text is not None:

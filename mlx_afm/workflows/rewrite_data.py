@@ -8,7 +8,7 @@ from pathlib import Path
 from mlx_afm.data.config import DataConfig
 from mlx_afm.data.convert import convert_data
 from mlx_afm.data.sources import Files, find_splits, require_splits
-from mlx_afm.data.split import Split, SplitConfig, split_data
+from mlx_afm.data.split import Split, SplitConfig, require_other_files, split_data
 from mlx_afm.errors import ConfigError
 from mlx_afm.files import atomic_folder
 
@@ -25,8 +25,10 @@ def split(
     if len(splits) > 1:
         advice = "Name the one file to split."
         raise ConfigError("the data is split already", where=data, found=", ".join(splits), advice=advice)
+    (files,) = splits.values()
+    require_other_files(files, [out / f"{name}.jsonl" for name in config.sides])
     _require_room(out, config, overwrite)
-    return split_data(next(iter(splits.values())), out, config, reading)
+    return split_data(files, out, config, reading)
 
 
 def _require_room(out: Path, config: SplitConfig, overwrite: bool) -> None:
@@ -71,6 +73,7 @@ def convert(
     """
     splits = require_splits(source)
     if _is_one(source, splits):
+        require_other_files(splits["train"], [target])
         if target.is_file() and not overwrite:
             advice = "Choose another name, or replace it with --overwrite."
             raise ConfigError("the file exists", where=target, advice=advice)
