@@ -61,11 +61,11 @@ def iter_oddities(example: Example, text: str, row: Row, file: str) -> Iterator[
 
 
 def unknown_tokens(text: str, tokenizer: AFMTokenizer, row: Row, file: str) -> Problem:
-    """The warning about an example that holds tokens which stand for any unknown text."""
-    found = Counter(tokenizer.unknown_texts(text))
+    """The warning about an example with characters that become the unknown token."""
+    found = Counter("".join(tokenizer.unknown_texts(text)))
     message = (
-        f"the tokenizer has no piece for {_counted(found)}: the model reads and learns <unk> there, "
-        "and can never write these characters"
+        f"the tokenizer has no piece for {_counted(found)}: the model reads <unk> there, "
+        "and it can never write these characters"
     )
     return Problem(file, row.line, "unknown-token", message)
 
