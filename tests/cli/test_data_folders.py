@@ -152,7 +152,7 @@ def test_every_line_with_a_mark_of_another_template_counts(write, cli):
     ("name", "text", "says"),
     [
         ("a.jsonl", json.dumps(conversation("x"), indent=2), ["a record over several lines", "jq -c ."]),
-        ("a.jsonl", f"\n{json.dumps([conversation('x')], indent=1)}", ["array over several lines", "Name the file .json"]),
+        ("a.jsonl", f"\n{json.dumps([conversation('x')], indent=1)}", ["several lines", "Name the file .json"]),
         ("a.jsonl", f"[\n{json.dumps(conversation('x'))}\n]\n", ["a JSON array over several lines"]),
         ("a.csv", "prompt;completion\na;b\n", ["found a semicolon", "a comma in a .csv file"]),
         ("a.csv", '"prompt";"completion"\n"a";"b, c"\n', ["found a semicolon"]),

@@ -38,10 +38,10 @@ def test_all_planted_faults_and_nothing_else(tmp_path, tokenizer_file):
     assert sorted(found(report)) == sorted(expected)
     assert (len(expected), len(report.counts), sum(report.counts.values())) == (65, 33, 65)
     assert not report.ok
-    assert (report.errors, report.warnings) == (55, 5)
+    assert (report.errors, report.warnings) == (56, 9)
     assert [(file.split, file.records, file.examples) for file in report.files] == [
-        ("train", 239, 204),
-        ("valid", 69, 52),
+        ("train", 242, 206),
+        ("valid", 70, 53),
         ("test", 51, 51),
     ]
 
