@@ -6,7 +6,7 @@
 | `messages` | `{"messages": [...], "tools": [...]}` |
 | `prompt-completion` | `{"prompt", "completion"}`: texts, or lists of messages; optionally `"system"` |
 | `prompt-response` | the same with `"response"` |
-| `instruction` | `{"instruction", "input", "output"}`; optionally `"system"` and `"history"` (pairs) |
+| `instruction` | `{"instruction", "input", "output"}`; optionally `"system"`, `"tools"` and `"history"` (pairs) |
 | `sharegpt` | `{"conversations": [{"from", "value"}, ...]}`; optionally `"system"` and `"tools"` |
 | `text` | `{"text"}`: plain text, no conversation; all of it is trained |
 
@@ -82,6 +82,7 @@ def read_record(
         DataError: no dialect fits, or a field is missing or of the wrong type.
     """
     if isinstance(value, list) and dialect in ("auto", "toolkit"):
+        _refuse_records(value)
         return Conversation(value)
     if not isinstance(value, dict):
         expected = "a list of messages or an object" if dialect == "auto" else f"a record of the dialect {dialect}"
@@ -96,7 +97,18 @@ def read_record(
             expected=f"a record of the dialect {dialect}",
             found=f"fields {', '.join(map(repr, value)) or 'none'}"[:200],
         )
+    if record.get("functions") and dialect != "text":
+        advice = 'Write them as \'tools\': [{"type": "function", "function": ...}]'
+        raise DataError("'functions' would have no effect", kind="unknown-key", expected="'tools'", advice=advice)
     return _READERS[dialect](record)
+
+
+def _refuse_records(items: list[Any]) -> None:
+    """Raises DataError for a list of records in place of one record."""
+    if items and all(isinstance(item, dict) and "role" not in item and _dialect_with(list(item)) for item in items):
+        advice = "Write each record on a line of its own, or name the file .json"
+        facts: dict[str, Any] = {"expected": "one record", "found": f"a list of {len(items)}", "advice": advice}
+        raise DataError("several records in one", kind="over-lines", **facts)
 
 
 def parse_cells(record: dict[str, Any], fields: Sequence[tuple[str, str]] = ()) -> dict[str, Any]:
@@ -137,7 +149,7 @@ def _message_list(value: object) -> list[Any] | None:
 
 
 def _dialect_of(record: Mapping[str, Any]) -> str:
-    present = [key for key, value in record.items() if value is not None]
+    present = [key for key, value in record.items() if value is not None and value != []]
     if (dialect := _dialect_with(present)) is not None:
         return dialect
     if isinstance(_first(record), list):
@@ -187,7 +199,8 @@ def _instruction(record: dict[str, Any]) -> Conversation:
     for request, answer in history:
         messages += [*_turn("user", request, "history"), *_turn("assistant", answer, "history")]
     messages += _turn("user", "\n\n".join(text for text in texts if text), "instruction")
-    return Conversation([*messages, *_turn("assistant", record["output"], "output")], dialect="instruction")
+    messages += _turn("assistant", record["output"], "output")
+    return Conversation(messages, _parsed(record.get("tools")), dialect="instruction")
 
 
 def _sharegpt(record: dict[str, Any]) -> Conversation:

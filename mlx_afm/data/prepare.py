@@ -165,15 +165,18 @@ def _tokens_of_roles(encoded: Encoded) -> list[int]:
 
 
 def _fingerprints(rendered: RenderedBlock, place: int) -> tuple[int, int, int]:
-    """64 bits each of the whole example, of what comes before its last answer, and of its system turn."""
-    text, roles, weights = rendered.whole_text(place), rendered.roles[place], rendered.weights.get(place, "")
+    """64 bits each of the whole example, of what comes before its last answer, and of its system turn.
+
+    Weights do not count: a held-out example is one, however much the same text is trained.
+    """
+    text, roles = rendered.whole_text(place), rendered.roles[place]
     head = f"{TURN_START} {roles[-1]}{NEWLINE}" if roles else ""
     answer = text.rfind(head) + len(head) if roles else 0
     has_system = roles[:1] == ("system",)
     system = _system_hash(text[: text.find(TURN_END)]) if has_system else 0
     prompt = blake2b(text[:answer].encode("utf-8", "surrogatepass"), digest_size=8)
     example = prompt.copy()
-    example.update(f"{text[answer:]}{weights}".encode("utf-8", "surrogatepass"))
+    example.update(text[answer:].encode("utf-8", "surrogatepass"))
     return _number(example.digest()), _number(prompt.digest()), system
 
 

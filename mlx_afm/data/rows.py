@@ -76,12 +76,14 @@ def _over_lines(lines: Sequence[bytes | int]) -> DataError | None:
     if len(lines) < 2 or isinstance(lines[0], int) or isinstance(lines[1], int):
         return None
     first, second = lines[0].strip(), lines[1].strip()
-    if first in (b"{", b"[{") and second.startswith(b'"'):
-        what, advice = "a record over several lines", "Write each record on one line, such as with jq -c ."
-    elif first == b"[" and second.startswith((b"{", b"[", b'"')):
-        what, advice = "a JSON array over several lines", "Name the file .json, or write each record on one line"
-    else:
+    if not first.startswith((b"{", b"[")) or not first.endswith((b"{", b"[", b",")) or not second:
         return None
+    if first == b"[":
+        what, advice = "a JSON array over several lines", "Name the file .json, or write each record on one line"
+    elif second.startswith(b'"' if first.endswith(b"{") else (b'"', b"{", b"[")) and not second.endswith((b"}", b"]")):
+        what, advice = "a record over several lines", "Write each record on one line, such as with jq -c ."
+    else:
+        return None  # a damaged first line, perhaps: the second one looks whole
     return DataError(what, kind="over-lines", expected="one record a line in this form of file", advice=advice)
 
 

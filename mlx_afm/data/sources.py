@@ -85,10 +85,10 @@ def find_unread(data: Path, splits: Mapping[str, Files]) -> tuple[Path, ...]:
     """
     if not data.is_dir() or _is_saved_dataset(data):
         return ()
-    read = {file for files in splits.values() for file in files}
+    read = {_identity(file) for files in splits.values() for file in files}
     places = [data, *([data / "data"] if (data / "data").is_dir() else [])]
     there = [path for place in places for path in visible_entries(place)]
-    return tuple(path for path in there if path not in read and _looks_like_data(path))
+    return tuple(path for path in there if _looks_like_data(path) and _identity(path) not in read)
 
 
 def unread_text(unread: Sequence[Path]) -> str:
@@ -100,6 +100,15 @@ def unread_text(unread: Sequence[Path]) -> str:
 
 
 SHOWN_NAMES = 10
+
+
+def _identity(path: Path) -> object:
+    """What is the same for two names of one file: another case on some disks, or a link."""
+    try:
+        status = path.stat()
+    except OSError:
+        return path
+    return status.st_dev, status.st_ino
 
 
 def _looks_like_data(path: Path) -> bool:

@@ -152,8 +152,10 @@ def test_every_line_with_a_mark_of_another_template_counts(write, cli):
     ("name", "text", "says"),
     [
         ("a.jsonl", json.dumps(conversation("x"), indent=2), ["a record over several lines", "jq -c ."]),
-        ("a.jsonl", f"\n{json.dumps([conversation('x')], indent=1)}", ["several lines", "Name the file .json"]),
+        ("a.jsonl", f"\n{json.dumps([conversation('x')], indent=1)}", ["array", "Name the file .json"]),
         ("a.jsonl", f"[\n{json.dumps(conversation('x'))}\n]\n", ["a JSON array over several lines"]),
+        ("a.jsonl", '{ "messages": [\n  { "role": "user",\n "content": "x" } ] }', ["a record over several lines"]),
+        ("a.jsonl", json.dumps([conversation("x"), conversation("y")]), ["several records in one", "a list of 2"]),
         ("a.csv", "prompt;completion\na;b\n", ["found a semicolon", "a comma in a .csv file"]),
         ("a.csv", '"prompt";"completion"\n"a";"b, c"\n', ["found a semicolon"]),
         ("a.csv", "prompt\tcompletion\na\tb\n", ["found a tab"]),
@@ -169,6 +171,13 @@ def test_another_form_than_the_name_says_is_one_fault(name, text, says, write, c
     told = cli("lora", "--train", "--model", model_folder, "--data", path, "--adapter-path", path.with_name("adapter"))
     assert told.code == 1
     assert all(part in told.err for part in says)
+
+
+def test_a_damaged_first_line_does_not_hide_the_others(write, cli):
+    path = write("train.jsonl", '{"messages": [\n' + json.dumps(conversation("x")) + "\n")
+    ran = cli("data", "check", path, "--json")
+    assert [(problem["line"], problem["kind"]) for problem in checked(ran)["problems"]] == [(1, "bad-json")]
+    assert checked(ran)["examples"] == 1
 
 
 def test_a_table_of_one_column_may_hold_semicolons(write, cli):

@@ -227,6 +227,23 @@ def test_null_keys_of_sharegpt_are_absent(write, shown):
     assert shown(write(record))[1] == ["ho<turn_end>"]
 
 
+def test_tools_of_instructions_are_read_and_functions_refused(write, shown, cli):
+    tool = {"type": "function", "function": {"name": "weather"}}
+    text, _ = shown(write({"instruction": "Weather?", "output": "Cold.", "tools": [tool]}))
+    assert f"system tools: {json.dumps(tool)}" in text.replace("<n>", "\n")
+    ran = cli("data", "check", write({"messages": [USER, RIGHT], "functions": [tool["function"]]}), "--json")
+    (problem,) = json.loads(ran.out)["problems"]
+    assert problem["kind"] == "unknown-key"
+    assert "'functions' would have no effect (expected 'tools')" in problem["message"]
+
+
+def test_an_example_of_another_weight_is_the_same_for_held_out_data(write, cli):
+    path = write({"messages": [USER, ANSWER, AGAIN, RIGHT]})
+    write({"messages": [USER, {**ANSWER, "weight": 0}, AGAIN, RIGHT]}, name="test.jsonl")
+    ran = cli("data", "check", path.parent, "--json")
+    assert json.loads(ran.out)["counts"] == {"overlap": 1}
+
+
 def test_a_greeting_may_come_first(write, shown, cli):
     greeting = {"role": "assistant", "content": "Hello. What can I do?"}
     for before in ([], [{"role": "system", "content": "Be kind."}]):
