@@ -195,7 +195,7 @@ def _parse_message(item: object, where: str) -> Message:
             expected='{"role": ..., "content": ...}',
             found=kind_of(item),
         )
-    item = {key: value for key, value in item.items() if value is not None and not (key in _LISTS and value == [])}
+    item = {key: value for key, value in _present(item).items() if not (key in _LISTS and value == [])}
     role = item.get("role")
     role = _OTHER_NAMES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
@@ -212,6 +212,11 @@ def _parse_message(item: object, where: str) -> Message:
     )
     fields = {name: parse(item[name], where) for name, parse in optional if item.get(name) is not None}
     return Message(role, _content(item, role, where), **fields, weight=parse_weight(item, role, where))
+
+
+def _present(value: Any) -> Any:
+    """An object without its null keys; any other value as it is."""
+    return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
 
 
 def _unknown_keys(unknown: list[str], role: str, where: str) -> DataError:
@@ -243,9 +248,8 @@ def _content(item: dict[str, Any], role: str, where: str) -> Content:
 
 def _tool_calls(value: object, where: str) -> tuple[dict[str, Any], ...]:
     shape = '{"function": {"name": ..., "arguments": ...}} each'
-    calls = _dicts(value, "tool_calls", where)
-    if any(None in call.values() for call in calls):
-        calls = tuple({key: value for key, value in call.items() if value is not None} for call in calls)
+    calls = tuple(map(_present, _dicts(value, "tool_calls", where)))
+    calls = tuple({**call, "function": _present(call.get("function"))} for call in calls)
     for call in calls:
         function = call.get("function")
         known = set(call) <= {"function", "id", "type"} and call.get("type", "function") == "function"
@@ -264,6 +268,7 @@ def _response_format(value: object, where: str) -> dict[str, Any]:
     expected = '{"type": "json_schema", "json_schema": {"name", "description", "schema"}}'
     facts: dict[str, Any] = {"expected": expected, "found": repr(value)[:120]}
     fault = DataError("response_format has the wrong form", kind="wrong-response-format", where=where, **facts)
+    value = _present(value)
     if not isinstance(value, dict) or set(value) != {"type", "json_schema"} or value["type"] != "json_schema":
         raise fault
     schema = value["json_schema"]

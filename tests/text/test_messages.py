@@ -130,7 +130,7 @@ def test_results_in_a_row_are_one_message():
 
 def test_null_keys_and_empty_lists_are_absent():
     nulls = dict.fromkeys(("tool_calls", "tool_call_id", "name", "tools", "response_format", "weight", "other"))
-    call = {"id": None, "type": None, **CALLS[0]}
+    call = {"id": None, "type": None, "function": {**CALLS[0]["function"], "description": None}}
     plain = [SYSTEM, USER, CALL, RESULT, ANSWER]
     given = [{**nulls, **message} for message in plain]
     given[0]["tools"], given[1]["tool_calls"], given[4]["tool_calls"] = [], [], []
