@@ -14,6 +14,7 @@ from mlx_afm.data.config import DataConfig
 from mlx_afm.data.fix import Change, Fixed
 from mlx_afm.data.problems import Problem
 from mlx_afm.data.report import DataReport
+from mlx_afm.data.sources import unread_text
 from mlx_afm.files import to_json
 from mlx_afm.workflows.check_data import check as check_data
 
@@ -49,6 +50,8 @@ def check(data: Path, model: Path | None, reading: DataConfig, fix: Path | None,
     else:
         for line in [*_report_lines(report), *_verdict_lines(report), *([] if fixed is None else _fixed_lines(fixed))]:
             click.echo(line)
+    if report.unread_files:
+        note(f"{data}: {unread_text([Path(name) for name in report.unread_files])}.")
     if not report.lengths_checked:
         note("Lengths were not checked, nor special tokens that only the tokenizer knows: give --model.")
     sys.exit(0 if report.ok else 3)

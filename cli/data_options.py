@@ -52,6 +52,14 @@ OPTIONS = [
     click.option("--overflow", type=click.Choice(OVERFLOWS), help="What becomes of a longer one.  [default: error]"),
 ]
 
+no_cache_option = click.option(
+    "--no-cache",
+    is_flag=True,
+    default=None,
+    help="Encode the data again and keep no copy. MLX_AFM_CACHE=off does the same for every command.",
+)
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace files that are there already.")
+
 
 def reading_options(function: Command) -> Command:
     """The command gets the options above, and in their place one argument, `reading`: a `DataConfig`."""

@@ -10,7 +10,7 @@ from mlx_afm.data.config import DataConfig
 from mlx_afm.data.split import SplitConfig
 from mlx_afm.workflows.rewrite_data import split as split_data
 
-from .data_options import data_argument, record_options
+from .data_options import data_argument, overwrite_option, record_options
 from .output import json_option, show
 
 
@@ -27,6 +27,7 @@ from .output import json_option, show
     show_default=True,
     help="How much two prompts have in common to stay together; 1 groups equal prompts alone.",
 )
+@overwrite_option
 @record_options
 @json_option
 def split(
@@ -36,6 +37,7 @@ def split(
     test: float,
     seed: int,
     threshold: float,
+    overwrite: bool,
     reading: DataConfig,
     as_json: bool,
 ) -> None:
@@ -44,4 +46,4 @@ def split(
     Lines are written as they are, in their order.
     """
     config = SplitConfig(valid=valid, test=test, seed=seed, threshold=threshold)
-    show(split_data(data, out, config, reading).to_dict(), as_json)
+    show(split_data(data, out, config, reading, overwrite=overwrite).to_dict(), as_json)

@@ -32,7 +32,7 @@ START = [
 ]
 DATA = [
     *data_options.OPTIONS,
-    click.option("--no-cache", is_flag=True, default=None, help="Encode the data anew, and keep nothing of it."),
+    data_options.no_cache_option,
 ]
 LENGTH = [
     click.option("--iters", type=int, help="Optimizer steps; default: by epochs."),

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from .data_options import no_cache_option
 from .interrupts import stop_on_signals
 from .output import json_option, note, show
 from .toolkit_options import assets_option, open_model, precision_option, without_meaning
@@ -35,6 +36,7 @@ OPTIONS = [
     click.option("--loss-update-frequency", type=int, default=3, show_default=True, help="Steps between reports."),
     precision_option,
     assets_option,
+    no_cache_option,
     json_option,
 ]
 
@@ -57,6 +59,8 @@ def command(assets: Path | None, precision: str, as_json: bool, **options: Any) 
     if options["fixed_sized_sequences"] and options["max_sequence_length"] is None:
         raise click.UsageError("--fixed-sized-sequences needs --max-sequence-length")
     without_meaning(options, WITHOUT_MEANING)
+    if options.pop("no_cache"):
+        options["cache"] = None
     ToolkitTraining(model=Path(), **options).require_data()  # rather before a model is converted than after
     settings = ToolkitTraining(model=open_model(assets, precision), **options)
     with stop_on_signals() as stop:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from mlx_afm.data.check import HELD_OUT, OnProgress, Survey, survey
 from mlx_afm.data.config import DataConfig
+from mlx_afm.data.records import as_json_line
 from mlx_afm.data.repeats import find_duplicates, find_overlap
 from mlx_afm.data.report import MAX_KEPT, DataReport
 from mlx_afm.data.sources import SPLITS, Files, file_faults, is_json_lines, iter_rows
@@ -101,7 +102,7 @@ def fix_data(
     found = survey(splits, config, tokenizer_file, workers=workers, on_progress=on_progress)
     if found.unreadable:
         raise FormatError("cannot be read, so that there is no copy of it", where=sorted(found.unreadable)[0])
-    copy = _Copy(found)
+    copy = _Copy(found, (config or DataConfig()).fields)
     with atomic_folder(folder) as partial:
         written = [folder / name for name in copy.write_all(partial)]
         if not written:
@@ -116,8 +117,8 @@ def fix_data(
 class _Copy:
     """Writes the files one after the other and notes what changes."""
 
-    def __init__(self, found: Survey) -> None:
-        self.found = found
+    def __init__(self, found: Survey, fields: Sequence[tuple[str, str]]) -> None:
+        self.found, self.fields = found, fields
         self.paths = [path for name in SPLITS for path in found.splits.get(name, ())]
         self.left_out = _left_out(found)
         self.changes: list[Change] = []
@@ -145,7 +146,7 @@ class _Copy:
                 line = row.line
                 kind = left_out.kind_at(line)
                 if kind is None:
-                    handle.write(row.text + b"\n")
+                    handle.write(as_json_line(row, self.fields) + b"\n")
                     written += 1
                 else:
                     self._note(path, line, kind, REASONS.get(kind, f"left out: {kind}"))

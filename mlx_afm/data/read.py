@@ -26,10 +26,12 @@ from mlx_afm.errors import DataError, FormatError
 from mlx_afm.files import atomic_folder, read_json, sha256_of, write_json
 from mlx_afm.tree import shorten
 
-ARRAYS = ("ids", "trained", "starts", "places")
+ARRAYS = ("ids", "weights", "starts", "places")
 META = "meta.json"
-ENCODING = 2  # raise it when the same line becomes other tokens
+ENCODING = 3  # raise it when the same line becomes other tokens
 KEPT_DAYS = 30
+CACHE_OFF = "off"  # value of $MLX_AFM_CACHE
+PRIVATE = 0o700  # encoded data can be decoded again: it is for nobody else's eyes
 
 
 def read_tokens(
@@ -115,7 +117,7 @@ def _table(parts: Sequence[Prepared], files: Files) -> TokenTable:
     return TokenTable(
         files=tuple(file.name for file in files),
         ids=np.concatenate([part.ids for part in parts] or [np.zeros(0, np.int32)]),
-        trained=np.concatenate([part.trained for part in parts] or [np.zeros(0, np.bool_)]),
+        weights=np.concatenate([part.weights for part in parts] or [np.zeros(0, np.bool_)]),
         starts=np.concatenate([[0], np.cumsum(examples[:, 1])]).astype(np.int64),
         places=np.stack([file_of.astype(np.int64), examples[:, 0]], axis=1),
         removed_tokens=sum(removed for _, removed, _ in lost),
@@ -123,9 +125,14 @@ def _table(parts: Sequence[Prepared], files: Files) -> TokenTable:
     )
 
 
-def default_cache() -> Path:
-    """Where encoded data is kept: `$MLX_AFM_CACHE`, else `mlx-afm` in the user's cache folder."""
+def default_cache() -> Path | None:
+    """The folder that keeps encoded data: `$MLX_AFM_CACHE`, else `mlx-afm` in the user's cache folder.
+
+    None, so that nothing is kept, if the variable is `off`.
+    """
     chosen = os.environ.get("MLX_AFM_CACHE")
+    if chosen == CACHE_OFF:
+        return None
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(chosen) if chosen else home / "mlx-afm"
 
@@ -154,9 +161,11 @@ def _load(entry: Path, files: Files) -> TokenTable | None:
 
 
 def _store(entry: Path, table: TokenTable) -> None:
-    """Writes an entry whole or not at all, and clears away those unused for a month."""
+    """Writes an entry whole or not at all, and deletes those unused for a month. Only the user can read any of them."""
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
+        entry.parent.parent.mkdir(PRIVATE, parents=True, exist_ok=True)
+        entry.parent.mkdir(PRIVATE, exist_ok=True)
+        entry.parent.chmod(PRIVATE)  # earlier releases left it open to all
         for old in entry.parent.iterdir():  # also what a killed process left half-written
             with suppress(FileNotFoundError):
                 used = (old / META if (old / META).exists() else old).stat().st_mtime
@@ -168,5 +177,6 @@ def _store(entry: Path, table: TokenTable) -> None:
             for name in ARRAYS:
                 np.save(folder / f"{name}.npy", getattr(table, name))
             write_json(folder / META, {"removed_tokens": table.removed_tokens, "dropped": table.dropped})
+        entry.chmod(PRIVATE)
     except OSError:
         return  # a cache that cannot be written is no reason not to train

@@ -170,6 +170,12 @@ class AFMTokenizer:
         encoded = self.encode_many(in_full(texts, shared))
         return flat(encoded), np.fromiter(map(len, encoded), np.int64, len(encoded))
 
+    def unknown_texts(self, text: str) -> list[str]:
+        """The parts of a text that become the unknown token, in their order."""
+        spelled = text.replace("\n", template.NEWLINE)
+        pieces: list[str] = self._processor.encode(spelled, out_type=str)
+        return [piece for piece, token in zip(pieces, self.encode(text), strict=True) if token == self.unk_id]
+
     def decode(self, ids: Iterable[int], *, strip_prefix: bool = False) -> str:
         """Text of ids that continue a text, as an answer does: each space is kept.
 

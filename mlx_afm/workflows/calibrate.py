@@ -16,7 +16,8 @@ from mlx.utils import tree_unflatten
 from mlx_afm.adapters import Adapter, fuse_adapter, is_zero
 from mlx_afm.checkpoints.arrays import to_mlx
 from mlx_afm.checkpoints.quantized import matrices
-from mlx_afm.data import DataConfig, Tokens, find_splits, read_tokens
+from mlx_afm.data import DataConfig, Tokens, read_tokens
+from mlx_afm.data.sources import require_splits
 from mlx_afm.errors import ConfigError
 from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.model import AFMConfig, Model
@@ -80,7 +81,7 @@ def calibrated(config: QuantConfig, source: Source, calibration: Calibration, *,
         raise ConfigError("calibration data changes nothing here: only balanced scales are fitted", advice=advice)
     if source.tokenizer is None:
         raise ConfigError("calibration data without a tokenizer", advice="Put tokenizer.model beside the model.")
-    table = read_tokens(find_splits(calibration.data)["train"], source.tokenizer, calibration.reading)
+    table = read_tokens(require_splits(calibration.data, "train")["train"], source.tokenizer, calibration.reading)
     count = min(calibration.examples, len(table))
     chosen = [table[int(index)] for index in np.linspace(0, len(table) - 1, count).round()]
     weights = column_weights(_model_of(source), chosen)

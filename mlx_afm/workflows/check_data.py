@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from mlx_afm.checkpoints.hub import resolve
@@ -9,7 +10,7 @@ from mlx_afm.data.check import OnProgress, check_data
 from mlx_afm.data.config import DataConfig
 from mlx_afm.data.fix import Fixed, fix_data
 from mlx_afm.data.report import DataReport
-from mlx_afm.data.sources import Files, find_splits
+from mlx_afm.data.sources import find_unread, require_splits
 from mlx_afm.errors import ConfigError, FormatError
 from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.workflows.load import TOKENIZER
@@ -37,25 +38,13 @@ def check(
             a folder for the copy that is not empty. DataError: no example would be left in the copy.
     """
     splits = require_splits(data)
+    unread = tuple(map(str, find_unread(data, splits)))
     tokenizer_file = None if model is None else tokenizer_of(model)
     if fix is None:
-        return check_data(splits, reading, tokenizer_file, on_progress=on_progress), None
+        report = check_data(splits, reading, tokenizer_file, on_progress=on_progress)
+        return replace(report, unread_files=unread), None
     fixed = fix_data(splits, fix, reading, tokenizer_file, on_progress=on_progress)
-    return fixed.report, fixed
-
-
-def require_splits(data: Path) -> dict[str, Files]:
-    """The files of each split, of which there is at least one.
-
-    Raises:
-        FormatError: no such data, or a folder without any.
-    """
-    splits = find_splits(data)
-    if not splits:
-        names = ", ".join(sorted(path.name for path in data.iterdir())[:10]) or "an empty folder"
-        expected = "train.jsonl, valid.jsonl or test.jsonl (or .json, .csv, .parquet, a saved data set)"
-        raise FormatError("no training data in this folder", where=data, expected=expected, found=names)
-    return splits
+    return replace(fixed.report, unread_files=unread), fixed
 
 
 def tokenizer_of(model: Path) -> Path:

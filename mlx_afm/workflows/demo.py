@@ -95,7 +95,7 @@ def run_demo(
     on_step(f"scoring {len(test)} held-out requests with the base model")
     before, answers_before = exact_match(model, tokenizer, test)
     on_step(f"exact match {before:.0%}; training an adapter")
-    job = LoRAJob(model=folder, data=data, adapter_path=out / "adapter", train=TRAINING, name=ADAPTER_NAME)
+    job = LoRAJob(model=folder, data=data, adapter_path=out / "adapter", train=TRAINING, name=ADAPTER_NAME, cache=None)
     trained = train(job, on_event=on_event)
     curve = out / "loss.svg"
     write_text(curve, loss_curve_svg(read_runs([job.adapter_path]), "Demo adapter: loss"))

@@ -108,8 +108,8 @@ def _folder(path: Path) -> dict[str, Any]:
             "tokenizer": files.tokenizer is not None,
             **_torch_summary(read_torch_checkpoint(files.weights)),
         }
-    if records := visible(path.glob("*.jsonl")):
-        lines = {file.name: _file(file)["lines"] for file in records}
+    if data_files := visible(path.glob("*.jsonl")):
+        lines = {file.name: _file(file)["lines"] for file in data_files}
         return {"kind": "training data folder", "lines": lines}
     raise FormatError(
         "an unknown kind of folder", where=path, expected="a toolkit, model, adapter or data folder, or a .fmadapter"

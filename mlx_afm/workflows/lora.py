@@ -15,9 +15,9 @@ from mlx_afm.adapters import LoRAConfig
 from mlx_afm.adapters.store import CONFIG, WEIGHTS
 from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.checkpoints.model_folder import load_model, read_config
-from mlx_afm.data import DataConfig, TokenTable, default_cache, find_splits, read_tokens
-from mlx_afm.data.sources import Files
-from mlx_afm.errors import ConfigError, FormatError
+from mlx_afm.data import DataConfig, TokenTable, default_cache, read_tokens
+from mlx_afm.data.sources import Files, find_unread, require_splits, unread_text
+from mlx_afm.errors import ConfigError
 from mlx_afm.files import visible
 from mlx_afm.formats.fmadapter import require_adapter_name
 from mlx_afm.text.system_prompt import default_system_prompt, trained_system_prompts
@@ -281,18 +281,14 @@ def split_files(data: Path, split: str) -> Files:
     Raises:
         FormatError: there are none.
     """
-    splits = find_splits(data)
-    if data.is_file():
-        return splits["train"]
-    if split not in splits:
-        expected = f"{split}.jsonl (or .json, .csv, .parquet, a saved data set)"
-        raise FormatError(f"no {split} split", where=data, expected=expected)
-    return splits[split]
+    return require_splits(data)["train"] if data.is_file() else require_splits(data, split)[split]
 
 
 def _read_data(job: LoRAJob, on_event: Callback) -> dict[str, TokenTable]:
     """The splits that the run will read, each checked and announced."""
-    there = find_splits(job.data)
+    there = require_splits(job.data, "train")
+    if unread := find_unread(job.data, there):
+        on_event(Notice(text=f"{job.data}: {unread_text(unread)}"))
     wanted = ("train", *(("valid",) if "valid" in there else ()), *(("test",) if job.test else ()))
     data = {}
     for split in wanted:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from mlx_afm.data.config import DataConfig
 from mlx_afm.data.sample import Choice, Sample, sample_examples
+from mlx_afm.data.sources import require_splits
 from mlx_afm.data.stats import OnProgress, SplitStats, measure_split
-from mlx_afm.errors import FormatError
 from mlx_afm.text.tokenizer import AFMTokenizer
-from mlx_afm.workflows.check_data import require_splits, tokenizer_of
+from mlx_afm.workflows.check_data import tokenizer_of
 
 
 def stats(
@@ -37,8 +37,6 @@ def samples(
     Raises:
         FormatError: no such split; the first there is if None.
     """
-    splits = require_splits(data)
+    splits = require_splits(data, *([] if split is None else [split]))
     name = next(iter(splits)) if split is None else split
-    if name not in splits:
-        raise FormatError(f"no {name} split", where=data, expected=" or ".join(splits))
     return sample_examples(splits[name], AFMTokenizer.from_file(tokenizer_of(model)), choice, reading)

@@ -17,13 +17,13 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 
 from mlx_afm.adapters import LoRAConfig
 from mlx_afm.checkpoints.model_folder import read_toolkit_config
-from mlx_afm.data import DataConfig
+from mlx_afm.data import DataConfig, default_cache
 from mlx_afm.errors import ConfigError, FormatError
 from mlx_afm.training import (
     Callback,
@@ -61,6 +61,7 @@ class ToolkitTraining:
         max_sequence_length: longest example, what is beyond is cut off; without it too long examples are refused.
         pack_sequences: several examples a row of that length; `batch_size` rows a batch.
         loss_update_frequency: steps between reports.
+        cache: folder that keeps encoded data; None keeps nothing.
 
     Raises:
         ConfigError: settings that the toolkit refuses too.
@@ -82,6 +83,7 @@ class ToolkitTraining:
     max_sequence_length: int | None = None
     pack_sequences: bool = False
     loss_update_frequency: int = 3
+    cache: Path | None = field(default_factory=default_cache)
 
     def __post_init__(self) -> None:
         faults = []
@@ -145,6 +147,7 @@ def _job(settings: ToolkitTraining) -> LoRAJob:
     length = settings.max_sequence_length
     return LoRAJob(
         model=settings.model,
+        cache=settings.cache,
         data=_link_data(run / "data", settings),
         adapter_path=run,
         lora=LoRAConfig() if adapter is None else LoRAConfig(rank=adapter.rank, scale=adapter.scale),

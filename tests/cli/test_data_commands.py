@@ -106,7 +106,7 @@ def test_render_refusals(folder, model_folder, expect_refusal):
         expect_refusal("data", "render", folder, "--model", model_folder, *options, says=says)
 
     refuse("--line", 99, says=["no example in line 99"])
-    refuse("--split", "test", says=["no test split", "expected train or valid"])
+    refuse("--split", "test", says=["no test split", "expected test.jsonl (or .json", "found train.jsonl, valid.jsonl"])
     refuse("--line", 1, "--seed", 1, says=["two ways to choose"])
     refuse("--max-seq-length", 10, says=["train.jsonl line 1: too long"])
 
