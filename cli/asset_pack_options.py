@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .output import note
+from .parameters import PATH
 
 if TYPE_CHECKING:
     from mlx_afm.formats.draft_pair import DraftPair
@@ -24,7 +25,7 @@ _PACK = [
     ),
 ]
 _DRAFT = [
-    click.option("--draft-checkpoint", type=Path, help="With --toolkit: draft .pt, for speculative decoding."),
+    click.option("--draft-checkpoint", type=PATH, help="With --toolkit: draft .pt, for speculative decoding."),
     click.option(
         "--ignore-surplus", is_flag=True, help="Leave draft tensors out that the toolkit's spec does not name."
     ),

@@ -9,12 +9,13 @@ import click
 
 from .generate_options import generate_options
 from .output import json_option
+from .parameters import PATH, named_paths
 from .speculation_options import speculation_options
 
 
 @click.command("chat")
-@click.option("--model", type=Path, required=True, help="MLX model folder.")
-@click.option("--adapter-path", type=Path, help="Adapter folder, .pt or .fmadapter to begin with.")
+@click.option("--model", type=PATH, required=True, help="MLX model folder.")
+@click.option("--adapter-path", type=PATH, help="Adapter folder, .pt or .fmadapter to begin with.")
 @click.option("--adapter", "named", multiple=True, metavar="NAME=PATH", help="One for /adapter NAME; may be repeated.")
 @click.option("--system-prompt", help="System message; default: the model's own.")
 @click.option("--context", type=int, default=4096, show_default=True, help="Conversation and answer together.")
@@ -48,7 +49,7 @@ def command(
 
     from .chat_loop import ChatLoop
 
-    source = ChatModel(model, _adapters(named), adapter_path)
+    source = ChatModel(model, named_paths(named), adapter_path)
     tokenizer = require_tokenizer(source.tokenizer)
     speculation = None
     if draft_model is not None:
@@ -61,17 +62,3 @@ def command(
         speculation=speculation,
     )
     ChatLoop(source, chat, as_json=as_json, verbose=verbose).run()
-
-
-def _adapters(named: tuple[str, ...]) -> dict[str, Path]:
-    adapters: dict[str, Path] = {}
-    for text in named:
-        name, equals, path = text.partition("=")
-        if not equals or not name or not path:
-            raise click.UsageError(f"--adapter: expected NAME=PATH, found {text}")
-        if name in adapters:
-            raise click.UsageError(f"--adapter: {name} is there twice")
-        if not Path(path).exists():
-            raise click.UsageError(f"--adapter: no such file or folder: {path}")
-        adapters[name] = Path(path)
-    return adapters

@@ -11,6 +11,7 @@ from types import FrameType
 import click
 
 from mlx_afm.errors import AFMError
+from mlx_afm.files import to_path
 from mlx_afm.generation.chat import Chat, Turn
 from mlx_afm.workflows.chat import ChatModel, save_chat
 
@@ -130,7 +131,7 @@ class ChatLoop:
         if not name:
             note("/save FILE: a .jsonl or .json")
             return
-        path = Path(name).expanduser()
+        path = to_path(name)
         save_chat(path, self._chat.conversation, overwrite=path.absolute() in self._saved)
         self._saved.add(path.absolute())
         note(f"({len(self._chat.messages)} messages in {path})")

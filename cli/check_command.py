@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .output import json_option
+from .parameters import PATH
 
 if TYPE_CHECKING:
     from mlx_afm.formats.fmadapter_report import Report
@@ -33,11 +33,11 @@ def show_report(report: Report, as_json: bool) -> None:
 
 
 @click.command("check")
-@click.argument("package", metavar="PATH", type=Path)
+@click.argument("package", metavar="PATH", type=PATH)
 @click.option("--signature", help="Signature the base model must have, or its first digits.")
-@click.option("--expect", type=Path, help="Adapter of any form whose values the package must hold.")
-@click.option("--model", type=Path, help="Base model folder, for an --expect that needs it.")
-@click.option("--toolkit", type=Path, help="Toolkit folder that the draft files must come from.")
+@click.option("--expect", type=PATH, help="Adapter of any form whose values the package must hold.")
+@click.option("--model", type=PATH, help="Base model folder, for an --expect that needs it.")
+@click.option("--toolkit", type=PATH, help="Toolkit folder that the draft files must come from.")
 @click.option("--byte-exact", is_flag=True, help="Metadata that is not the toolkit's text fails.")
 @click.option("--reduce-rank", is_flag=True, help="The package was exported so; see export.")
 @click.option("--zero-untrained", is_flag=True, help="The package was exported so; see export.")

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from .output import json_option, note, show
+from .parameters import PATH
 from .progress import BytesProgress
 from .quantize_options import quantize_options, take_quantization
 
@@ -18,12 +19,12 @@ from .quantize_options import quantize_options, take_quantization
     "--hf-path",
     "--model",
     "source",
-    type=Path,
+    type=PATH,
     required=True,
     help="Toolkit folder, its assets, a .pt beside its JSON, an MLX folder, or the hub id of one.",
 )
 @click.option(
-    "--mlx-path", "--out", "target", type=Path, default=Path("mlx_model"), show_default=True, help="Folder to write."
+    "--mlx-path", "--out", "target", type=PATH, default=Path("mlx_model"), show_default=True, help="Folder to write."
 )
 @click.option(
     "--to", type=click.Choice(["mlx", "torch"]), default="mlx", show_default=True, help="Which form to write."
@@ -34,7 +35,7 @@ from .quantize_options import quantize_options, take_quantization
     help="Cast the weights; bfloat16 halves a float32 model. Default: as they are, so that the way back is exact.",
 )
 @quantize_options
-@click.option("--config", type=Path, help="The JSON of a lone .pt, if it does not lie beside it.")
+@click.option("--config", type=PATH, help="The JSON of a lone .pt, if it does not lie beside it.")
 @click.option("--verify", is_flag=True, help="Read everything back and compare it with the source.")
 @click.option("--no-tokenizer", is_flag=True, help="Convert a folder without tokenizer.model.")
 @json_option

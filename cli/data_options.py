@@ -12,6 +12,8 @@ import click
 from mlx_afm.data.config import CONTEXT_TOKENS, OVERFLOWS, DataConfig
 from mlx_afm.data.dialects import DIALECTS
 
+from .parameters import PATH
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 # Option -> field of `DataConfig`.
@@ -102,6 +104,6 @@ def data_argument(function: Command) -> Command:
             raise click.UsageError("give the data once: a folder with train, valid and test files, or one file")
         return function(*args, data=positional or data, **options)
 
-    option = click.option("--data", type=Path, help="The same as DATA.")
-    command: Any = click.argument("positional", type=Path, required=False, metavar="[DATA]")(option(with_data))
+    option = click.option("--data", type=PATH, help="The same as DATA.")
+    command: Any = click.argument("positional", type=PATH, required=False, metavar="[DATA]")(option(with_data))
     return command  # type: ignore[no-any-return]

@@ -14,6 +14,7 @@ from mlx_afm.workflows.show_data import stats as measure
 
 from .data_options import data_argument, reading_options
 from .output import json_option
+from .parameters import PATH
 from .progress import BytesProgress
 
 BAR = 40  # characters of the longest bar
@@ -21,7 +22,7 @@ BAR = 40  # characters of the longest bar
 
 @click.command("stats")
 @data_argument
-@click.option("--model", type=Path, required=True, help="Model folder, for its tokenizer.")
+@click.option("--model", type=PATH, required=True, help="Model folder, for its tokenizer.")
 @reading_options
 @json_option
 def stats(data: Path, model: Path, reading: DataConfig, as_json: bool) -> None:

@@ -12,6 +12,7 @@ import click
 
 from .lora_options import ESTIMATED
 from .output import json_option, note, show
+from .parameters import PATH
 from .settings import Request, request_from
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -36,8 +37,8 @@ def _size(_: click.Context, __: click.Parameter, text: str | None) -> int | None
 
 
 @click.command("estimate")
-@click.option("--model", type=Path, help="MLX model folder.  [default: the 3.18 B parameter model]")
-@click.option("--data", type=Path, help="Training data, for its real lengths.")
+@click.option("--model", type=PATH, help="MLX model folder.  [default: the 3.18 B parameter model]")
+@click.option("--data", type=PATH, help="Training data, for its real lengths.")
 @click.option("--base", help="Weights as if held so: float32, bfloat16, 8-bit, 4-bit, 2-bit.")
 @click.option("--trained-share", type=click.FloatRange(0, 1), help="Of tokens, without --data.  [default: 0.25]")
 @click.option("--memory", callback=_size, help="Of the machine meant, such as 16GB.  [default: this one's]")

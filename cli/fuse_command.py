@@ -8,14 +8,15 @@ from pathlib import Path
 import click
 
 from .output import json_option, note, show
+from .parameters import PATH
 
 
 @click.command("fuse")
-@click.option("--model", type=Path, required=True, help="MLX model folder.")
+@click.option("--model", type=PATH, required=True, help="MLX model folder.")
 @click.option(
-    "--adapter-path", type=Path, help="Adapter folder, .pt or .fmadapter; default: the model's own base adapter."
+    "--adapter-path", type=PATH, help="Adapter folder, .pt or .fmadapter; default: the model's own base adapter."
 )
-@click.option("--save-path", type=Path, default=Path("fused_model"), show_default=True, help="Folder to write.")
+@click.option("--save-path", type=PATH, default=Path("fused_model"), show_default=True, help="Folder to write.")
 @click.option(
     "--dequantize",
     is_flag=True,

@@ -9,25 +9,27 @@ from typing import Any
 import click
 
 from mlx_afm.data.config import DataConfig
+from mlx_afm.files import to_path
 
 from .data_options import record_options
 from .generate_extras import extra_options, open_extras
 from .generate_options import generate_options
 from .output import json_option, note, read_stdin, show
+from .parameters import PATH
 
 
 @click.command("generate")
-@click.option("--model", type=Path, required=True, help="MLX model folder.")
-@click.option("--adapter-path", type=Path, help="Adapter folder, .pt or .fmadapter.")
+@click.option("--model", type=PATH, required=True, help="MLX model folder.")
+@click.option("--adapter-path", type=PATH, help="Adapter folder, .pt or .fmadapter.")
 @click.option(
     "--prompt", "-p", required=True, help="The user's text; - reads it from stdin; a .jsonl has a conversation a line."
 )
-@click.option("--output", type=Path, help="Where the answers to a .jsonl go; the same command goes on after a kill.")
+@click.option("--output", type=PATH, help="Where the answers to a .jsonl go; the same command goes on after a kill.")
 @click.option("--batch-size", type=int, default=16, show_default=True, help="Prompts of a .jsonl answered at once.")
 @click.option("--system-prompt", help="System message; default: the model's own.")
 @click.option(
     "--prompt-cache-file",
-    type=Path,
+    type=PATH,
     help="Keys and values of the prompt: written if there is no such .safetensors, else used for what is alike.",
 )
 @generate_options
@@ -56,7 +58,7 @@ def command(
         del options["num_draft_tokens"]
         if options.pop("draft_model") is not None:
             raise click.UsageError("--draft-model goes with one prompt; those of a .jsonl are answered in batches")
-        answer_prompts(Path(prompt), output, batch_size, reading, as_json, **options)
+        answer_prompts(to_path(prompt), output, batch_size, reading, as_json, **options)
     elif output is not None:
         raise click.UsageError("--output goes with a --prompt that names a .jsonl")
     else:

@@ -6,18 +6,18 @@ Training and adapter options have no defaults here: the dataclasses have, below 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
 
 from . import data_options
+from .parameters import PATH
 
 PLACES = [
-    click.option("--model", type=Path, help="MLX model folder."),
-    click.option("--data", type=Path, help="Folder with train/valid/test.jsonl, or one file."),
-    click.option("--adapter-path", type=Path, help="Folder for the adapter.  [default: adapters]"),
-    click.option("--config", "-c", type=Path, help="YAML file with these options; flags win."),
+    click.option("--model", type=PATH, help="MLX model folder."),
+    click.option("--data", type=PATH, help="Folder with train/valid/test.jsonl, or one file."),
+    click.option("--adapter-path", type=PATH, help="Folder for the adapter.  [default: adapters]"),
+    click.option("--config", "-c", type=PATH, help="YAML file with these options; flags win."),
 ]
 JOBS = [
     click.option("--train", is_flag=True, help="Train."),
@@ -27,7 +27,7 @@ RESUME = [
     click.option("--resume", is_flag=True, help="Train on where the run in --adapter-path was left."),
 ]
 START = [
-    click.option("--resume-adapter-file", type=Path, help="Adapter of any form whose values a new run starts from."),
+    click.option("--resume-adapter-file", type=PATH, help="Adapter of any form whose values a new run starts from."),
     click.option("--name", help="Name of a later package; checked before training."),
 ]
 DATA = [
@@ -92,7 +92,7 @@ FORM = [
 
 # What an estimate takes of these: what memory depends on, and what may stand beside it.
 ESTIMATED = [
-    click.option("--config", "-c", type=Path, help="YAML file with options of lora; flags win."),
+    click.option("--config", "-c", type=PATH, help="YAML file with options of lora; flags win."),
     *DATA,
     *LENGTH,
     *RATE,

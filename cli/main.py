@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from mlx_afm._version import __version__
-from mlx_afm.errors import AFMError
+from mlx_afm.errors import AFMError, SettingError
 
 # Command -> what `--help` says of it. Each lives in the module of its name, as `command`.
 COMMANDS = {
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
         code: Any = group.main(arguments, standalone_mode=False)
     except AFMError as error:
         click.echo(f"mlx-afm: {error}", err=True)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, SettingError) else 1)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:

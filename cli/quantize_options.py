@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
+
+from .parameters import PATH
 
 MODES = ("affine", "balanced", "mxfp4", "nvfp4", "mxfp8")
 RECIPES = ("apple", "mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
@@ -31,7 +32,7 @@ OPTIONS = (
     ),
     click.option(
         "--calibration-data",
-        type=Path,
+        type=PATH,
         help="With balanced codes: fit their scales to what the model reads in these examples.",
     ),
     click.option("--calibration-examples", type=int, help="So many of them.  [default: 128]"),

@@ -10,13 +10,14 @@ import click
 from .interrupts import stop_on_signals
 from .lora_options import recovery_options
 from .output import json_option, note, resume_line, show
+from .parameters import PATH
 from .progress import show_event
 from .settings import request_from
 
 
 @click.command("recover")
 @recovery_options
-@click.option("--teacher", type=Path, help="Folder of the unquantised model; for --loss distill.")
+@click.option("--teacher", type=PATH, help="Folder of the unquantised model; for --loss distill.")
 @click.option(
     "--loss",
     type=click.Choice(["distill", "next-token"]),

@@ -9,12 +9,13 @@ from typing import Any
 import click
 
 from .output import json_option, note, show
+from .parameters import PATH, named_paths
 
 
 @click.command("serve")
 @click.option("--model", required=True, help="MLX model folder.")
 @click.option("--adapter", "named", multiple=True, metavar="NAME=PATH", help="An adapter and its model id; repeatable.")
-@click.option("--adapters-dir", type=Path, help="Every adapter in this folder, by its name there.")
+@click.option("--adapters-dir", type=PATH, help="Every adapter in this folder, by its name there.")
 @click.option("--adapter-memory", default="1GB", show_default=True, help="For all adapters in memory, such as 200MB.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address; others than this machine's need a key.")
 @click.option("--port", type=int, default=8080, show_default=True, help="Port; 0 for a free one.")
@@ -40,7 +41,7 @@ from .output import json_option, note, show
 @click.option("--body-timeout", type=float, default=30.0, show_default=True, help="Seconds for a request to arrive.")
 @click.option("--grace", type=float, default=30.0, show_default=True, help="Seconds to finish after SIGINT or SIGTERM.")
 @click.option(
-    "--admin-root", type=Path, multiple=True, help="Let local calls add adapters from below here; repeatable."
+    "--admin-root", type=PATH, multiple=True, help="Let local calls add adapters from below here; repeatable."
 )
 @json_option
 def command(model: str, named: tuple[str, ...], adapters_dir: Path | None, as_json: bool, **settings: Any) -> None:
@@ -49,13 +50,10 @@ def command(model: str, named: tuple[str, ...], adapters_dir: Path | None, as_js
     from mlx_afm.serving.running import Running
 
     adapters = {} if adapters_dir is None else find_adapters(adapters_dir)
-    for text in named:
-        name, equals, path = text.partition("=")
-        if not equals or not name or not path:
-            raise click.UsageError(f"--adapter: expected NAME=PATH, found {text}")
-        if name in adapters:
-            raise click.UsageError(f"--adapter: {name} is there twice")
-        adapters[name] = Path(path)
+    given = named_paths(named)
+    if twice := sorted(adapters.keys() & given.keys()):
+        raise click.UsageError(f"--adapter: {', '.join(twice)}: --adapters-dir has an adapter of this name too")
+    adapters |= given
 
     def ready(server: Running) -> None:
         show({"url": server.url, "models": list(server.models)}, as_json)

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from mlx_afm.adapters import LoRAConfig
-from mlx_afm.errors import ConfigError
+from mlx_afm.errors import ConfigError, SettingError
 from mlx_afm.training import TrainConfig
 from mlx_afm.training.config import OPTIMIZERS
 from mlx_afm.workflows.lora import LoRAJob
@@ -91,15 +91,15 @@ def request_from(file: Path | None, flags: Mapping[str, Any], required: tuple[st
     if values.get("iters") is not None and flags.get("epochs") is not None and flags.get("iters") is None:
         values["iters"] = None  # --epochs on the command line wins over iters in the file
     job = LoRAJob(
-        model=Path(values.get("model", "")),
-        data=Path(values.get("data", "")),
-        adapter_path=Path(values.get("adapter_path", "adapters")),
+        model=values.get("model", Path()),
+        data=values.get("data", Path()),
+        adapter_path=values.get("adapter_path", "adapters"),
         lora=LoRAConfig(**{name: values[name] for name in LORA_KEYS & values.keys()}),
         train=TrainConfig(**{name: values[name] for name in TRAIN_KEYS & values.keys()}),
         name=values.get("name"),
         test=switches["test"],
         resume=switches["resume"],
-        resume_adapter_file=Path(values["resume_adapter_file"]) if "resume_adapter_file" in values else None,
+        resume_adapter_file=values.get("resume_adapter_file"),
         sample_prompts=tuple(values.get("sample_prompt", ())),
         reading=reading_from(values),
         **_given(values),
@@ -121,7 +121,7 @@ def _resolve(values: dict[str, Any]) -> None:
     """
     for one, other in (("alpha", "scale"), ("layers", "num_layers")):
         if one in values and other in values:
-            raise ConfigError(f"{one} and {other} say the same thing", expected="one of them", found="both")
+            raise SettingError(f"{one} and {other} say the same thing", expected="one of them", found="both")
     for name in LISTS:
         if isinstance(values.get(name), str):
             values[name] = [part.strip() for part in values[name].split(",") if part.strip()]
@@ -131,7 +131,7 @@ def _resolve(values: dict[str, Any]) -> None:
     values |= {name: tuple(values[name]) for name in (*LISTS, "sample_prompt") if name in values}
     if (count := values.pop("num_layers", None)) is not None:
         if count != -1 and count < 1:
-            raise ConfigError("num_layers out of range", expected="at least 1, or -1 for all", found=count)
+            raise SettingError("num_layers out of range", expected="at least 1, or -1 for all", found=count)
         values["layers"] = "all" if count == -1 else f"last-{count}"
     if (ratio := values.pop("loraplus_ratio", None)) is not None:
         values["rate_factors"] = {**values.get("rate_factors", {}), "lora_b": ratio}
@@ -165,18 +165,18 @@ def read_settings(file: Path) -> dict[str, Any]:
     values = {str(name).replace("-", "_"): value for name, value in values.items() if value is not None}
     block = values.pop("lora_parameters", {})
     if not isinstance(block, dict):
-        raise ConfigError("lora_parameters is not a mapping", where=file, expected="rank, scale, dropout", found=block)
+        raise SettingError("lora_parameters is not a mapping", where=file, expected="rank, scale, dropout", found=block)
     values |= {str(name): value for name, value in block.items() if value is not None}
     unknown = [name for name in values if name not in KNOWN]
     if unknown:
         near = {name: difflib.get_close_matches(name, KNOWN, n=1) for name in unknown}
         details = [name + (f": is it {near[name][0]!r}?" if near[name] else "") for name in unknown]
-        raise ConfigError("unknown options", where=file, details=details)
+        raise SettingError("unknown options", where=file, details=details)
     values = {name: _number(value) if TYPES[name] == "float" else value for name, value in values.items()}
     wrong = [name for name, value in values.items() if not _fits(value, TYPES[name])]
     if wrong:
         details = [f"{name}: expected {KINDS[TYPES[name]][1]}, found {values[name]!r}" for name in wrong]
-        raise ConfigError("options of the wrong type", where=file, details=details)
+        raise SettingError("options of the wrong type", where=file, details=details)
     return values
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import click
 
 from .output import note
+from .parameters import PATH
 
 assets_option = click.option(
     "--assets",
-    type=Path,
+    type=PATH,
     help="The toolkit's assets.  [default: $MLX_AFM_TOOLKIT_ASSETS, else assets in the current folder]",
 )
 precision_option = click.option(

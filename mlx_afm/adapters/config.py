@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_afm.adapters.layers import ALL, layer_faults
 from mlx_afm.checkpoints.names import TARGETS
-from mlx_afm.errors import AdapterError, ConfigError
+from mlx_afm.errors import AdapterError, ConfigError, SettingError
 from mlx_afm.model import AFMConfig
 
 DEFAULT_SCALE = 0.5  # of an adapter file that carries none: alpha 16 at rank 32
@@ -72,7 +72,7 @@ class LoRAConfig:
         elif self.fine_tune_type == "qat" and 0 < len({"q", "k", "v"} & set(self.targets)) < 3:
             faults.append("targets: q, k and v are one matrix of codes; qat takes all of them or none")
         if faults:
-            raise ConfigError("the adapter's settings are out of range", details=faults)
+            raise SettingError("the adapter's settings are out of range", details=faults)
 
     def _set_scale(self, alpha: float, use_rslora: bool) -> list[str]:
         if self.scale != DEFAULT_SCALE:

@@ -27,7 +27,7 @@ from mlx_afm.checkpoints.names import (
     target_of,
 )
 from mlx_afm.errors import AdapterError
-from mlx_afm.files import atomic_folder, read_json, write_json
+from mlx_afm.files import atomic_folder, read_json, to_path, write_json
 from mlx_afm.formats.fmadapter import read_fmadapter
 from mlx_afm.formats.safetensors_file import read_safetensors, write_safetensors
 from mlx_afm.formats.tensors import LazyTensor
@@ -68,7 +68,7 @@ class Adapter:
         return self.base
 
 
-def read_adapter(path: Path, base: AFMConfig | None = None, scale: float | None = None) -> Adapter:
+def read_adapter(path: str | Path, base: AFMConfig | None = None, scale: float | None = None) -> Adapter:
     """Opens an adapter of any form; names and shapes are checked, values stay on disk.
 
     Args:
@@ -80,6 +80,7 @@ def read_adapter(path: Path, base: AFMConfig | None = None, scale: float | None 
         FormatError: no such thing, or damaged. AdapterError: an adapter for another base model, or of
             another kind. TensorsError: tensors that are not an adapter's, all listed.
     """
+    path = to_path(path)
     if path.suffix == ".fmadapter":
         adapter = _read_package(path)
     elif path.suffix == ".pt":
@@ -194,15 +195,17 @@ def _read_package(path: Path) -> Adapter:
     return Adapter(config, base, weights)
 
 
-def write_adapter_folder(folder: Path, adapter: Adapter) -> None:
+def write_adapter_folder(folder: str | Path, adapter: Adapter) -> None:
     """Writes an MLX adapter folder; an older one is replaced as a whole, or not at all."""
+    folder = to_path(folder)
     with atomic_folder(folder) as partial:
         write_adapter_weights(partial / WEIGHTS, adapter.weights)
         write_json(partial / CONFIG, to_adapter_json(adapter.config, adapter.require_base(), adapter.name))
 
 
-def write_adapter_weights(path: Path, weights: Mapping[str, LazyTensor]) -> None:
+def write_adapter_weights(path: str | Path, weights: Mapping[str, LazyTensor]) -> None:
     """Writes an `adapters.safetensors` atomically."""
+    path = to_path(path)
     write_safetensors(path, weights, {"format": "mlx"})
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mlx_afm.data.dialects import DIALECTS
-from mlx_afm.errors import ConfigError
+from mlx_afm.errors import SettingError
 from mlx_afm.text.template import DEFAULT_SYSTEM
 
 CONTEXT_TOKENS = 4096  # the model's context
@@ -40,7 +40,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if faults := list(self._faults()):
-            raise ConfigError("data settings out of range", details=faults)
+            raise SettingError("data settings out of range", details=faults)
 
     def _faults(self) -> Iterator[str]:
         if self.dialect not in ("auto", *DIALECTS):

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_afm.data.config import CONTEXT_TOKENS
-from mlx_afm.errors import ConfigError
+from mlx_afm.errors import SettingError
+from mlx_afm.files import set_paths
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
@@ -70,9 +71,10 @@ class ServeConfig:
     admin_roots: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
+        set_paths(self, "admin_roots")
         faults = list(self._faults())
         if faults:
-            raise ConfigError("the server's settings cannot be used", details=faults)
+            raise SettingError("the server's settings cannot be used", details=faults)
 
     def _faults(self) -> Iterator[str]:
         least = {"port": 0, "adapter_bytes": 0, "prefix_bytes": 0, "queue": 0, "grace_seconds": 0}
@@ -115,5 +117,5 @@ def parse_bytes(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in UNITS:
-        raise ConfigError("not a number of bytes", expected="such as 200MB, 1.5GB or 512MiB", found=repr(text))
+        raise SettingError("not a number of bytes", expected="such as 200MB, 1.5GB or 512MiB", found=repr(text))
     return int(float(match[1]) * UNITS[match[2].upper()])

@@ -17,7 +17,8 @@ from mlx_afm.adapters import Adapter, fuse_adapter, is_zero
 from mlx_afm.checkpoints.arrays import to_mlx
 from mlx_afm.checkpoints.quantized import matrices
 from mlx_afm.data import DataConfig, Tokens, find_splits, read_tokens
-from mlx_afm.errors import ConfigError
+from mlx_afm.errors import ConfigError, SettingError
+from mlx_afm.files import set_paths
 from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.model import AFMConfig, Model
 from mlx_afm.model.layers import FusedLinear, Linear
@@ -46,8 +47,9 @@ class Calibration:
     reading: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
+        set_paths(self, "data")
         if isinstance(self.examples, bool) or not isinstance(self.examples, int) or self.examples < 1:
-            raise ConfigError("calibration_examples out of range", expected="at least 1", found=self.examples)
+            raise SettingError("calibration_examples out of range", expected="at least 1", found=self.examples)
 
 
 @dataclass(frozen=True)

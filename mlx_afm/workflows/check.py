@@ -9,6 +9,7 @@ from pathlib import Path
 from mlx_afm.adapters import DeviceForm, package_tensors, read_adapter, to_device_form
 from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.errors import AdapterError, FormatError
+from mlx_afm.files import set_paths
 from mlx_afm.formats.fmadapter import APPLE_GEOMETRY, METADATA_FILE
 from mlx_afm.formats.fmadapter_check import check_fmadapter
 from mlx_afm.formats.fmadapter_metadata import read_metadata
@@ -41,6 +42,9 @@ class CheckConfig:
     byte_exact: bool = False
     reduce_rank: bool = False
     zero_untrained: bool = False
+
+    def __post_init__(self) -> None:
+        set_paths(self, "package", "expect", "model", "toolkit")
 
 
 def check_package(config: CheckConfig) -> Report:

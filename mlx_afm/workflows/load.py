@@ -18,6 +18,7 @@ from mlx_afm.adapters import (
 from mlx_afm.checkpoints.arrays import to_mlx
 from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.checkpoints.model_folder import BASE_ADAPTER, load_model, read_config, read_toolkit_config
+from mlx_afm.files import to_path
 from mlx_afm.model import Model
 from mlx_afm.text.tokenizer import AFMTokenizer
 
@@ -41,27 +42,31 @@ def load(
     """
     folder = resolve(path)
     model = load_model(folder, lazy=lazy)
-    adapter = base_adapter(folder) if adapter_path is None else open_adapter(folder, Path(adapter_path))
+    adapter = base_adapter(folder) if adapter_path is None else open_adapter(folder, adapter_path)
     if adapter is not None and (adapter_path is not None or not is_zero(adapter)):
         attach(model, adapter, where=adapter_path or folder / BASE_ADAPTER)
     return model, load_tokenizer(folder)
 
 
-def load_tokenizer(folder: Path) -> AFMTokenizer | None:
+def load_tokenizer(folder: str | Path) -> AFMTokenizer | None:
     """The tokenizer of a model folder, or None if it has none."""
+    folder = to_path(folder)
     file = folder / TOKENIZER
     return AFMTokenizer.from_file(file) if file.is_file() else None
 
 
-def open_adapter(folder: Path, path: Path) -> Adapter:
+def open_adapter(folder: str | Path, path: str | Path) -> Adapter:
     """An adapter of any form that fits the model in `folder`."""
+    folder = to_path(folder)
+    path = to_path(path)
     toolkit = read_toolkit_config(folder)
     scale = toolkit.adapter.scale if toolkit.adapter else None
     return read_adapter(path, read_config(folder), scale)
 
 
-def base_adapter(folder: Path) -> Adapter | None:
+def base_adapter(folder: str | Path) -> Adapter | None:
     """The adapter that `base-model.pt` itself holds, or None."""
+    folder = to_path(folder)
     path = folder / BASE_ADAPTER
     return open_adapter(folder, path) if path.is_dir() else None
 

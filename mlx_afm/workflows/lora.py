@@ -18,6 +18,7 @@ from mlx_afm.checkpoints.model_folder import load_model, read_config
 from mlx_afm.data import DataConfig, TokenTable, default_cache, find_splits, read_tokens
 from mlx_afm.data.sources import Files
 from mlx_afm.errors import ConfigError, FormatError
+from mlx_afm.files import set_paths, to_optional_path, to_path
 from mlx_afm.formats.fmadapter import require_adapter_name
 from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.training import Callback, DataOrder, DataRead, Hooks, Notice, TrainConfig, evaluate_data, join_ranks
@@ -80,6 +81,9 @@ class LoRAJob:
     report_to: tuple[str, ...] = ()
     project_name: str = "mlx-afm"
     ignore_memory: bool = False
+
+    def __post_init__(self) -> None:
+        set_paths(self, "model", "data", "adapter_path", "cache", "resume_adapter_file")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,15 +234,18 @@ def _facts(course: Course, total_steps: int, saved: SavedRun | None) -> dict[str
 
 
 def score(
-    model_path: Path,
-    adapter_path: Path | None,
-    data: Path,
+    model_path: str | Path,
+    adapter_path: str | Path | None,
+    data: str | Path,
     *,
     batch_size: int = 4,
     reading: DataConfig | None = None,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
 ) -> Score:
     """Loss of a model with an adapter on the test split of `data` (or on `data` itself if it is a file)."""
+    adapter_path = to_optional_path(adapter_path)
+    data = to_path(data)
+    cache = to_optional_path(cache)
     model_path = resolve(model_path)
     _require_tokenizer(model_path)
     examples = read_tokens(split_files(data, "test"), model_path / TOKENIZER, reading, cache=cache)
@@ -248,12 +255,13 @@ def score(
     return Score(loss, math.exp(loss), round(tokens), len(examples))
 
 
-def split_files(data: Path, split: str) -> Files:
+def split_files(data: str | Path, split: str) -> Files:
     """The files of a split; data itself if it is a file.
 
     Raises:
         FormatError: there are none.
     """
+    data = to_path(data)
     splits = find_splits(data)
     if data.is_file():
         return splits["train"]

@@ -16,8 +16,8 @@ from mlx_afm.adapters.layers import ALL
 from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.checkpoints.model_folder import BASE_ADAPTER, read_config, read_quantization
 from mlx_afm.checkpoints.names import TARGETS
-from mlx_afm.errors import ConfigError
-from mlx_afm.files import sha256_of
+from mlx_afm.errors import ConfigError, SettingError
+from mlx_afm.files import set_paths, sha256_of
 from mlx_afm.formats.mlx_folder import read_shards
 from mlx_afm.training import Callback, join_ranks
 from mlx_afm.training.distill import distillation_from
@@ -52,6 +52,7 @@ class RecoverJob:
     into_base: bool = False
 
     def __post_init__(self) -> None:
+        set_paths(self, "teacher")
         faults, form = [], self.run.lora
         if self.loss not in LOSSES:
             faults.append(f"loss: expected {' or '.join(LOSSES)}, found {self.loss}")
@@ -63,7 +64,7 @@ class RecoverJob:
         if self.into_base and (set(form.targets) != set(TARGETS) or form.layers != ALL):
             faults.append("into_base: a base adapter sits on all projections of all layers; leave targets and layers")
         if faults:
-            raise ConfigError("the recovery's settings do not go together", details=faults)
+            raise SettingError("the recovery's settings do not go together", details=faults)
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,18 @@ from mlx_afm.data.convert import convert_data
 from mlx_afm.data.sources import Files
 from mlx_afm.data.split import Split, SplitConfig, split_data
 from mlx_afm.errors import ConfigError
-from mlx_afm.files import atomic_folder
+from mlx_afm.files import atomic_folder, to_path
 from mlx_afm.workflows.check_data import require_splits
 
 
-def split(data: Path, out: Path, config: SplitConfig, reading: DataConfig | None = None) -> Split:
+def split(data: str | Path, out: str | Path, config: SplitConfig, reading: DataConfig | None = None) -> Split:
     """Writes train, valid and test files without a prompt on two sides; see `split_data`.
 
     Raises:
         ConfigError: the data is split already.
     """
+    data = to_path(data)
+    out = to_path(out)
     splits = require_splits(data)
     if len(splits) > 1:
         advice = "Name the one file to split."
@@ -28,7 +30,7 @@ def split(data: Path, out: Path, config: SplitConfig, reading: DataConfig | None
 
 
 def convert(
-    source: Path, target: Path, dialect: str, reading: DataConfig | None = None, columns: Sequence[str] = ()
+    source: str | Path, target: str | Path, dialect: str, reading: DataConfig | None = None, columns: Sequence[str] = ()
 ) -> dict[str, int]:
     """Writes data in another dialect; see `convert_data`.
 
@@ -46,6 +48,8 @@ def convert(
     Returns:
         Path of each file written, and its number of records.
     """
+    source = to_path(source)
+    target = to_path(target)
     splits = require_splits(source)
     if _is_one(source, splits):
         return {str(target): convert_data(splits["train"], target, dialect, reading, columns)}

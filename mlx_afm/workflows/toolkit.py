@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mlx_afm.checkpoints.toolkit import find_toolkit_files
 from mlx_afm.errors import ConfigError
-from mlx_afm.files import read_json, write_json
+from mlx_afm.files import read_json, to_optional_path, to_path, write_json
 from mlx_afm.workflows.convert import OnProgress, convert
 
 ASSETS_VARIABLE, CACHE_VARIABLE = "MLX_AFM_TOOLKIT_ASSETS", "MLX_AFM_TOOLKIT_CACHE"
@@ -52,14 +52,15 @@ PRECISIONS = {
 }
 
 
-def find_assets(given: Path | None) -> Path:
+def find_assets(given: str | Path | None) -> Path:
     """The folder of the toolkit's assets: the one given, else `$MLX_AFM_TOOLKIT_ASSETS`, else `./assets`.
 
     Raises:
         ConfigError: no such folder.
     """
+    given = to_optional_path(given)
     named = os.environ.get(ASSETS_VARIABLE)
-    assets = given or (Path(named) if named else Path("assets"))
+    assets = given or (to_path(named) if named else Path("assets"))
     if not assets.is_dir():
         advice = f"Run in the toolkit's folder, or give --assets FOLDER or ${ASSETS_VARIABLE}."
         raise ConfigError("no assets", where=assets, expected="the toolkit's assets folder", advice=advice)
@@ -67,7 +68,7 @@ def find_assets(given: Path | None) -> Path:
 
 
 def model_folder(
-    assets: Path,
+    assets: str | Path,
     precision: str,
     *,
     on_note: OnNote = lambda text: None,
@@ -86,12 +87,13 @@ def model_folder(
 
     Cost: the first time, disk for the model: 6.4 GB in 16 bits, 12.7 GB in float32.
     """
+    assets = to_path(assets)
     dtype = PRECISIONS[precision].dtype
     files = find_toolkit_files(assets)
     sources = [path for path in (files.weights, files.config, files.tokenizer) if path is not None]
     made_from = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sources]
     named = os.environ.get(CACHE_VARIABLE)
-    folder = (Path(named) if named else files.weights.absolute().parent.parent / CACHE) / dtype
+    folder = (to_path(named) if named else files.weights.absolute().parent.parent / CACHE) / dtype
     record = folder / MADE_FROM
     if record.is_file() and read_json(record) == made_from:
         return folder

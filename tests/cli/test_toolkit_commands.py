@@ -88,9 +88,9 @@ def test_packed_rows_and_a_checkpoint_every_other_epoch(toolkit, cli):
     ("options", "code", "says"),
     [
         (["--fixed-sized-sequences"], 2, "needs --max-sequence-length"),
-        (["--pack-sequences"], 1, "pack_sequences: expected with max_sequence_length"),
-        (["--max-sequence-length", 4096], 1, "expected from 1 to 4095, found 4096"),
-        (["--epochs", 0], 1, "epochs: expected at least 1"),
+        (["--pack-sequences"], 2, "pack_sequences: expected with max_sequence_length"),
+        (["--max-sequence-length", 4096], 2, "expected from 1 to 4095, found 4096"),
+        (["--epochs", 0], 2, "epochs: expected at least 1"),
         (["--precision", "f16"], 2, "f16"),
         (["--train_data", "x"], 2, "No such option"),
         (["--eval-data", "none.jsonl"], 1, "none.jsonl: no such file"),
@@ -182,7 +182,7 @@ def test_export_takes_the_toolkits_options(toolkit, adapter, model_folder, cli):
 
 def test_a_hyphen_in_the_name_is_refused_before_anything(toolkit, adapter, cli):
     ran = cli("toolkit", "export_fmadapter", "-o", "out", "-n", "my-adapter", "-c", adapter)
-    assert ran.code == 1
+    assert ran.code == 2
     assert "my_adapter" in ran.err
     assert not Path("out").exists()
 
