@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from .output import json_option, note, show
-from .parameters import PATH
+from .parameters import PATH, refuse_given
 
 
 @click.group("adapter")
@@ -31,6 +31,8 @@ def convert(source: Path, target: Path, model: Path | None, as_json: bool, **all
     """
     from mlx_afm.workflows.export import convert_adapter
 
+    if target.suffix not in (".pt", ".fmadapter"):
+        refuse_given(("reduce_rank", "zero_untrained"), "on an adapter folder, which holds any adapter as it is")
     show({"adapter": str(convert_adapter(source, target, model_path=model, on_note=note, **allowed))}, as_json)
 
 

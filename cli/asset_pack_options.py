@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .output import note
-from .parameters import PATH
+from .parameters import PATH, refuse_given
 
 if TYPE_CHECKING:
     from mlx_afm.formats.draft_pair import DraftPair
@@ -94,6 +94,7 @@ def open_draft(options: dict[str, Any]) -> DraftPair | None:
     """
     checkpoint, ignore_surplus = options.pop("draft_checkpoint"), options.pop("ignore_surplus")
     if checkpoint is None:
+        refuse_given(("ignore_surplus",), "without --draft-checkpoint")
         return None
     if options.get("toolkit") is None:
         raise click.UsageError("--draft-checkpoint needs --toolkit: the draft pair is made from the toolkit's assets")

@@ -9,7 +9,7 @@ import click
 
 from .generate_options import generate_options
 from .output import json_option
-from .parameters import PATH, named_paths
+from .parameters import PATH, named_paths, refuse_given
 from .speculation_options import speculation_options
 
 
@@ -49,6 +49,8 @@ def command(
 
     from .chat_loop import ChatLoop
 
+    if draft_model is None:
+        refuse_given(("num_draft_tokens",), "without --draft-model")
     source = ChatModel(model, named_paths(named), adapter_path)
     tokenizer = require_tokenizer(source.tokenizer)
     speculation = None

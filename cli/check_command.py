@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .output import json_option
-from .parameters import PATH
+from .parameters import PATH, refuse_given
 
 if TYPE_CHECKING:
     from mlx_afm.formats.fmadapter_report import Report
@@ -46,6 +46,8 @@ def command(as_json: bool, **options: Any) -> None:
     """Check a .fmadapter package; exit 3 lists every broken rule."""
     from mlx_afm.workflows.check import CheckConfig, check_package
 
+    if options["expect"] is None:
+        refuse_given(("model", "reduce_rank", "zero_untrained"), "without --expect")
     report = check_package(CheckConfig(**options))
     show_report(report, as_json)
     sys.exit(0 if report.ok else 3)

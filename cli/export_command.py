@@ -12,7 +12,7 @@ import click
 from .asset_pack_options import make_pack, open_draft, pack_settings, require_pack, with_pack_options
 from .check_command import show_report
 from .output import json_option, note
-from .parameters import PATH
+from .parameters import PATH, refuse_given
 
 
 def parse_creator_defined(values: tuple[str, ...]) -> dict[str, Any]:
@@ -66,6 +66,12 @@ def command(as_json: bool, creator_defined: tuple[str, ...], prompts: tuple[str,
     from mlx_afm.formats.fmadapter import no_files
     from mlx_afm.workflows.export import ExportConfig, export_package
 
+    if options["model"] is None:
+        refuse_given(("compare", "prompts"), "without --model")
+    elif not options["compare"] and not options["ladder"]:
+        refuse_given(("prompts",), "with --no-compare and without --ladder")
+    if options["signature"] is not None and options["draft_checkpoint"] is None:
+        refuse_given(("toolkit",), "with --signature and without --draft-checkpoint")
     pack = pack_settings(options)
     require_pack(pack)
     draft = open_draft(options)

@@ -10,6 +10,7 @@ import click
 
 from mlx_afm._version import __version__
 from mlx_afm.errors import AFMError, SettingError
+from mlx_afm.spelling import nearest_name
 
 # Command -> what `--help` says of it. Each lives in the module of its name, as `command`.
 COMMANDS = {
@@ -72,6 +73,10 @@ def main(arguments: list[str] | None = None) -> None:
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:
+        if isinstance(error, click.NoSuchOption):
+            error.possibilities = [
+                name for name in error.possibilities or () if nearest_name(error.option_name, [name])
+            ]
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):

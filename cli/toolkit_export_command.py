@@ -10,7 +10,7 @@ import click
 
 from .check_command import show_report
 from .output import json_option, note
-from .parameters import PATH
+from .parameters import PATH, refuse_given
 from .toolkit_options import assets_option
 
 
@@ -41,6 +41,8 @@ def command(
     from mlx_afm.workflows.export import ExportConfig
     from mlx_afm.workflows.toolkit_export import export_checkpoint
 
+    if verbose:
+        refuse_given(("quiet",), "with --verbose")
     config = ExportConfig(
         adapter=checkpoint,
         name=adapter_name,

@@ -26,7 +26,7 @@ from mlx_afm.checkpoints.names import (
     plan_names,
     target_of,
 )
-from mlx_afm.errors import AdapterError
+from mlx_afm.errors import AdapterError, ConfigError
 from mlx_afm.files import atomic_folder, read_json, to_path, write_json
 from mlx_afm.formats.fmadapter import read_fmadapter
 from mlx_afm.formats.safetensors_file import read_safetensors, write_safetensors
@@ -105,9 +105,11 @@ def _require_fit(adapter: Adapter, base: AFMConfig, path: Path) -> None:
             advice = "Use it with the model it was trained on."
             raise AdapterError("an adapter for another base model", where=path, advice=advice, details=other)
     found = {name: tensor.shape for name, tensor in adapter.weights.items()}
-    require_same_tensors(
-        adapter_shapes(base, adapter.config), found, where=path, advice="Was it trained for another base model?"
-    )
+    try:
+        shapes = adapter_shapes(base, adapter.config)
+    except ConfigError as error:
+        raise AdapterError(error.what, where=path, expected=error.expected, found=error.found) from error
+    require_same_tensors(shapes, found, where=path, advice="Was it trained for another base model?")
 
 
 def adapter_shapes(base: AFMConfig, config: LoRAConfig) -> dict[str, tuple[int, ...]]:

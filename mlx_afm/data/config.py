@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mlx_afm.data.dialects import DIALECTS
+from mlx_afm.data.dialects import DIALECTS, FIELD_NAMES
 from mlx_afm.errors import SettingError
+from mlx_afm.spelling import nearest_name
 from mlx_afm.text.template import DEFAULT_SYSTEM
 
 CONTEXT_TOKENS = 4096  # the model's context
@@ -47,6 +48,13 @@ class DataConfig:
             yield f"dialect: expected auto or one of {', '.join(DIALECTS)}, found {self.dialect}"
         if self.overflow not in OVERFLOWS:
             yield f"overflow: expected one of {', '.join(OVERFLOWS)}, found {self.overflow}"
+        for name, column in self.fields:
+            if name not in FIELD_NAMES:
+                near = nearest_name(name, FIELD_NAMES)
+                advice = "" if near is None else f"; is it {near}?"
+                yield f"field: expected one of {', '.join(FIELD_NAMES)} before =, found {name}={column}{advice}"
+        if twice := sorted({name for name, _ in self.fields if [n for n, _ in self.fields].count(name) > 1}):
+            yield f"field: expected each name once, found {', '.join(twice)} more than once"
         if self.max_tokens < 2:
             yield f"max_tokens: expected at least 2, found {self.max_tokens}"
         if self.transform is not None and not all(self.transform.partition(":")):

@@ -95,6 +95,9 @@ class ServeConfig:
             yield f"kv_bits: expected 8 or none, found {self.kv_bits}"
         if self.api_key is not None and (len(self.api_key) < 8 or not re.fullmatch(r"[!-~]+", self.api_key)):
             yield "api_key: expected at least 8 visible ASCII characters"
+        for root in self.admin_roots:
+            if not root.is_dir():
+                yield f"admin_roots: expected folders, found {root}"
         if self.api_key is None and not is_loopback(self.host):
             yield f"host: {self.host} can be reached by others; expected an api_key with it (--api-key)"
 

@@ -55,6 +55,8 @@ def check_package(config: CheckConfig) -> Report:
     """
     if not config.package.exists():
         raise FormatError("no such package", where=config.package, expected="a .fmadapter folder")
+    if config.toolkit is not None and not config.toolkit.is_dir():
+        raise FormatError("no such folder", where=config.toolkit, expected="the toolkit's folder, or its assets")
     return check_fmadapter(
         config.package,
         expect=None if config.expect is None else _expected(config.expect, config),

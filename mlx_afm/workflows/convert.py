@@ -156,9 +156,13 @@ def convert(
         verify=verify,
         on_progress=on_progress,
     )
+    is_mlx = source.is_dir() and (source / "config.json").is_file()
+    if options.config is not None and (is_mlx or to == "torch"):
+        advice = "Leave it out: an MLX folder has its own config.json."
+        raise SettingError("config is for a .pt of the toolkit", where=source, found=options.config, advice=advice)
     if to == "torch":
         return _mlx_to_torch(source, target, options)
-    if source.is_dir() and (source / "config.json").is_file():
+    if is_mlx:
         return _mlx_to_mlx(source, target, options)
     return _torch_to_mlx(source, target, options)
 

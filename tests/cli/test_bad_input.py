@@ -407,7 +407,15 @@ def test_a_name_devices_refuse_is_found_before_anything_is_read(
     expect_refusal("lora", "--train", "--model", model_folder, "--data", tmp_path, "--adapter-path", tmp_path / "run",
             "--name", name, says=says, code=2)  # fmt: skip
     expect_refusal(
-        "export", "--adapter-path", tmp_path / "any", "--name", name, "--output-dir", tmp_path / "out", says=says
+        "export",
+        "--adapter-path",
+        tmp_path / "any",
+        "--name",
+        name,
+        "--output-dir",
+        tmp_path / "out",
+        says=says,
+        code=2,
     )
 
 

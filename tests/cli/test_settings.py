@@ -7,7 +7,8 @@ import pytest
 from mlx_afm.adapters import LoRAConfig
 from mlx_afm.errors import ConfigError
 from mlx_afm.training import TrainConfig
-from mlx_afm_cli.settings import KNOWN, TYPES, read_settings, request_from
+from mlx_afm_cli.settings import request_from
+from mlx_afm_cli.settings_file import KNOWN, TYPES, read_settings
 
 PLACES = {"model": Path("m"), "data": Path("d")}
 
