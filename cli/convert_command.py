@@ -45,13 +45,16 @@ def command(source: Path, target: Path, as_json: bool, **options: Any) -> None:
 
     quantizing = take_quantization(options)
     if "init_adapter" in quantizing or "calibration" in quantizing:
-        note("computing first what the codes are to be fitted to; writing begins after that")
+        note("measuring the model first; writing starts after that")
     with BytesProgress("converting") as progress:
         done = convert(source, target, on_progress=progress.handle, **quantizing, **options)
     if done.left_dense:
-        note(f"Left dense, since groups do not divide their widths: {', '.join(done.left_dense)}")
+        note(f"Not quantized, because the group size does not divide their width: {', '.join(done.left_dense)}")
     if done.wrapper_key is not None:
-        note(f"The state dict was under the key {done.wrapper_key!r} of a larger checkpoint; the rest was left alone.")
+        note(f"The checkpoint holds more than the model; the model was read from its key {done.wrapper_key!r}")
     if done.base_adapter == "active" and done.form == "mlx":
-        note("The base model carries an adapter that is not zero. mlx-afm applies it, stock mlx-lm would not: fuse.")
+        note(
+            "The base model has an adapter that is not zero. mlx-afm applies it, mlx-lm does not. "
+            "For mlx-lm, merge it into the weights: mlx-afm fuse."
+        )
     show(asdict(done), as_json)

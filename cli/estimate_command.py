@@ -11,7 +11,7 @@ import click
 
 from .lora_options import ESTIMATED
 from .output import json_option, note, show
-from .parameters import PATH, refuse_given, size_of
+from .parameters import PATH, SIZE, refuse_given
 from .settings import Request, request_from
 
 TABLE_SETS = ("batch_size", "batch_tokens", "max_seq_length", "grad_checkpoint")
@@ -28,7 +28,7 @@ def _with_options(function: Callable[..., int]) -> Callable[..., int]:
 @click.option("--data", type=PATH, help="Training data, for its real lengths.")
 @click.option("--base", help="Weights as if held so: float32, bfloat16, 8-bit, 4-bit, 2-bit.")
 @click.option("--trained-share", type=click.FloatRange(0, 1), help="Of tokens, without --data.  [default: 0.25]")
-@click.option("--memory", callback=size_of, help="Of the machine meant, such as 16GB.  [default: this one's]")
+@click.option("--memory", type=SIZE, help="Memory of the machine, such as 16GB.  [default: this one's]")
 @click.option("--table", is_flag=True, help="Largest batches for 8 to 64 GB.")
 @_with_options
 @json_option

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import click
 
 from mlx_afm.errors import SettingError
-from mlx_afm.files import to_path
+from mlx_afm.files import parse_bytes, to_path
 
 
 class PathType(click.ParamType):  # type: ignore[type-arg]
@@ -27,7 +26,6 @@ class PathType(click.ParamType):  # type: ignore[type-arg]
 
 
 PATH = PathType()
-UNITS = ("", "K", "M", "G", "T")
 
 
 def is_given(name: str) -> bool:
@@ -66,19 +64,27 @@ def named_paths(texts: tuple[str, ...], option: str = "--adapter") -> dict[str, 
     return paths
 
 
-def size_of(ctx: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
-    """Callback of an option that is a size: the bytes of 16GB, 16 GiB or a plain number, more than 0.
+class SizeType(click.ParamType):  # type: ignore[type-arg]
+    """A number of bytes, such as 16GB or 4096.
 
-    Raises:
-        BadParameter: something else.
+    Args:
+        least: the smallest that is taken.
     """
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE | re.ASCII)
-    if not match:
-        raise click.BadParameter(f"expected a size such as 16GB, found {text!r}")
-    factor: int = (1024 if match[3] else 1000) ** UNITS.index(match[2].upper())
-    size = round(float(match[1]) * factor)
-    if size < 1:
-        raise click.BadParameter(f"expected more than 0 bytes, found {text!r}")
-    return size
+
+    name = "size"
+
+    def __init__(self, least: int) -> None:
+        self.least = least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The bytes that a text means."""
+        try:
+            size = value if isinstance(value, int) else parse_bytes(value)
+        except SettingError as error:
+            self.fail(str(error), param, ctx)
+        if size < self.least:
+            self.fail(f"expected at least {self.least} byte, found {value}", param, ctx)
+        return size
+
+
+SIZE, SIZE_OR_NONE = SizeType(1), SizeType(0)

@@ -158,9 +158,10 @@ def _by_name(values: Mapping[Any, Any], where: object) -> dict[str, Any]:
 
 def _accept_mlx_lm(values: dict[str, Any]) -> None:
     """Takes keys of mlx-lm out whose value asks for what happens here in any case; in place."""
-    for name, usual in (("mask_prompt", True), ("test_batches", -1)):
-        if values.get(name) is usual or (name == "test_batches" and values.get(name) == usual):
-            del values[name]
+    if values.get("mask_prompt") is True:  # only answers are trained
+        del values["mask_prompt"]
+    if values.get("test_batches") == -1:  # all of the test split
+        del values["test_batches"]
 
 
 def _normal(value: Any, kind: str) -> Any:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -39,6 +40,19 @@ def to_path(path: str | os.PathLike[str]) -> Path:
 def to_optional_path(path: str | os.PathLike[str] | None) -> Path | None:
     """The same; None stays None."""
     return None if path is None else to_path(path)
+
+
+def parse_bytes(text: str) -> int:
+    """The number of bytes that `200MB`, `1.5 GB`, `16G` or `4096` mean; `16GiB` counts in powers of 1024.
+
+    Raises:
+        SettingError: something else.
+    """
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE | re.ASCII)
+    if match is None:
+        raise SettingError("not a size", expected="a number of bytes such as 200MB or 1.5GB", found=f"{text!r:.80}")
+    thousands = 0 if not match[2] else 1 + "KMGT".index(match[2].upper())
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** thousands)
 
 
 def set_paths(settings: object, *names: str) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 
-LEAST_RATIO = 0.8
+LEAST_RATIO = 0.8  # of whole names
+LEAST_WORD_RATIO = 0.6  # of each word; one letter of three may differ
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
@@ -31,4 +32,4 @@ def _same_words(name: str, other: str) -> bool:
     words, others = name.lower().replace("-", "_").split("_"), other.lower().replace("-", "_").split("_")
     if len(words) != len(others):
         return len(words) == 1 or len(others) == 1
-    return all(SequenceMatcher(None, one, two).ratio() >= LEAST_RATIO - 0.1 for one, two in zip(words, others))
+    return all(SequenceMatcher(None, one, two).ratio() >= LEAST_WORD_RATIO for one, two in zip(words, others))

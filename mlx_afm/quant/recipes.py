@@ -95,7 +95,8 @@ class QuantConfig:
             raise SettingError("unknown recipe", expected=" or ".join(RECIPES), found=self.recipe)
         given = [name for name in ("mode", "bits", "group_size", "predicate") if getattr(self, name) is not None]
         if given:
-            raise SettingError(f"recipe {self.recipe} says that itself", found=", ".join(given))
+            advice = "Give the recipe, or these settings, not both."
+            raise SettingError(f"recipe {self.recipe} already sets {', '.join(given)}", advice=advice)
 
     @property
     def scheme(self) -> Scheme:

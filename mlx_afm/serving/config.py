@@ -12,7 +12,6 @@ from mlx_afm.data.config import CONTEXT_TOKENS
 from mlx_afm.errors import SettingError
 from mlx_afm.files import set_paths
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
@@ -110,15 +109,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def parse_bytes(text: str) -> int:
-    """The number of bytes that `200MB`, `1.5 GiB` or `4096` mean.
-
-    Raises:
-        ConfigError: something else.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in UNITS:
-        raise SettingError("not a number of bytes", expected="such as 200MB, 1.5GB or 512MiB", found=repr(text))
-    return int(float(match[1]) * UNITS[match[2].upper()])

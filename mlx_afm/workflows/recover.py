@@ -57,14 +57,18 @@ class RecoverJob:
         if self.loss not in LOSSES:
             faults.append(f"loss: expected {' or '.join(LOSSES)}, found {self.loss}")
         if (self.teacher is None) == (self.loss == "distill"):
-            wanted = "the unquantised model's folder" if self.loss == "distill" else "none, since it is not asked"
+            wanted = (
+                "the unquantised model's folder"
+                if self.loss == "distill"
+                else "none: with loss next-token no teacher is used"
+            )
             faults.append(f"teacher: expected {wanted}, found {self.teacher}")
         if form.fine_tune_type != "lora":
-            faults.append(f"fine_tune_type: expected lora, found {form.fine_tune_type}")
+            faults.append(f"fine_tune_type: recover trains lora only, found {form.fine_tune_type}")
         if self.into_base and (set(form.targets) != set(TARGETS) or form.layers != ALL):
-            faults.append("into_base: a base adapter sits on all projections of all layers; leave targets and layers")
+            faults.append("into_base: a base adapter has all projections of all layers; leave targets and layers out")
         if faults:
-            raise SettingError("the recovery's settings do not go together", details=faults)
+            raise SettingError("the settings of recover exclude each other", details=faults)
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,8 @@ def cli(capsys, monkeypatch):
 def expect_refusal(cli, tmp_path):
     """A function that runs a command line which must fail, and gives its message.
 
-    Failing is: exit 1 (2 for a value that an option does not take), one message on stderr (after what progress there was), nothing on stdout, and no
-    file in the test's folder made, changed or removed.
+    Failing is: exit 1, or `code`; one message on stderr (after what progress there was), nothing on stdout, and
+    no file in the test's folder made, changed or removed.
     """
 
     def run(*arguments, says, stdin=b"", code=1):

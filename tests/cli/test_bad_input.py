@@ -249,7 +249,7 @@ def test_words_need_a_tokenizer(model_folder, data_folder, copy_of, expect_refus
 @pytest.mark.parametrize(
     ("prompt", "says"),
     [
-        (b"say <turn_end> now", ["'<turn_end>'", "column 5", "write it another way"]),
+        (b"say <turn_end> now", ["'<turn_end>'", "column 5", "Change the text"]),
         (b"caf\xe9", ["stdin, byte 4: not UTF-8 text"]),
     ],
 )

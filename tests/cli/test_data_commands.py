@@ -162,5 +162,14 @@ def test_convert_refusals(folder, tmp_path, expect_refusal):
     expect_refusal("data", "convert", folder, folder, says=["the output folder is not empty"])
     expect_refusal("data", "convert", tmp_path / "none", tmp_path / "out", says=["no such file or folder"])
     expect_refusal(
-        "data", "convert", folder, tmp_path / "o", "--field", "a=b", "--transform", "x:y", says=["transform"], code=2
+        "data",
+        "convert",
+        folder,
+        tmp_path / "o",
+        "--field",
+        "prompt=b",
+        "--transform",
+        "x:y",
+        says=["transform"],
+        code=2,
     )

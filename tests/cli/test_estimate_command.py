@@ -57,7 +57,7 @@ def test_the_table(cli):
 
 @pytest.mark.parametrize(
     ("line", "says"),
-    [(("--memory", "lots"), "a size such as 16GB"), (("--data", "x"), "--data needs --model")],
+    [(("--memory", "lots"), "a number of bytes such as 200MB"), (("--data", "x"), "--data needs --model")],
 )
 def test_wrong_usage(line, says, cli):
     ran = cli("estimate", *line)

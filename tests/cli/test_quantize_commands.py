@@ -33,7 +33,7 @@ def test_quantise_inspect_generate_and_make_dense(options, forms, toolkit_folder
     told = ran.json
     assert told["quantized"] == forms
     assert len(told["left_dense"]) == 6  # 312 columns
-    assert "groups do not divide" in ran.err
+    assert "Not quantized, because the group size does not divide" in ran.err
     inspected = cli("inspect", tmp_path / "q", "--json").json
     assert (inspected["quantization"], inspected["bits_per_weight"]) == (forms, told["bits_per_weight"])
     assert inspected["parameters"] == 737232
@@ -68,7 +68,7 @@ def test_options_of_q_need_it(toolkit_folder, tmp_path, cli):
     ("options", "says", "code"),
     [
         (["-q", "--q-bits", 7], ["bits: mode affine has", "found 7"], 2),
-        (["-q", "--q-recipe", "apple", "--q-bits", 2], ["recipe apple says that itself"], 2),
+        (["-q", "--q-recipe", "apple", "--q-bits", 2], ["recipe apple already sets bits"], 2),
         (["-q", "--q-group-size", 128], ["no matrix can be quantised", "96 columns"], 1),
         (["-q", "-d"], ["either quantise or dequantise"], 2),
         (["-q", "--to", "torch"], ["a torch checkpoint has no codes"], 2),

@@ -23,7 +23,7 @@ def codes(cli, model_folder, data_folder, tmp_path):
     told = ran.json
     assert told["base_adapter"] == "active"
     assert all(after < before for before, after in told["init_errors"].values())
-    assert "writing begins after that" in ran.err
+    assert "writing starts after that" in ran.err
     return tmp_path / "q"
 
 

@@ -141,8 +141,8 @@ def test_the_layers_in_both_ways(text, flags, layers, yaml_file):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ({"alpha": 8.0, "scale": 0.5}, "alpha and scale say the same thing"),
-        ({"layers": "reuse", "num_layers": 3}, "layers and num_layers say the same thing"),
+        ({"alpha": 8.0, "scale": 0.5}, "alpha and scale exclude each other"),
+        ({"layers": "reuse", "num_layers": 3}, "layers and num_layers exclude each other"),
         ({"num_layers": 0}, "num_layers out of range"),
         ({"use_rslora": True}, "use_rslora: expected with alpha"),
         ({"fine_tune_type": "full", "targets": "q"}, "full fine-tuning takes whole layers"),

@@ -37,6 +37,12 @@ def toolkit(toolkit_folder, data_folder, tmp_path, monkeypatch):
     return folder
 
 
+def converted(dtype):
+    """The model that the toolkit's commands converted into the cache."""
+    (folder,) = Path("../cache/toolkit").glob(f"*/{dtype}")
+    return folder
+
+
 @pytest.fixture
 def adapter(adapter_forms):
     return adapter_forms["pt"]
@@ -126,7 +132,7 @@ def test_answers_are_numbered(toolkit, adapter, cli):
     assert second.startswith("1:\n")
     alone = cli("toolkit", "generate", "--prompt", "sort vido.conf in reverse", "--checkpoint", adapter, *options)
     assert alone.out.split("0:\n")[1].strip() == first.removeprefix("0:\n").strip()
-    told = cli("generate", "--model", "mlx-afm/float32", "--adapter-path", adapter, "--prompt",
+    told = cli("generate", "--model", converted("float32"), "--adapter-path", adapter, "--prompt",
                "sort vido.conf in reverse", "-m", 6, "--json").json  # fmt: skip
     assert told["text"].strip() == first.removeprefix("0:\n").strip()
     assert "--num-draft-tokens: no effect here" in ran.err
@@ -243,7 +249,7 @@ def test_a_script_written_for_the_toolkit_runs_to_a_checked_package(toolkit, cli
     assert "bf16: treated as bf16-mixed" in done.stderr
     assert Path("out/answers.txt").read_text().count("Response for prompt ") == 2
     package = Path("out/my_adapter.fmadapter")
-    ran = cli("check", package, "--expect", "out/checkpoints/adapter-final.pt", "--model", "mlx-afm/bfloat16")
+    ran = cli("check", package, "--expect", "out/checkpoints/adapter-final.pt", "--model", converted("bfloat16"))
     assert ran.code == 0, ran.out
     assert json.loads((package / "metadata.json").read_text())["author"] == "A developer"
     blobs = read_blobs(package / "adapter_weights.bin")
