@@ -33,6 +33,10 @@ class Choice:
     def __post_init__(self) -> None:
         if self.count < 1:
             raise SettingError("nothing to show", expected="at least 1 example", found=self.count)
+        if self.line is not None and self.line < 1:
+            raise SettingError("line out of range", expected="at least 1", found=self.line)
+        if self.seed is not None and self.seed < 0:
+            raise SettingError("seed out of range", expected="at least 0", found=self.seed)
         if self.line is not None and self.seed is not None:
             raise SettingError("a line and a seed are two ways to choose", advice="Give one of them.")
 

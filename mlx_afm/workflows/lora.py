@@ -17,7 +17,7 @@ from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.checkpoints.model_folder import load_model, read_config
 from mlx_afm.data import DataConfig, TokenTable, default_cache, find_splits, read_tokens
 from mlx_afm.data.sources import Files
-from mlx_afm.errors import ConfigError, FormatError
+from mlx_afm.errors import ConfigError, FormatError, SettingError
 from mlx_afm.files import set_paths, to_optional_path, to_path
 from mlx_afm.formats.fmadapter import require_adapter_name
 from mlx_afm.text.tokenizer import AFMTokenizer
@@ -84,6 +84,8 @@ class LoRAJob:
 
     def __post_init__(self) -> None:
         set_paths(self, "model", "data", "adapter_path", "cache", "resume_adapter_file")
+        if self.sample_tokens < 1:
+            raise SettingError("sample_tokens out of range", expected="at least 1", found=self.sample_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
