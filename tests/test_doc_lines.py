@@ -133,6 +133,8 @@ def run_command(line, monkeypatch, capsys, place):
         short = []
     else:
         short = SHORT.get(words[0], [])
+    if "qat" in words:
+        short = [*short, "--targets", "q,k,v,o,gate,up"]  # the demo's down projection has no multiple of 32 columns
     _clear_target(words, place)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello\n"), encoding="utf-8"))
     capsys.readouterr()
@@ -185,9 +187,8 @@ def names_of_a_reader():
             "answer": "hello", "path": Path("adapters/poet"), "source": "afm", "target": "new-codes"}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "page", [page if page == "README.md" else pytest.param(page, marks=pytest.mark.slow) for page in PAGES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
 def test_commands(page, originals, place, monkeypatch, capsys):
     async def refuse(*arguments, **settings):
         raise OSError(98, "nothing listens in this test")
