@@ -16,9 +16,13 @@ from .speculation_options import speculation_options
 @click.command("chat")
 @click.option("--model", type=PATH, required=True, help="MLX model folder.")
 @click.option("--adapter-path", type=PATH, help="Adapter folder, .pt or .fmadapter to begin with.")
-@click.option("--adapter", "named", multiple=True, metavar="NAME=PATH", help="One for /adapter NAME; may be repeated.")
+@click.option(
+    "--adapter", "named", multiple=True, metavar="NAME=PATH", help="Adapter for /adapter NAME; may be repeated."
+)
 @click.option("--system-prompt", help="System message; default: the model's own.")
-@click.option("--context", type=int, default=4096, show_default=True, help="Conversation and answer together.")
+@click.option(
+    "--context", type=int, default=4096, show_default=True, help="Longest conversation and answer together, in tokens."
+)
 @generate_options
 @speculation_options
 @click.option("--verbose", type=bool, default=False, show_default=True, help="Token counts and speed, on stderr.")
@@ -35,7 +39,7 @@ def command(
     verbose: bool,
     as_json: bool,
 ) -> None:
-    """Talk with a model; /help tells the commands.
+    """Chat with a model; /help lists the commands.
 
     A line is a message. One that ends with a backslash goes on in the next; lines between two of three double quotes
     are one message. Ctrl-C stops an answer. With --json each answer is one object on a line.

@@ -26,21 +26,19 @@ from .quantize_options import quantize_options, take_quantization
 @click.option(
     "--mlx-path", "--out", "target", type=PATH, default=Path("mlx_model"), show_default=True, help="Folder to write."
 )
-@click.option(
-    "--to", type=click.Choice(["mlx", "torch"]), default="mlx", show_default=True, help="Which form to write."
-)
+@click.option("--to", type=click.Choice(["mlx", "torch"]), default="mlx", show_default=True, help="Format to write.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Cast the weights; bfloat16 halves a float32 model. Default: as they are, so that the way back is exact.",
+    help="Cast the weights; bfloat16 halves a float32 model. Default: keep them, so that converting back is exact.",
 )
 @quantize_options
-@click.option("--config", type=PATH, help="The JSON of a lone .pt, if it does not lie beside it.")
-@click.option("--verify", is_flag=True, help="Read everything back and compare it with the source.")
+@click.option("--config", type=PATH, help="Configuration JSON of a .pt, if it is not beside the .pt.")
+@click.option("--verify", is_flag=True, help="Read the result back and compare it with the source.")
 @click.option("--no-tokenizer", is_flag=True, help="Convert a folder without tokenizer.model.")
 @json_option
 def command(source: Path, target: Path, as_json: bool, **options: Any) -> None:
-    """Convert a toolkit checkpoint to an MLX folder, or back with --to torch; quantise with -q."""
+    """Convert a toolkit checkpoint to an MLX folder, or back with --to torch; quantize with -q."""
     from mlx_afm.workflows.convert import convert
 
     quantizing = take_quantization(options)

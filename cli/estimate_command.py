@@ -25,9 +25,13 @@ def _with_options(function: Callable[..., int]) -> Callable[..., int]:
 
 @click.command("estimate")
 @click.option("--model", type=PATH, help="MLX model folder.  [default: the 3.18 B parameter model]")
-@click.option("--data", type=PATH, help="Training data, for its real lengths.")
-@click.option("--base", help="Weights as if held so: float32, bfloat16, 8-bit, 4-bit, 2-bit.")
-@click.option("--trained-share", type=click.FloatRange(0, 1), help="Of tokens, without --data.  [default: 0.25]")
+@click.option("--data", type=PATH, help="Training data, whose lengths are used.")
+@click.option("--base", help="Assume these base weights: float32, bfloat16, 8-bit, 4-bit or 2-bit.")
+@click.option(
+    "--trained-share",
+    type=click.FloatRange(0, 1),
+    help="Share of tokens that are trained, without --data.  [default: 0.25]",
+)
 @click.option("--memory", type=SIZE, help="Memory of the machine, such as 16GB.  [default: this one's]")
 @click.option("--table", is_flag=True, help="Largest batches for 8 to 64 GB.")
 @_with_options
@@ -41,7 +45,7 @@ def command(
     as_json: bool,
     **flags: Any,
 ) -> int:
-    """Say how much memory training takes before anything is loaded, and which settings fit.
+    """Estimate the memory of training before anything is loaded, and show which settings fit.
 
     Takes the options of `lora`. Without --data every example is taken to be as long as --max-seq-length.
     """

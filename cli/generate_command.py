@@ -27,15 +27,25 @@ SAMPLING = ("top_p", "top_k", "min_p", "seed")
 @click.option("--model", type=PATH, required=True, help="MLX model folder.")
 @click.option("--adapter-path", type=PATH, help="Adapter folder, .pt or .fmadapter.")
 @click.option(
-    "--prompt", "-p", required=True, help="The user's text; - reads it from stdin; a .jsonl has a conversation a line."
+    "--prompt",
+    "-p",
+    required=True,
+    help="The prompt; - reads it from stdin; a .jsonl file has one conversation a line.",
 )
-@click.option("--output", type=PATH, help="Where the answers to a .jsonl go; the same command goes on after a kill.")
-@click.option("--batch-size", type=int, default=16, show_default=True, help="Prompts of a .jsonl answered at once.")
+@click.option(
+    "--output",
+    type=PATH,
+    help="File for the answers to a .jsonl; run the same command again to continue a stopped run.",
+)
+@click.option(
+    "--batch-size", type=int, default=16, show_default=True, help="Prompts of a .jsonl that are answered at once."
+)
 @click.option("--system-prompt", help="System message; default: the model's own.")
 @click.option(
     "--prompt-cache-file",
     type=PATH,
-    help="Keys and values of the prompt: written if there is no such .safetensors, else used for what is alike.",
+    help="A .safetensors file for keys and values of the prompt: written if it does not exist, else used for "
+    "the tokens that both prompts begin with.",
 )
 @generate_options
 @extra_options

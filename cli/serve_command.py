@@ -15,24 +15,41 @@ from .parameters import PATH, SIZE, SIZE_OR_NONE, named_paths
 @click.command("serve")
 @click.option("--model", required=True, help="MLX model folder.")
 @click.option("--adapter", "named", multiple=True, metavar="NAME=PATH", help="An adapter and its model id; repeatable.")
-@click.option("--adapters-dir", type=PATH, help="Every adapter in this folder, by its name there.")
+@click.option("--adapters-dir", type=PATH, help="Serve every adapter in this folder under its file name.")
 @click.option(
     "--adapter-memory",
     type=SIZE_OR_NONE,
     default="1GB",
     show_default=True,
-    help="For all adapters in memory, such as 200MB.",
+    help="Memory for all loaded adapters, such as 200MB.",
 )
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address; others than this machine's need a key.")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; an address that other machines reach needs --api-key.",
+)
 @click.option("--port", type=int, default=8080, show_default=True, help="Port; 0 for a free one.")
-@click.option("--api-key", envvar="MLX_AFM_API_KEY", help="What clients must send; default: $MLX_AFM_API_KEY.")
-@click.option("--model-id", help="What the base is called; default: its folder's name.")
-@click.option("--max-tokens", type=int, default=512, show_default=True, help="Of an answer whose request does not say.")
+@click.option("--api-key", envvar="MLX_AFM_API_KEY", help="Key that clients must send; default: $MLX_AFM_API_KEY.")
+@click.option("--model-id", help="Model id of the base model; default: its folder's name.")
 @click.option(
-    "--temp", "temperature", type=float, default=0.0, show_default=True, help="Where the request does not say."
+    "--max-tokens", type=int, default=512, show_default=True, help="Longest answer if the request does not set it."
 )
 @click.option(
-    "--context", "context_tokens", type=int, default=4096, show_default=True, help="Prompt and answer together."
+    "--temp",
+    "temperature",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Temperature if the request does not set it.",
+)
+@click.option(
+    "--context",
+    "context_tokens",
+    type=int,
+    default=4096,
+    show_default=True,
+    help="Longest prompt and answer together, in tokens.",
 )
 @click.option("--rows", type=int, default=8, show_default=True, help="Answers generated at the same time.")
 @click.option(
@@ -44,16 +61,18 @@ from .parameters import PATH, SIZE, SIZE_OR_NONE, named_paths
     type=SIZE_OR_NONE,
     default="256MB",
     show_default=True,
-    help="For beginnings of prompts; 0 keeps none.",
+    help="Memory for keys and values of prompt prefixes; 0 turns this off.",
 )
-@click.option("--queue", type=int, default=64, show_default=True, help="Answers that may wait; then 429.")
-@click.option("--connections", type=int, default=256, show_default=True, help="Open at the same time.")
+@click.option(
+    "--queue", type=int, default=64, show_default=True, help="Requests that may wait; more are refused with 429."
+)
+@click.option("--connections", type=int, default=256, show_default=True, help="Connections open at the same time.")
 @click.option("--max-body", type=SIZE, default="1MB", show_default=True, help="Largest request.")
 @click.option("--request-timeout", type=float, default=300.0, show_default=True, help="Seconds for an answer.")
 @click.option("--body-timeout", type=float, default=30.0, show_default=True, help="Seconds for a request to arrive.")
 @click.option("--grace", type=float, default=30.0, show_default=True, help="Seconds to finish after SIGINT or SIGTERM.")
 @click.option(
-    "--admin-root", type=PATH, multiple=True, help="Let local calls add adapters from below here; repeatable."
+    "--admin-root", type=PATH, multiple=True, help="Folder from which local requests may add adapters; may be repeated."
 )
 @json_option
 def command(model: str, named: tuple[str, ...], adapters_dir: Path | None, as_json: bool, **settings: Any) -> None:

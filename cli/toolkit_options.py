@@ -20,7 +20,7 @@ precision_option = click.option(
     type=click.Choice(["f32", "bf16", "bf16-mixed", "f16-mixed"]),
     default="bf16-mixed",
     show_default=True,
-    help="Of the frozen base; adapters are float32 always.",
+    help="Precision of the frozen base model; adapters are always float32.",
 )
 
 

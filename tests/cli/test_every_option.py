@@ -5,26 +5,18 @@ the command does. Paths are tried with a file that is not there, numbers with on
 """
 
 import json
-import shutil
 from dataclasses import dataclass
 
 import click
 import pytest
 
+from command_lines import leaves, shortest_lines
 from mlx_afm.quant import QuantConfig
 from mlx_afm.workflows.convert import convert
 from mlx_afm_cli.main import group
 
 NOWHERE = "/nowhere/at-all"
 TYPES_OF_PATH = ("PathType",)
-
-
-def leaves(command, path=()):
-    """Every command that runs something, by its name in words."""
-    if not isinstance(command, click.Group):
-        return {" ".join(path): command}
-    names = command.list_commands(click.Context(command))
-    return {k: v for name in names for k, v in leaves(command.get_command(None, name), (*path, name)).items()}
 
 
 COMMANDS = leaves(group)
@@ -60,48 +52,17 @@ class World:
 @pytest.fixture(scope="module")
 def world(toolkit_folder, model_folder, adapter_forms, data_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("options")
-    shutil.copy(data_folder / "train.jsonl", folder / "all.jsonl")
-    (folder / "manifest.json").write_text('{"assetPackID": "x", "downloadPolicy": {"onDemand": null}}')
-    run = folder / "run"
-    run.mkdir()
-    (run / "metrics.jsonl").write_text('{"event": "train", "step": 1, "loss": 1.0}\n')
     codes = convert(model_folder, folder / "codes", quantization=QuantConfig()).folder
-    model, data, adapter = ["--model", str(model_folder)], ["--data", str(data_folder)], str(adapter_forms["folder"])
-    training = [*model, *data, "--adapter-path", str(folder / "out")]
-    base = {
-        "convert": ["--hf-path", str(model_folder), "--mlx-path", str(folder / "new")],
-        "lora": ["--train", *training],
-        "recover": [*training, "--loss", "next-token", "--model", str(codes)],
-        "estimate": [],
-        "plot": [str(run)],
-        "fuse": [*model, "--adapter-path", adapter, "--save-path", str(folder / "fused")],
-        "generate": [*model, "--prompt", "hello"],
-        "chat": model,
-        "serve": model,
-        "export": ["--adapter-path", adapter, "--name", "box", "--output-dir", str(folder / "package")],
-        "adapter convert": [adapter, str(folder / "x.pt")],
-        "adapter repair-manifest": [str(folder / "manifest.json")],
-        "check": [str(adapter_forms["fmadapter"])],
-        "inspect": [str(model_folder)],
-        "data check": [str(data_folder)],
-        "data convert": [str(folder / "all.jsonl"), str(folder / "all.csv")],
-        "data render": [str(data_folder), *model],
-        "data split": [str(folder / "all.jsonl"), "--out", str(folder / "split")],
-        "data stats": [str(data_folder), *model],
-        "toolkit export_fmadapter": ["-o", str(folder / "p"), "-n", "box", "-c", str(adapter_forms["pt"])],
-        "toolkit generate": ["--prompt", "x", "--assets", str(toolkit_folder)],
-        "toolkit produce_asset_pack": ["--fmadapter-path", str(adapter_forms["fmadapter"])],
-        "toolkit train_adapter": [
-            "--train-data",
-            str(folder / "all.jsonl"),
-            "--checkpoint-dir",
-            str(folder / "c"),
-            "--assets",
-            str(toolkit_folder),
-        ],
-        "toolkit train_draft_model": [],
-        "demo": ["--out", str(folder)],
-    }
+    base = shortest_lines(
+        folder,
+        {
+            "model": model_folder,
+            "codes": codes,
+            "data": data_folder,
+            "toolkit": toolkit_folder,
+            **{f"adapter {form}": path for form, path in adapter_forms.items()},
+        },
+    )
     assert set(base) == set(COMMANDS)
     return World(base, {"TOOLKIT": toolkit_folder, "MODEL": model_folder, "ADAPTER": adapter_forms["folder"]})
 

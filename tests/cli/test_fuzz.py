@@ -14,25 +14,17 @@ import sys
 import click
 import pytest
 
+from command_lines import leaves, shortest_lines
 from mlx_afm_cli.main import group, main
 
 BLOCK = 100
 ORDINARY = (0,)
 ALL = tuple(range(1, 21))
-INTEGERS = ("-1", "0", "1", "2", "3", "7", "-99999999999999999999", "x", "", "1.5", "0x10")
+INTEGERS = ("-1", "0", "1", "2", "3", "7", "-99999999999999999999", "99999999999999999999", "x", "", "1.5", "0x10")
 FLOATS = ("-1", "0", "0.5", "1", "1e-3", "nan", "inf", "-inf", "1e400", "x", "")
 TEXTS = ("", " ", "a", "box", "a b", "naïve", "\ud83d", "a=b", "prompt=question", "=", "-", "x" * 5000, "<turn_end>",
          "os:getcwd", "gone:f", "q,k,v", "0-2", "reuse", "last-1", "wandb", "iOS", "ON_DEMAND", "4-bit", "1GB", "0",
          "16 GiB", "~", "apple", "\x1b[31m", "{", "null")  # fmt: skip
-LONG = {"serve", "demo"}  # `serve` never listens here; `demo` only meets folders that it refuses
-
-
-def leaves(command, path=()):
-    """Every command that runs something, with its name in words."""
-    if not isinstance(command, click.Group):
-        return [(path, command)]
-    names = command.list_commands(click.Context(command))
-    return [leaf for name in names for leaf in leaves(command.get_command(None, name), (*path, name))]
 
 
 COMMANDS = leaves(group)
@@ -98,11 +90,11 @@ def _value(rng, parameter, world, out):
     """A text for a parameter: mostly of its type, sometimes anything."""
     kind, name = type(parameter.type).__name__, parameter.name or ""
     if rng.random() < 0.06:
-        return rng.choice([*TEXTS, *INTEGERS, *FLOATS])
+        return rng.choice(TEXTS)
     if isinstance(parameter.type, click.Choice):
         return rng.choice([*parameter.type.choices, "nonsense"])
     if "Int" in kind:
-        return rng.choice(INTEGERS)
+        return rng.choice([text for text in INTEGERS if name not in ENDLESS or len(text) < 9 or text[0] == "-"])
     if "Float" in kind:
         return rng.choice(FLOATS)
     if name in ("model", "source", "teacher", "draft_model") and rng.random() < 0.7:
@@ -139,28 +131,59 @@ def _path(rng, world, out):
     )
 
 
+ENDLESS = {"iters", "epochs", "init_rounds"}  # a large number of these is right, and takes for ever
 OUTPUTS = {"target", "output", "save_path", "output_dir", "out", "fix", "output_path", "checkpoint_dir", "manifest",
            "prompt_cache_file"}  # fmt: skip
 
 
 def _command_line(rng, world, out):
-    path, command = rng.choice(COMMANDS)
-    line = list(path)
-    if path[0] in ("lora", "recover") and rng.random() < 0.9:
-        line += ["--iters", "1", "--batch-size", "2", *(["--train"] if path[0] == "lora" else [])]
-        line += ["--model", str(world / "model"), "--data", str(world / "data")] if rng.random() < 0.8 else []
-    if path[0] in ("generate", "chat"):
-        line += ["-m", "2"]
+    """A line that works with a few options more, or one drawn as a whole."""
+    name = rng.choice(list(COMMANDS))
+    command, words = COMMANDS[name], name.split()
+    if rng.random() < 0.5:
+        line = [*words, *_lines(world, out)[name], *CHEAP.get(name, ())]
+        for parameter in rng.sample(command.params, min(len(command.params), rng.choice((1, 1, 2, 3)))):
+            if isinstance(parameter, click.Option):
+                line += _words(parameter, _drawn(rng, name, parameter, world, out), rng)
+        return line
+    line = [*words, *CHEAP.get(name, ())]
+    if name in ("lora", "recover") and rng.random() < 0.8:
+        line += ["--model", str(world / "model"), "--data", str(world / "data"), *["--train"][name == "recover" :]]
     for parameter in command.params:
-        wanted = 0.93 if parameter.required else min(0.5, 2.5 / len(command.params))
-        if rng.random() > wanted or parameter.name in ((path[0] == "demo" and ["out"]) or []):
-            continue
-        if parameter.name in OUTPUTS or (parameter.name == "adapter_path" and path[0] in ("lora", "recover")):
-            value = _path(rng, out, out) if out.exists() and any(out.iterdir()) else str(out / "new")
-        else:
-            value = _value(rng, parameter, world, out)
-        line += _words(parameter, value, rng)
-    return [*line, "--out", str(world / "data")] if path[0] == "demo" else line
+        if rng.random() < (0.93 if parameter.required else min(0.5, 2.5 / len(command.params))):
+            line += _words(parameter, _drawn(rng, name, parameter, world, out), rng)
+    return [*line, "--out", str(world / "data")] if name == "demo" else line
+
+
+CHEAP = {"lora": ["--iters", "1", "--batch-size", "2"], "recover": ["--iters", "1", "--batch-size", "2"],
+         "generate": ["-m", "2"], "chat": ["-m", "2"], "toolkit generate": ["--max-new-tokens", "2"],
+         "toolkit train_adapter": ["--epochs", "1"], "serve": ["--port", "0"]}  # fmt: skip
+
+
+def _drawn(rng, name, parameter, world, out):
+    if parameter.name in OUTPUTS or (parameter.name == "adapter_path" and name in ("lora", "recover")):
+        return _output(rng, world, out)
+    return _value(rng, parameter, world, out)
+
+
+def _output(rng, world, out):
+    """Where something is to be written: mostly a new place, sometimes one that is taken or cannot be."""
+    names = ["new", "new", "new.pt", "new.fmadapter", "new.svg", "new.jsonl", "new/deep", "n.safetensors", "taken"]
+    (out / "taken").mkdir(exist_ok=True)
+    (out / "taken" / "mine").write_text("mine")
+    odd = ["/dev/null", "", ".", str(out / ("x" * 300)), str(out / "taken" / "mine"), str(out / "taken/mine/x"), "~/f"]
+    return rng.choice([*(str(out / name) for name in names), *odd])
+
+
+def _lines(world, out):
+    """The shortest lines that work, which write below `out`."""
+    (out / "base").mkdir(exist_ok=True)
+    if not (out / "base" / "log").exists():
+        inputs = {name: world / name for name in ("model", "codes", "data")}
+        forms = {"folder": "adapter", "pt": "adapter.pt", "fmadapter": "box.fmadapter"}
+        inputs |= {"toolkit": world / "toolkit" / "assets"} | {f"adapter {k}": world / v for k, v in forms.items()}
+        return shortest_lines(out / "base", inputs)
+    raise AssertionError("once for each case")
 
 
 def _words(parameter, value, rng):
