@@ -47,7 +47,8 @@ def command(
 ) -> int:
     """Estimate the memory of training before anything is loaded, and show which settings fit.
 
-    Takes the options of `lora`. Without --data every example is taken to be as long as --max-seq-length.
+    Takes the options of `lora`; those that do not change memory are only checked. Without --data every example is
+    taken to be as long as --max-seq-length.
     """
     from mlx_afm.workflows import estimate, estimate_table
 

@@ -48,7 +48,10 @@ def shortest_lines(folder, inputs):
         "data render": [given["data"], *model],
         "data split": [rows, "--out", str(folder / "split")],
         "data stats": [given["data"], *model],
-        "toolkit export_fmadapter": ["-o", str(folder / "p"), "-n", "box", "-c", given["adapter pt"]],
+        "toolkit export_fmadapter": [
+            *("-o", str(folder / "p"), "-n", "box", "-c", given["adapter pt"]),
+            *("--assets", given["toolkit"]),
+        ],
         "toolkit generate": ["--prompt", "x", "--assets", given["toolkit"]],
         "toolkit produce_asset_pack": ["--fmadapter-path", given["adapter fmadapter"]],
         "toolkit train_adapter": [

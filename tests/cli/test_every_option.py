@@ -5,7 +5,10 @@ the command does. Paths are tried with a file that is not there, numbers with on
 """
 
 import json
+import re
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import click
 import pytest
@@ -207,3 +210,210 @@ def test_json_is_one_object(command, world, cli):
     ran = cli(*world.line(command, "--json"))
     assert ran.code in (0, 3)
     assert isinstance(json.loads(ran.out), dict)
+
+
+# Texts, choices and switches -------------------------------------------------------------------------
+
+# A text that the option does not take, and what the error says.
+WRONG = {
+    "name": ("a-b", "not a name that devices accept"),
+    "adapter_name": ("a-b", "not a name that devices accept"),
+    "field": ("a=b", "field: expected one of"),
+    "transform": ("gone:f", "no such transform"),
+    "targets": ("z", "targets: expected some of"),
+    "layers": ("z", "layers: "),
+    "report_to": ("z", "unknown report"),
+    "base": ("3-bit", "unknown form of base weights"),
+    "memory": ("lots", "not a size"),
+    "platforms": ("z", "platforms: expected some of"),
+    "download_policy": ("z", "download policy: expected one of"),
+    "installation_event_type": ("z", "installation event type: expected some of"),
+    "signature": ("12", "40 lower-case hex digits"),
+    "creator_defined": ("x", "neither K=V nor a JSON file"),
+    "columns": ("a", "only tables have columns"),
+    "named": ("x", "expected NAME=PATH"),
+    "host": ("0.0.0.0", "expected an api_key"),
+    "api_key": ("short", "api_key: expected at least 8"),
+    "adapter_memory": ("x", "not a size"),
+    "prefix_cache": ("x", "not a size"),
+    "max_body": ("x", "not a size"),
+    "num_draft_tokens": ("0", "expected 1 to 100"),
+    "stop": ("", "stop: expected texts that are not empty"),
+}
+WRONG_HERE = {
+    ("check", "signature"): None,
+    ("generate", "transform"): ("gone:f", "--transform: no effect"),
+    ("generate", "field"): ("a=b", "field: expected one of"),
+    ("serve", "model"): (NOWHERE, "nowhere"),
+    ("serve", "model_id"): None,
+    ("estimate", "transform"): None,
+    ("toolkit generate", "num_draft_tokens"): None,
+    ("plot", "output"): ("x.gif", "unknown kind of picture"),
+}
+ASIDE = {("export", name): ["--asset-pack"] for name in ("platforms", "download_policy", "installation_event_type")}
+TEXTS = [
+    (name, parameter)
+    for name, command in COMMANDS.items()
+    for parameter in command.params
+    if isinstance(parameter, click.Option) and not parameter.is_flag
+    if WRONG_HERE.get((name, parameter.name), WRONG.get(parameter.name)) is not None
+]
+
+
+@pytest.mark.parametrize(("command", "option"), TEXTS, ids=_ids(TEXTS))
+def test_a_text_that_the_option_does_not_take_is_refused(command, option, world, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLX_AFM_CACHE", str(tmp_path / "cache"))
+    value, says = WRONG_HERE.get((command, option.name), WRONG.get(option.name))
+    beside = ["--draft-model", "MODEL"] if option.name == "num_draft_tokens" else ASIDE.get((command, option.name), [])
+    ran = cli(*world.line(command, *beside, option.opts[0], value))
+    assert ran.code in (1, 2), (ran.out, ran.err)
+    assert says in ran.err
+
+
+# Options that change the result of the shortest line, with what they need beside them.
+CHANGES = {
+    "convert": {
+        "to": ["torch"],
+        "dtype": ["bfloat16"],
+        "quantize": [],
+        "verify": [],
+        "q_mode": ["mxfp8", "-q"],
+        "q_recipe": ["mixed_2_6", "-q"],
+        "init_adapter": ["weight-svd", "-q"],
+    },
+    "estimate": {
+        "table": [],
+        "grad_checkpoint": [],
+        "optimizer": ["sgd"],
+        "fine_tune_type": ["full"],
+    },
+    "generate": {"system_prompt": ["Be brief."], "verbose": ["true"]},
+    "export": {
+        "author": ["x"],
+        "description": ["x"],
+        "license": ["x"],
+        "asset_pack": [],
+        "ladder": ["--model", "MODEL"],
+    },
+    "check": {"signature": ["0" * 7]},
+    "data check": {
+        "dialect": ["text"],
+        "system_prompt": ["x", "--model", "MODEL"],
+        "overflow": ["drop", "--model", "MODEL", "--max-seq-length", "30"],
+    },
+    "data convert": {"to": ["instruction"], "dialect": ["text"]},
+    "data render": {
+        "split": ["valid"],
+        "ids": [],
+        "dialect": ["text"],
+        "overflow": ["drop", "--max-seq-length", "30"],
+    },
+    "data split": {"dialect": ["text"]},
+    "data stats": {
+        "dialect": ["text"],
+    },
+    "toolkit export_fmadapter": {"author": ["x"], "description": ["x"], "verbose": [], "quiet": []},
+    "toolkit generate": {"precision": ["f32"], "compile_model": []},
+    "lora": {
+        "fine_tune_type": ["dora"],
+        "schedule": ["linear"],
+        "optimizer": ["sgd"],
+        "no_decay": ["lora_b"],
+        "sample_prompt": ["x"],
+        "grad_checkpoint": [],
+        "use_rslora": ["--alpha", "8"],
+        "test": [],
+        "system_prompt": ["x"],
+        "no_cache": [],
+        "dialect": ["text"],
+        "overflow": ["drop", "--max-seq-length", "60"],
+    },
+    "recover": {
+        "schedule": ["linear"],
+        "optimizer": ["sgd"],
+        "no_decay": ["lora_b"],
+        "sample_prompt": ["x"],
+        "grad_checkpoint": [],
+        "use_rslora": ["--alpha", "8"],
+        "system_prompt": ["x"],
+        "no_cache": [],
+        "dialect": ["text"],
+        "overflow": ["drop", "--max-seq-length", "60"],
+        "into_base": [],
+        "loss": ["distill", "--teacher", "MODEL"],
+    },
+}
+TRIED = [(command, option) for command, options in CHANGES.items() for option in options]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "option"), TRIED, ids=[" ".join(pair) for pair in TRIED])
+def test_an_option_changes_what_the_command_does(command, option, world, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (parameter,) = [p for p in COMMANDS[command].params if p.name == option]
+    short = ["--iters", "2", "--batch-size", "2", "--steps-per-report", "1"] if command in ("lora", "recover") else []
+    short += ["-m", "3"] if command == "generate" else []
+    results = []
+    for number, more in enumerate([[], [parameter.opts[0], *CHANGES[command][option]]]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        monkeypatch.setenv("MLX_AFM_CACHE", str(folder / "cache"))
+        line = [_moved(word, world, folder) for word in world.line(command, *short, *more)]
+        ran = cli(*line)
+        said = re.sub(r"[\d.,:]+ ?(tokens|MB|per second|GB|ETA|seconds)\S*|ETA \S+|, \d:\d\d", "", ran.out + ran.err)
+        files = {str(path.relative_to(folder)): _plain(path) for path in folder.rglob("*") if path.is_file()}
+        results.append((ran.code, said.replace(str(folder), ""), files))
+    assert results[0] != results[1]
+
+
+def _plain(path):
+    """A file's bytes, without times."""
+    return re.sub(rb'"(tokens_per_second|seconds\w*|peak_memory_bytes)": [\d.e+-]+', b"", path.read_bytes())
+
+
+def _moved(word, world, folder):
+    """A target of the shortest lines, in a folder of its own; models that the command changes are copied."""
+    if word == world.base["recover"][1] and not (folder / "codes").exists():
+        shutil.copytree(word, folder / "codes")
+    if word == world.base["recover"][1]:
+        return str(folder / "codes")
+    place = Path(world.base["convert"][3]).parent
+    target = Path(word)
+    return str(folder / target.name) if target.parent == place and not target.exists() else word
+
+
+# Options of `lora` that `estimate` takes, so that a line can be reused, and only checks; its help says so.
+CHECKED_ONLY = {
+    "use_rslora",
+    "transform",
+    "no_cache",
+    "ignore_memory",
+    "dialect",
+    "system_prompt",
+    "overflow",
+    "schedule",
+    "no_decay",
+}
+
+
+def test_every_option_is_tried_in_one_of_these_ways():
+    tried = {(name, p.name) for name, p in (*INPUTS, *NUMBERS, *TEXTS)} | set(TRIED)
+    tried |= {(command, name) for command, names in OUTPUTS.items() for name in names}
+    elsewhere = {  # `test_what_was_ignored_is_refused`, and the tests of each command
+        ("check", "byte_exact"), ("data render", "system_prompt"), ("data stats", "system_prompt"),
+        ("convert", "dequantize"), ("convert", "no_tokenizer"), ("fuse", "dequantize"), ("export", "reduce_rank"),
+        ("export", "zero_untrained"), ("export", "compare"), ("export", "prompts"), ("export", "ignore_surplus"),
+        ("adapter convert", "reduce_rank"), ("adapter convert", "zero_untrained"), ("check", "reduce_rank"),
+        ("check", "zero_untrained"), ("generate", "dialect"), ("generate", "prompt"), ("generate", "kv_bits"),
+        ("chat", "system_prompt"), ("chat", "kv_bits"), ("chat", "verbose"), ("serve", "kv_bits"),
+        ("serve", "model_id"), ("data stats", "overflow"), ("lora", "train"), ("lora", "resume"), ("recover", "resume"),
+        ("toolkit generate", "prompt"), ("toolkit train_adapter", "activation_checkpointing"),
+        ("toolkit train_adapter", "compile_model"), ("toolkit train_adapter", "fixed_sized_sequences"),
+        ("toolkit train_adapter", "pack_sequences"), ("toolkit train_adapter", "precision"),
+        *((name, option) for name in ("lora", "recover") for option in ("ignore_memory", "project_name")),
+        *(("estimate", option) for option in CHECKED_ONLY),
+    }  # fmt: skip
+    options = [(name, p) for name, command in COMMANDS.items() for p in command.params]
+    every = {(name, p.name) for name, p in options if isinstance(p, click.Option)}
+    assert sorted(every - tried - elsewhere - {(name, "as_json") for name in COMMANDS}) == []

@@ -145,19 +145,22 @@ def _command_line(rng, world, out):
         for parameter in rng.sample(command.params, min(len(command.params), rng.choice((1, 1, 2, 3)))):
             if isinstance(parameter, click.Option):
                 line += _words(parameter, _drawn(rng, name, parameter, world, out), rng)
-        return line
+        return [*line, *AT_THE_END.get(name, ())]
     line = [*words, *CHEAP.get(name, ())]
     if name in ("lora", "recover") and rng.random() < 0.8:
         line += ["--model", str(world / "model"), "--data", str(world / "data"), *["--train"][name == "recover" :]]
     for parameter in command.params:
         if rng.random() < (0.93 if parameter.required else min(0.5, 2.5 / len(command.params))):
             line += _words(parameter, _drawn(rng, name, parameter, world, out), rng)
-    return [*line, "--out", str(world / "data")] if name == "demo" else line
+    return [*line, *AT_THE_END.get(name, ())]
 
 
 CHEAP = {"lora": ["--iters", "1", "--batch-size", "2"], "recover": ["--iters", "1", "--batch-size", "2"],
          "generate": ["-m", "2"], "chat": ["-m", "2"], "toolkit generate": ["--max-new-tokens", "2"],
          "toolkit train_adapter": ["--epochs", "1"], "serve": ["--port", "0"]}  # fmt: skip
+
+
+AT_THE_END = {"demo": ["--out", "/dev/null"]}  # it takes minutes
 
 
 def _drawn(rng, name, parameter, world, out):
