@@ -35,7 +35,7 @@ class LoRAConfig:
         use_rslora: `scale` becomes alpha / sqrt(rank), as rank-stabilised LoRA has it.
 
     Raises:
-        ConfigError: settings out of range.
+        SettingError: settings out of range.
     """
 
     rank: int = 32

@@ -29,7 +29,7 @@ class DataConfig:
             `truncate-answer` cuts its end off, as the toolkit does.
 
     Raises:
-        ConfigError: settings out of range; all in one error.
+        SettingError: settings out of range; all in one error.
     """
 
     dialect: str = "auto"

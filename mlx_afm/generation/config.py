@@ -26,7 +26,7 @@ class GenerateConfig:
         context_tokens: the longest prompt and answer together; an answer that reaches it ends there.
 
     Raises:
-        ConfigError: settings out of range.
+        SettingError: settings out of range.
     """
 
     max_tokens: int = 256

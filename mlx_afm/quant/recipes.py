@@ -77,7 +77,7 @@ class QuantConfig:
             scale then minimises the error of the outputs rather than of the weights.
 
     Raises:
-        ConfigError: settings out of range, or a recipe with settings that it fixes itself.
+        SettingError: settings out of range, or a recipe with settings that it fixes itself.
     """
 
     mode: str | None = None

@@ -42,7 +42,7 @@ class InitConfig:
         rounds: how often directions are taken from the error; more than one alternates with rounding.
 
     Raises:
-        ConfigError: settings out of range.
+        SettingError: settings out of range.
     """
 
     init: str = INITS[0]

@@ -43,7 +43,7 @@ class ServeConfig:
         admin_roots: folders below which adapters may be added at run time; none switches that off.
 
     Raises:
-        ConfigError: settings out of range, or open to the network without a key.
+        SettingError: settings out of range, or open to the network without a key.
     """
 
     host: str = "127.0.0.1"

@@ -67,7 +67,7 @@ class TrainConfig:
         rank_timeout_seconds: how long one of several processes waits for the others before it ends the run.
 
     Raises:
-        ConfigError: settings out of range; all in one error.
+        SettingError: settings out of range; all in one error.
     """
 
     iters: int | None = None

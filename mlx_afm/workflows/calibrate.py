@@ -34,12 +34,12 @@ class Calibration:
     """Which examples a model is watched on.
 
     Attributes:
-        data: a file of examples, or a folder whose train split is taken.
+        data: a file of examples, or a folder whose train split is taken; str or `Path`.
         examples: so many, evenly spread over the file; all if there are fewer.
         reading: how they become tokens.
 
     Raises:
-        ConfigError: fewer than one example.
+        SettingError: fewer than one example.
     """
 
     data: Path

@@ -48,7 +48,7 @@ PUBLIC_NOTICE = (
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """A package to be made.
+    """A package to be made. Paths may be given as str, with `~`; they are held as `Path`.
 
     Attributes:
         adapter: any form. The metadata of a package is kept, as far as nothing else is said here.

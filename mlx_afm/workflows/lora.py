@@ -44,7 +44,7 @@ from mlx_afm.workflows.run_state import (
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAJob:
-    """A training run.
+    """A training run. Paths may be given as str, with `~`; they are held as `Path`.
 
     Attributes:
         model: MLX model folder, or the hub id of one.

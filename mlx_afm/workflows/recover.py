@@ -43,7 +43,7 @@ class RecoverJob:
             one, since the best is told by the next token's loss; of next-token the best if there is validation data.
 
     Raises:
-        ConfigError: settings that do not go together; all in one error.
+        SettingError: settings that exclude each other; all in one error.
     """
 
     run: LoRAJob
