@@ -20,6 +20,7 @@ from mlx_afm.workflows.check_data import check as check_data
 
 from .data_options import data_argument, reading_options
 from .output import json_option, note
+from .parameters import PATH
 from .progress import BytesProgress
 
 WATCHED_BYTES = 20_000_000  # less is done before anyone wonders
@@ -28,9 +29,9 @@ SHOWN = 20  # problems of one kind spelled out; --json has more
 
 @click.command("check")
 @data_argument
-@click.option("--model", type=Path, help="Model folder, for its tokenizer; without it lengths are not checked.")
+@click.option("--model", type=PATH, help="Model folder, for its tokenizer; without it lengths are not checked.")
 @reading_options
-@click.option("--fix", type=Path, metavar="FOLDER", help="Write a copy without the problems, and say what changed.")
+@click.option("--fix", type=PATH, metavar="FOLDER", help="Write a copy without the problems, and say what changed.")
 @json_option
 def check(data: Path, model: Path | None, reading: DataConfig, fix: Path | None, as_json: bool) -> None:
     """Check every line of training data: a folder with train, valid and test files, or one file.

@@ -12,11 +12,12 @@ from mlx_afm.workflows.rewrite_data import convert as convert_data
 
 from .data_options import overwrite_option, record_options
 from .output import json_option, show
+from .parameters import PATH
 
 
 @click.command("convert")
-@click.argument("source", type=Path)
-@click.argument("target", type=Path)
+@click.argument("source", type=PATH)
+@click.argument("target", type=PATH)
 @click.option("--to", type=click.Choice(DIALECTS), default="messages", show_default=True, help="Dialect to write.")
 @click.option(
     "--columns",

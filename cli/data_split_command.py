@@ -12,11 +12,12 @@ from mlx_afm.workflows.rewrite_data import split as split_data
 
 from .data_options import data_argument, overwrite_option, record_options
 from .output import json_option, show
+from .parameters import PATH
 
 
 @click.command("split")
 @data_argument
-@click.option("--out", type=Path, required=True, help="Folder for train.jsonl, valid.jsonl and test.jsonl.")
+@click.option("--out", type=PATH, required=True, help="Folder for train.jsonl, valid.jsonl and test.jsonl.")
 @click.option("--valid", type=float, default=SplitConfig.valid, show_default=True, help="Share to validate on.")
 @click.option("--test", type=float, default=SplitConfig.test, show_default=True, help="Share to test on.")
 @click.option("--seed", type=int, default=SplitConfig.seed, show_default=True, help="Which groups go where.")

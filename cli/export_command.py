@@ -13,6 +13,7 @@ from mlx_afm.files import to_json
 from .asset_pack_options import make_pack, open_draft, pack_settings, require_pack, with_pack_options
 from .check_command import show_report
 from .output import json_option, note
+from .parameters import PATH, refuse_given
 
 
 def parse_creator_defined(values: tuple[str, ...]) -> dict[str, Any]:
@@ -22,7 +23,7 @@ def parse_creator_defined(values: tuple[str, ...]) -> dict[str, Any]:
         click.BadParameter: neither K=V nor a file with a JSON object.
     """
     from mlx_afm.errors import FormatError
-    from mlx_afm.files import read_json
+    from mlx_afm.files import read_json, to_path
 
     merged: dict[str, Any] = {}
     for value in values:
@@ -31,7 +32,7 @@ def parse_creator_defined(values: tuple[str, ...]) -> dict[str, Any]:
             merged[key] = text
             continue
         try:
-            content = read_json(Path(value))
+            content = read_json(to_path(value))
         except FormatError as error:
             raise click.BadParameter(f"neither K=V nor a JSON file: {error}", param_hint="--creator-defined") from error
         if not isinstance(content, dict):
@@ -41,11 +42,11 @@ def parse_creator_defined(values: tuple[str, ...]) -> dict[str, Any]:
 
 
 @click.command("export")
-@click.option("--adapter-path", "adapter", type=Path, required=True, help="Adapter folder, .pt or .fmadapter.")
+@click.option("--adapter-path", "adapter", type=PATH, required=True, help="Adapter folder, .pt or .fmadapter.")
 @click.option("--name", required=True, help="Letters, digits, underscores; devices refuse hyphens.")
-@click.option("--output-dir", type=Path, default=Path("."), show_default=True, help="Where NAME.fmadapter goes.")
-@click.option("--model", type=Path, help="Base model folder: fills modules that were not trained, compares logits.")
-@click.option("--toolkit", type=Path, help="Toolkit folder: its signature, and the assets of the draft pair.")
+@click.option("--output-dir", type=PATH, default=Path("."), show_default=True, help="Where NAME.fmadapter goes.")
+@click.option("--model", type=PATH, help="Base model folder: fills modules that were not trained, compares logits.")
+@click.option("--toolkit", type=PATH, help="Toolkit folder: its signature, and the assets of the draft pair.")
 @click.option("--author", help="Default: 3P developer, as the toolkit writes.")
 @click.option("--description", help="Free text.")
 @click.option("--license", help="Free text.")
@@ -66,6 +67,12 @@ def command(as_json: bool, creator_defined: tuple[str, ...], prompts: tuple[str,
     from mlx_afm.formats.fmadapter import no_files
     from mlx_afm.workflows.export import ExportConfig, export_package
 
+    if options["model"] is None:
+        refuse_given(("compare", "prompts"), "without --model")
+    elif not options["compare"] and not options["ladder"]:
+        refuse_given(("prompts",), "with --no-compare and without --ladder")
+    if options["signature"] is not None and options["draft_checkpoint"] is None:
+        refuse_given(("toolkit",), "with --signature and without --draft-checkpoint")
     pack = pack_settings(options)
     require_pack(pack)
     draft = open_draft(options)

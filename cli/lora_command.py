@@ -7,11 +7,16 @@ from typing import Any
 
 import click
 
+from .data_options import FIELDS as DATA_FIELDS
 from .interrupts import stop_on_signals
 from .lora_options import with_options
 from .output import json_option, note, resume_line, show
+from .parameters import refuse_given
 from .progress import show_event
 from .settings import request_from
+
+# What --test alone reads.
+SCORING = ("model", "data", "adapter_path", "test", "no_cache", "batch_size", "no_system_prompt", *DATA_FIELDS)
 
 
 @click.command("lora")
@@ -26,6 +31,9 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> int:
     job = request.job
     if not (request.train or request.test):
         raise click.UsageError("nothing to do: give --train, --test or both")
+    if not request.train:
+        names = [name for name in flags if name not in SCORING]
+        refuse_given(names, "on --test alone; give --train too, or leave them out")
     ranks = join_ranks(job.train.rank_timeout_seconds)
     result: dict[str, Any] = {"adapter_path": str(job.adapter_path)}
     if request.train:

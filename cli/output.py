@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shlex
 import sys
 from collections.abc import Mapping
@@ -18,6 +19,16 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 def note(text: str) -> None:
     """A line of progress, on stderr."""
     click.echo(text, err=True)
+
+
+def describe_os_error(error: OSError) -> str:
+    """An error of the operating system: the file if there is one, the reason, and what to do about a full disk."""
+    text = error.strerror or str(error) or type(error).__name__
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        text += ". Free some space, or choose a folder on another disk, and run the command again"
+    if error.filename is None:
+        return f"the operating system reports: {text}"
+    return f"{error.filename}: {text}"
 
 
 def resume_line() -> str:

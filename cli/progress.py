@@ -54,7 +54,7 @@ def _line(event: Event) -> str:
     if isinstance(event, StepsReported):
         line = (
             f"step {event.step}/{event.total_steps}  loss {event.loss:.4f}  rate {event.learning_rate:.2e}  "
-            f"{event.tokens_per_second:,.0f} tokens/s  peak {event.peak_memory_bytes / 2**30:.2f} GiB  "
+            f"{event.tokens_per_second:,.0f} tokens/s  peak {event.peak_memory_bytes / 1e9:.2f} GB  "
             f"ETA {duration(event.seconds_left)}"
         )
         return line + (f"  skipped {event.skipped_steps}" if event.skipped_steps else "")

@@ -10,6 +10,7 @@ import click
 from .data_options import no_cache_option
 from .interrupts import stop_on_signals
 from .output import json_option, note, show
+from .parameters import PATH
 from .toolkit_options import assets_option, open_model, precision_option, without_meaning
 
 WITHOUT_MEANING = {
@@ -17,9 +18,9 @@ WITHOUT_MEANING = {
     "fixed_sized_sequences": "padding costs time and changes no result",
 }
 OPTIONS = [
-    click.option("--train-data", type=Path, required=True, help="Conversations, one a line."),
-    click.option("--eval-data", type=Path, help="Conversations to evaluate on after each epoch."),
-    click.option("--checkpoint-dir", type=Path, required=True, help="Where the adapter-*.pt go."),
+    click.option("--train-data", type=PATH, required=True, help="Conversations, one a line."),
+    click.option("--eval-data", type=PATH, help="Conversations to evaluate on after each epoch."),
+    click.option("--checkpoint-dir", type=PATH, required=True, help="Where the adapter-*.pt go."),
     click.option("--checkpoint-frequency", type=int, default=1, show_default=True, help="Epochs."),
     click.option("--epochs", type=int, default=2, show_default=True, help="Passes over the data."),
     click.option("-lr", "--learning-rate", type=float, default=1e-3, show_default=True, help="Its peak."),

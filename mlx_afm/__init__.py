@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         DistributedError,
         FormatError,
         MissingDependencyError,
+        SettingError,
         TensorsError,
     )
     from mlx_afm.formats.fmadapter_check import check_fmadapter
@@ -61,6 +62,7 @@ _HOMES = {
     "MissingDependencyError": "errors",
     "PrefixCache": "generation",
     "RecoverJob": "workflows.recover",
+    "SettingError": "errors",
     "TensorsError": "errors",
     "TrainConfig": "training",
     "batch_generate": "generation",
@@ -102,6 +104,7 @@ __all__ = [
     "MissingDependencyError",
     "PrefixCache",
     "RecoverJob",
+    "SettingError",
     "TensorsError",
     "TrainConfig",
     "__version__",

@@ -2,6 +2,7 @@
 
     AFMError
     ├── ConfigError (ValueError)        a model configuration or a setting
+    │   └── SettingError                a value that a setting does not take; the command line exits with 2
     ├── FormatError (ValueError)        a file or folder that is not what its name says
     ├── TensorsError (ValueError)       tensors missing, surplus, of the wrong shape or not finite
     ├── DataError (ValueError)          a training record
@@ -58,6 +59,13 @@ class AFMError(Exception):
 
 class ConfigError(AFMError, ValueError):
     """A model configuration or a setting that cannot be used."""
+
+
+class SettingError(ConfigError):
+    """A value that a setting does not take, or settings that exclude each other.
+
+    The fault is in what the caller wrote, not in a file: the command line exits with 2, as for wrong usage.
+    """
 
 
 class FormatError(AFMError, ValueError):

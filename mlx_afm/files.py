@@ -8,6 +8,7 @@ import json
 import math
 import mmap
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -15,12 +16,61 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlx_afm.errors import ConfigError, FormatError
+from mlx_afm.errors import ConfigError, FormatError, SettingError
 
 WRITE_OUT_BYTES = 1 << 27
 LFS_START = b"version https://git-lfs.github.com/spec/"  # of a Git LFS pointer: a text of some lines
 LFS_MOST_BYTES = 1024
 REPLACE_ATTEMPTS = 100  # only other processes that write the same folder make more than one necessary
+
+
+def to_path(path: str | os.PathLike[str]) -> Path:
+    """The path, with `~` or `~user` at its beginning replaced by the home folder, as a shell does.
+
+    Every path that a user gives comes through here: options, keys of a YAML file and arguments in Python.
+
+    Raises:
+        SettingError: not a text, an empty text, or a text with a NUL character.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise SettingError("not a path", expected="a str or a Path", found=f"{path!r:.80}")
+    text = os.fspath(path)
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise SettingError("not a path", expected="a text that is not empty, without NUL", found=f"{text!r:.80}")
+    return Path(os.path.expanduser(text))
+
+
+def to_optional_path(path: str | os.PathLike[str] | None) -> Path | None:
+    """The same; None stays None."""
+    return None if path is None else to_path(path)
+
+
+def parse_bytes(text: str) -> int:
+    """The number of bytes that `200MB`, `1.5 GB`, `16G` or `4096` mean; `16GiB` counts in powers of 1024.
+
+    Raises:
+        SettingError: something else.
+    """
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE | re.ASCII)
+    if match is None:
+        raise SettingError("not a size", expected="a number of bytes such as 200MB or 1.5GB", found=f"{text!r:.80}")
+    thousands = 0 if not match[2] else 1 + "KMGT".index(match[2].upper())
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** thousands)
+
+
+def set_paths(settings: object, *names: str) -> None:
+    """Passes attributes of a frozen dataclass through `to_path`; None stays None, and a tuple is a tuple of paths.
+
+    Raises:
+        SettingError: see `to_path`; with the name of the attribute.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        try:
+            paths = tuple(map(to_path, value)) if isinstance(value, (tuple, list)) else to_optional_path(value)
+        except SettingError as error:
+            raise SettingError(error.what, where=name, expected=error.expected, found=error.found) from None
+        object.__setattr__(settings, name, paths)
 
 
 @contextmanager

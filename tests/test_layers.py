@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 # Lowest first; a unit may import those below it.
 LEVELS = (
-    ("_version", "errors", "files", "tree", "assets"),
+    ("_version", "errors", "files", "spelling", "tree", "assets"),
     ("formats", "quant"),
     ("model", "text"),
     ("adapters", "checkpoints", "data", "interop"),

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_afm.adapters.layers import ALL, layer_faults
 from mlx_afm.checkpoints.names import PROJECTIONS, QKV, TARGETS, Q
-from mlx_afm.errors import AdapterError, ConfigError
+from mlx_afm.errors import AdapterError, ConfigError, SettingError
 from mlx_afm.model import AFMConfig
 from mlx_afm.text.system_prompt import SYSTEM_PROMPTS, SystemPrompts
 
@@ -39,7 +39,7 @@ class LoRAConfig:
         use_rslora: `scale` becomes alpha / sqrt(rank), as rank-stabilised LoRA has it.
 
     Raises:
-        ConfigError: settings out of range.
+        SettingError: settings out of range.
     """
 
     rank: int = 32
@@ -76,7 +76,7 @@ class LoRAConfig:
         elif self.fine_tune_type == "qat" and 0 < len({"q", "k", "v"} & set(self.targets)) < 3:
             faults.append("targets: q, k and v are one matrix of codes; qat takes all of them or none")
         if faults:
-            raise ConfigError("the adapter's settings are out of range", details=faults)
+            raise SettingError("the adapter's settings are out of range", details=faults)
 
     def _set_scale(self, alpha: float, use_rslora: bool) -> list[str]:
         if self.scale != DEFAULT_SCALE:

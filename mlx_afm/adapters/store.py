@@ -29,7 +29,7 @@ from mlx_afm.checkpoints.names import (
     target_of,
 )
 from mlx_afm.errors import AdapterError, ConfigError
-from mlx_afm.files import atomic_folder, read_json, write_json
+from mlx_afm.files import atomic_folder, read_json, to_path, write_json
 from mlx_afm.formats.fmadapter import read_fmadapter
 from mlx_afm.formats.safetensors_file import read_safetensors, write_safetensors
 from mlx_afm.formats.tensors import LazyTensor
@@ -74,7 +74,7 @@ class Adapter:
         return self.base
 
 
-def read_adapter(path: Path, base: AFMConfig | None = None, scale: float | None = None) -> Adapter:
+def read_adapter(path: str | Path, base: AFMConfig | None = None, scale: float | None = None) -> Adapter:
     """Opens an adapter of any form; names, shapes and values are checked, values stay on disk.
 
     Args:
@@ -88,6 +88,7 @@ def read_adapter(path: Path, base: AFMConfig | None = None, scale: float | None 
 
     Cost: reads the file once.
     """
+    path = to_path(path)
     if path.suffix == ".fmadapter":
         adapter = _read_package(path)
     elif path.suffix == ".pt":
@@ -230,16 +231,18 @@ def _read_package(path: Path) -> Adapter:
     return Adapter(config, base, weights, system_prompts=prompts)
 
 
-def write_adapter_folder(folder: Path, adapter: Adapter) -> None:
+def write_adapter_folder(folder: str | Path, adapter: Adapter) -> None:
     """Writes an MLX adapter folder; an older one is replaced as a whole, or not at all."""
+    folder = to_path(folder)
     values = to_adapter_json(adapter.config, adapter.require_base(), adapter.name, adapter.system_prompts)
     with atomic_folder(folder) as partial:
         write_adapter_weights(partial / WEIGHTS, adapter.weights)
         write_json(partial / CONFIG, values)
 
 
-def write_adapter_weights(path: Path, weights: Mapping[str, LazyTensor]) -> None:
+def write_adapter_weights(path: str | Path, weights: Mapping[str, LazyTensor]) -> None:
     """Writes an `adapters.safetensors` atomically."""
+    path = to_path(path)
     write_safetensors(path, weights, {"format": "mlx"})
 
 

@@ -22,7 +22,7 @@ from mlx_afm.data.records import Example, RecordReader
 from mlx_afm.data.rows import Row
 from mlx_afm.data.sources import Files, iter_rows
 from mlx_afm.data.split import require_other_files
-from mlx_afm.errors import ConfigError, DataError
+from mlx_afm.errors import DataError, SettingError
 from mlx_afm.files import atomic_file
 from mlx_afm.text.messages import to_dict
 from mlx_afm.tree import shorten
@@ -65,21 +65,21 @@ def convert_data(
 
 def _require_target(files: Files, target: Path, dialect: str) -> None:
     if dialect not in DIALECTS:
-        raise ConfigError("no such dialect", expected=f"one of {', '.join(DIALECTS)}", found=dialect)
+        raise SettingError("no such dialect", expected=f"one of {', '.join(DIALECTS)}", found=dialect)
     if target.suffix in TABLES and dialect not in FLAT:
         advice = "Write .jsonl, or choose another dialect."
         found = f"{dialect} for {target.name}"
-        raise ConfigError("a table holds flat records only", expected=", ".join(FLAT), found=found, advice=advice)
+        raise SettingError("a table holds flat records only", expected=", ".join(FLAT), found=found, advice=advice)
     if target.suffix not in _WRITERS or target.is_dir():
-        raise ConfigError("cannot write this", where=target, expected=f"a file {', '.join(_WRITERS)}")
+        raise SettingError("cannot write this", where=target, expected=f"a file {', '.join(_WRITERS)}")
     require_other_files(files, [target])
 
 
 def _require_columns(files: Files, columns: Sequence[str]) -> None:
     if columns and any(file.suffix not in TABLES for file in files):
-        raise ConfigError("only tables have columns to name", where=files[0], expected=" or ".join(TABLES))
+        raise SettingError("only tables have columns to name", where=files[0], expected=" or ".join(TABLES))
     if len(set(columns)) < len(columns) or not all(columns):
-        raise ConfigError("columns need names, each its own", found=", ".join(columns))
+        raise SettingError("columns need names, each its own", found=", ".join(columns))
 
 
 def _refusal(files: Files, problems: list[Problem]) -> DataError:

@@ -33,6 +33,21 @@ KEYS = {
     "prompt-response": ("prompt", "response"),
     "text": ("text",),
 }
+# The names that `fields` may give to columns.
+FIELD_NAMES = (
+    "messages",
+    "tools",
+    "conversations",
+    "instruction",
+    "input",
+    "output",
+    "prompt",
+    "completion",
+    "response",
+    "system",
+    "history",
+    "text",
+)
 SHAREGPT_ROLES = {
     "system": "system",
     "human": "user",
@@ -97,6 +112,10 @@ def read_record(
             expected=f"a record of the dialect {dialect}",
             found=f"fields {', '.join(map(repr, value)) or 'none'}"[:200],
         )
+    if absent := [column for name, column in fields if column not in value and name not in value]:
+        found = f"columns {', '.join(map(repr, value)) or 'none'}"[:200]
+        expected = f"a record with {', '.join(column for _, column in fields)}"
+        raise DataError(f"no column {absent[0]!r}", kind="unknown-form", expected=expected, found=found)
     if record.get("functions") and dialect != "text":
         advice = 'Write them as \'tools\': [{"type": "function", "function": ...}]'
         raise DataError("'functions' would have no effect", kind="unknown-key", expected="'tools'", advice=advice)

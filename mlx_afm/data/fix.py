@@ -23,7 +23,7 @@ from mlx_afm.data.repeats import find_duplicates, find_overlap
 from mlx_afm.data.report import MAX_KEPT, DataReport
 from mlx_afm.data.sources import SPLITS, Files, file_faults, is_json_lines, iter_rows
 from mlx_afm.errors import ConfigError, DataError, FormatError
-from mlx_afm.files import atomic_folder
+from mlx_afm.files import atomic_folder, to_optional_path, to_path
 
 REASONS = {
     "duplicate": "left out: the same example stands before it",
@@ -78,9 +78,9 @@ class Fixed:
 
 def fix_data(
     splits: dict[str, Files],
-    folder: Path,
+    folder: str | Path,
     config: DataConfig | None = None,
-    tokenizer_file: Path | None = None,
+    tokenizer_file: str | Path | None = None,
     *,
     workers: int | None = None,
     on_progress: OnProgress | None = None,
@@ -97,6 +97,8 @@ def fix_data(
         FormatError: a file cannot be read.
         DataError: no example would remain.
     """
+    folder = to_path(folder)
+    tokenizer_file = to_optional_path(tokenizer_file)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ConfigError("the folder for the fixed copy exists", where=folder, advice="Choose another, or remove it.")
     found = survey(splits, config, tokenizer_file, workers=workers, on_progress=on_progress)

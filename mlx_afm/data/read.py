@@ -23,23 +23,23 @@ from mlx_afm.data.sources import Files, file_faults, iter_rows
 from mlx_afm.data.tokens import TokenTable
 from mlx_afm.data.workers import prepare_all
 from mlx_afm.errors import DataError, FormatError
-from mlx_afm.files import atomic_folder, read_json, sha256_of, write_json
+from mlx_afm.files import atomic_folder, read_json, sha256_of, to_optional_path, to_path, write_json
 from mlx_afm.tree import shorten
 
 ARRAYS = ("ids", "weights", "starts", "places")
 META = "meta.json"
 ENCODING = 3  # raise it when the same line becomes other tokens
 KEPT_DAYS = 30
-CACHE_OFF = "off"  # value of $MLX_AFM_CACHE
+CACHE_VARIABLE, CACHE_OFF = "MLX_AFM_CACHE", "off"  # with this value nothing encoded is kept
 PRIVATE = 0o700  # encoded data can be decoded again: it is for nobody else's eyes
 
 
 def read_tokens(
     files: Files,
-    tokenizer_file: Path,
+    tokenizer_file: str | Path,
     config: DataConfig | None = None,
     *,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     workers: int | None = None,
 ) -> TokenTable:
     """All examples of a split, encoded.
@@ -58,6 +58,8 @@ def read_tokens(
         ConfigError: no such transform.
     Cost: with the cache, the second time takes as long as reading the files once to compare them.
     """
+    tokenizer_file = to_path(tokenizer_file)
+    cache = to_optional_path(cache)
     config = config or DataConfig()
     entry = None if cache is None else _entry(cache, files, tokenizer_file, config)
     cached = None if entry is None else _load(entry, files)
@@ -126,15 +128,15 @@ def _table(parts: Sequence[Prepared], files: Files) -> TokenTable:
 
 
 def default_cache() -> Path | None:
-    """The folder that keeps encoded data: `$MLX_AFM_CACHE`, else `mlx-afm` in the user's cache folder.
+    """The folder that keeps encoded data: `cache_folder`. None, so that nothing is kept, if $MLX_AFM_CACHE is `off`."""
+    return None if os.environ.get(CACHE_VARIABLE) == CACHE_OFF else cache_folder()
 
-    None, so that nothing is kept, if the variable is `off`.
-    """
-    chosen = os.environ.get("MLX_AFM_CACHE")
-    if chosen == CACHE_OFF:
-        return None
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(chosen) if chosen else home / "mlx-afm"
+
+def cache_folder() -> Path:
+    """The library's cache folder: `$MLX_AFM_CACHE` unless it is `off`, else `mlx-afm` in the user's cache folder."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    home = to_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return to_path(chosen) if chosen and chosen != CACHE_OFF else home / "mlx-afm"
 
 
 def _entry(cache: Path, files: Files, tokenizer_file: Path, config: DataConfig) -> Path | None:

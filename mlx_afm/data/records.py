@@ -14,7 +14,7 @@ from mlx_afm.data.config import DataConfig
 from mlx_afm.data.dialects import Conversation, parse_cells, read_record
 from mlx_afm.data.json_text import parse_json
 from mlx_afm.data.rows import Row, not_utf8
-from mlx_afm.errors import ConfigError, DataError
+from mlx_afm.errors import DataError, SettingError
 from mlx_afm.files import to_json
 from mlx_afm.text.messages import Message, parse_messages, parse_tools, refuse_special, require_trainable
 from mlx_afm.text.template import EXECUTABLE_END, EXECUTABLE_START, TURN_END, TURN_START
@@ -113,9 +113,9 @@ def find_transform(name: str) -> Transform:
     try:
         transform = getattr(import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ConfigError("no such transform", where=name, expected="module:function", found=error) from error
+        raise SettingError("no such transform", where=name, expected="module:function", found=error) from error
     if not callable(transform):
-        raise ConfigError("the transform is no function", where=name, found=type(transform).__name__)
+        raise SettingError("the transform is no function", where=name, found=type(transform).__name__)
     return transform  # type: ignore[no-any-return]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from mlx_afm.data.rows import Row, csv_rows, dataset_rows, encoding_of, json_line_rows, json_rows, require_file
 from mlx_afm.errors import DataError, FormatError
-from mlx_afm.files import visible
+from mlx_afm.files import to_path, visible
 
 SPLITS = ("train", "valid", "test")
 NAMES = {
@@ -29,7 +29,7 @@ DESCRIPTIONS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", 
 Files = tuple[Path, ...]
 
 
-def find_splits(data: Path) -> dict[str, Files]:
+def find_splits(data: str | Path) -> dict[str, Files]:
     """The files of each split; a single file is the one to train on.
 
     In a folder a split is a file `train.jsonl` (or another of `SUFFIXES`), pieces such as
@@ -39,6 +39,7 @@ def find_splits(data: Path) -> dict[str, Files]:
     Raises:
         FormatError: nothing there, or two candidates for one split.
     """
+    data = to_path(data)
     if data.is_file() or _is_saved_dataset(data):
         return {"train": (data,)}
     if not data.is_dir():

@@ -21,7 +21,7 @@ from mlx_afm.data.problems import Problem, to_problems
 from mlx_afm.data.records import Example, RecordReader, as_json_line
 from mlx_afm.data.rows import Row
 from mlx_afm.data.sources import SPLITS, Files, iter_rows
-from mlx_afm.errors import ConfigError, DataError
+from mlx_afm.errors import ConfigError, DataError, SettingError
 from mlx_afm.files import atomic_file
 from mlx_afm.tree import shorten
 
@@ -52,7 +52,7 @@ class SplitConfig:
         if self.seed < 0:
             faults.append(f"seed: expected at least 0, found {self.seed}")
         if faults:
-            raise ConfigError("settings of the split out of range", details=faults)
+            raise SettingError("settings of the split out of range", details=faults)
 
     @property
     def shares(self) -> tuple[tuple[str, float], ...]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from mlx_afm.errors import ConfigError
+from mlx_afm.errors import ConfigError, SettingError
 from mlx_afm.generation.answer_text import LENGTH, STOP
 from mlx_afm.generation.config import GenerateConfig, require_fitting
 from mlx_afm.generation.prompt_cache import PrefixCache, kind_of
@@ -93,7 +93,7 @@ class BatchGenerator:
         owner: Hashable = None,
     ) -> None:
         if batch_size < 1:
-            raise ConfigError("batch_size", expected="at least 1", found=batch_size)
+            raise SettingError("batch_size", expected="at least 1", found=batch_size)
         self._model, self._end_ids, self.batch_size = model, set(end_ids), batch_size
         self._prefixes, self._owner = prefix_cache, owner
         self._waiting: deque[_Row] = deque()

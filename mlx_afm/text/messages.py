@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from mlx_afm.errors import DataError
+from mlx_afm.spelling import nearest_name
 from mlx_afm.text.content import Content, join_results, kind_of, parse_content
 from mlx_afm.text.values import at, is_good_text, parse_arguments, refuse_in, require_json
 from mlx_afm.text.weights import WEIGHT_KEYS, parse_weight
@@ -27,7 +27,6 @@ _KEYS = {
     "tool": ("role", "content", "response_format", "name", "tool_call_id", *WEIGHT_KEYS),
 }
 _LISTS = ("tool_calls", "tools")  # an empty list means the same as no key
-NEAR = 0.75  # similarity from which on a name is suggested
 
 
 class Message(NamedTuple):
@@ -220,8 +219,8 @@ def _present(value: Any) -> Any:
 
 
 def _unknown_keys(unknown: list[str], role: str, where: str) -> DataError:
-    near = {key: get_close_matches(key.lower(), _KEYS[role], 1, NEAR) for key in unknown}
-    meant = [f"Did you mean {names[0]!r} for {key!r}?" for key, names in near.items() if names]
+    near = {key: nearest_name(key, _KEYS[role]) for key in unknown}
+    meant = [f"Did you mean {name!r} for {key!r}?" for key, name in near.items() if name is not None]
     return DataError(
         f"unknown keys for role {role!r}: {', '.join(unknown)}",
         kind="unknown-key",

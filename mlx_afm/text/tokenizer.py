@@ -14,7 +14,7 @@ import numpy as np
 import sentencepiece
 
 from mlx_afm.errors import ConfigError, DataError, FormatError
-from mlx_afm.files import require_not_lfs_pointer
+from mlx_afm.files import require_not_lfs_pointer, to_path
 from mlx_afm.text import template
 from mlx_afm.text.hf_chat_template import hf_chat_template
 from mlx_afm.text.messages import parse_messages, parse_tools
@@ -113,7 +113,7 @@ class AFMTokenizer:
             ConfigError: a symbol that the chat template needs is missing, or the dummy prefix is;
                 everything in one error.
         """
-        path = Path(path)
+        path = to_path(path)
         if not path.is_file():
             raise FormatError("no such file", where=path, expected="a SentencePiece tokenizer.model")
         require_not_lfs_pointer(path)

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlx_afm.errors import ConfigError
+from mlx_afm.errors import SettingError
+from mlx_afm.files import set_paths
 from mlx_afm.generation import GenerateConfig, iter_answers
 from mlx_afm.generation.batch import BATCH_SIZE
 from mlx_afm.generation.config import require_fitting
@@ -48,12 +49,13 @@ class AnswerJob:
     response_format: Path | None = None
 
     def __post_init__(self) -> None:
+        set_paths(self, "model", "prompts", "output", "adapter_path", "response_format")
         if self.batch_size < 1:
-            raise ConfigError("batch_size", expected="at least 1", found=self.batch_size)
+            raise SettingError("batch_size", expected="at least 1", found=self.batch_size)
         if self.output.absolute() == self.prompts.absolute():
-            raise ConfigError("the answers would take the place of the prompts", where=self.output)
+            raise SettingError("the answers would take the place of the prompts", where=self.output)
         if self.output.is_dir():
-            raise ConfigError("a folder is in the place of the answers", where=self.output)
+            raise SettingError("a folder is in the place of the answers", where=self.output)
 
 
 @dataclass(frozen=True)

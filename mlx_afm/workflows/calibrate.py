@@ -18,7 +18,8 @@ from mlx_afm.checkpoints.arrays import to_mlx
 from mlx_afm.checkpoints.quantized import matrices
 from mlx_afm.data import DataConfig, Tokens, read_tokens
 from mlx_afm.data.sources import require_splits
-from mlx_afm.errors import ConfigError
+from mlx_afm.errors import ConfigError, SettingError
+from mlx_afm.files import set_paths
 from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.model import AFMConfig, Model
 from mlx_afm.model.layers import FusedLinear, Linear
@@ -34,12 +35,12 @@ class Calibration:
     """Which examples a model is watched on.
 
     Attributes:
-        data: a file of examples, or a folder whose train split is taken.
+        data: a file of examples, or a folder whose train split is taken; str or `Path`.
         examples: so many, evenly spread over the file; all if there are fewer.
         reading: how they become tokens.
 
     Raises:
-        ConfigError: fewer than one example.
+        SettingError: fewer than one example.
     """
 
     data: Path
@@ -47,8 +48,9 @@ class Calibration:
     reading: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
+        set_paths(self, "data")
         if isinstance(self.examples, bool) or not isinstance(self.examples, int) or self.examples < 1:
-            raise ConfigError("calibration_examples out of range", expected="at least 1", found=self.examples)
+            raise SettingError("calibration_examples out of range", expected="at least 1", found=self.examples)
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,17 @@ from mlx_afm.data.fix import Fixed, fix_data
 from mlx_afm.data.report import DataReport
 from mlx_afm.data.sources import find_unread, require_splits
 from mlx_afm.errors import ConfigError, FormatError
+from mlx_afm.files import to_optional_path, to_path
 from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.workflows.load import TOKENIZER
 
 
 def check(
-    data: Path,
+    data: str | Path,
     reading: DataConfig | None = None,
     *,
-    model: Path | None = None,
-    fix: Path | None = None,
+    model: str | Path | None = None,
+    fix: str | Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> tuple[DataReport, Fixed | None]:
     """What is wrong with training data, and what was done about it.
@@ -37,6 +38,9 @@ def check(
         FormatError: no such data. ConfigError: a model folder without tokenizer, no such transform, or
             a folder for the copy that is not empty. DataError: no example would be left in the copy.
     """
+    data = to_path(data)
+    model = to_optional_path(model)
+    fix = to_optional_path(fix)
     splits = require_splits(data)
     unread = tuple(map(str, find_unread(data, splits)))
     tokenizer_file = None if model is None else tokenizer_of(model)
@@ -47,12 +51,13 @@ def check(
     return replace(fixed.report, unread_files=unread), fixed
 
 
-def tokenizer_of(model: Path) -> Path:
+def tokenizer_of(model: str | Path) -> Path:
     """The `tokenizer.model` of a model folder, read once to see that it is one.
 
     Raises:
         ConfigError: the folder has none. FormatError: no such folder, or no tokenizer.
     """
+    model = to_path(model)
     folder = resolve(model)
     if not folder.is_dir():
         raise FormatError("no such folder", where=model, expected="a model folder, for its tokenizer")

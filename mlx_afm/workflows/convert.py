@@ -37,8 +37,8 @@ from mlx_afm.checkpoints.quantized import (
 )
 from mlx_afm.checkpoints.toolkit import ToolkitCheckpoint, find_toolkit_files, read_toolkit_checkpoint
 from mlx_afm.checkpoints.verify import loaded_steps, require_same_steps, require_same_values
-from mlx_afm.errors import ConfigError, FormatError
-from mlx_afm.files import atomic_folder, require_space
+from mlx_afm.errors import ConfigError, FormatError, SettingError
+from mlx_afm.files import atomic_folder, require_space, to_optional_path, to_path
 from mlx_afm.formats.mlx_folder import read_shards
 from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.formats.torch_file import read_torch
@@ -143,7 +143,7 @@ def convert(
 
     The target appears when it is complete, or not at all.
     """
-    source, target = resolve(source), Path(target)
+    source, target = resolve(source), to_path(target)
     change = Change(
         dtype=dtype,
         quantization=quantization,
@@ -157,29 +157,33 @@ def convert(
         raise ConfigError("the target exists already", where=target, advice=advice)
     options = _Options(
         change=change,
-        config=None if config is None else Path(config),
+        config=to_optional_path(config),
         no_tokenizer=no_tokenizer,
         verify=verify,
         on_progress=on_progress,
     )
+    is_mlx = source.is_dir() and (source / "config.json").is_file()
+    if options.config is not None and (is_mlx or to == "torch"):
+        advice = "Leave it out: an MLX folder has its own config.json."
+        raise SettingError("config is for a .pt of the toolkit", where=source, found=options.config, advice=advice)
     if to == "torch":
         return _mlx_to_torch(source, target, options)
-    if source.is_dir() and (source / "config.json").is_file():
+    if is_mlx:
         return _mlx_to_mlx(source, target, options)
     return _torch_to_mlx(source, target, options)
 
 
 def _require_sensible(to: str, change: Change) -> None:
     if change.dtype is not None and change.dtype not in FLOAT_DTYPES:
-        raise ConfigError("unknown dtype", expected=" or ".join(FLOAT_DTYPES), found=change.dtype)
+        raise SettingError("unknown dtype", expected=" or ".join(FLOAT_DTYPES), found=change.dtype)
     if to not in ("mlx", "torch"):
-        raise ConfigError("unknown form", where="to", expected="mlx or torch", found=to)
+        raise SettingError("unknown form", where="to", expected="mlx or torch", found=to)
     if to == "torch" and (change.quantization is not None or change.dequantize):
-        raise ConfigError("a torch checkpoint has no codes", advice="Quantise or dequantise to an MLX folder.")
+        raise SettingError("a torch checkpoint has no codes", advice="Quantise or dequantise to an MLX folder.")
     if change.quantization is not None and change.dequantize:
-        raise ConfigError("either quantise or dequantise")
+        raise SettingError("either quantise or dequantise")
     if change.quantization is None and (change.init is not None or change.calibration is not None):
-        raise ConfigError("init_adapter and calibration belong to quantising", advice="Add -q, or leave them out.")
+        raise SettingError("init_adapter and calibration belong to quantising", advice="Add -q, or leave them out.")
 
 
 def _torch_to_mlx(source: Path, target: Path, options: _Options) -> Converted:

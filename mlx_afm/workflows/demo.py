@@ -19,7 +19,7 @@ from mlx_afm.checkpoints.names import Entry, Kind, plan_names
 from mlx_afm.checkpoints.toolkit import range_of_scale
 from mlx_afm.data import Example, read_examples
 from mlx_afm.errors import ConfigError
-from mlx_afm.files import read_json, write_text
+from mlx_afm.files import read_json, to_path, write_text
 from mlx_afm.formats.safetensors_file import read_safetensors
 from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.formats.torch_file import write_torch
@@ -67,7 +67,7 @@ class DemoResult:
 
 
 def run_demo(
-    out: Path, *, on_step: Callable[[str], None] = lambda text: None, on_event: EventHandler = lambda event: None
+    out: str | Path, *, on_step: Callable[[str], None] = lambda text: None, on_event: EventHandler = lambda event: None
 ) -> DemoResult:
     """Runs the demo into a folder.
 
@@ -79,6 +79,7 @@ def run_demo(
     Raises:
         ConfigError: `out` is in the way.
     """
+    out = to_path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError("the output folder is not empty", where=out, advice="Choose another --out.")
     started = time.perf_counter()
@@ -127,11 +128,12 @@ def run_demo(
     )
 
 
-def write_toolkit_folder(folder: Path) -> Path:
+def write_toolkit_folder(folder: str | Path) -> Path:
     """Writes the bundled model the way the toolkit ships its own: `.pt`, JSON, `tokenizer.model`.
 
     The adapter tensors are as the toolkit's: A normal with deviation 1 / sqrt(in), B zero.
     """
+    folder = to_path(folder)
     folder.mkdir(parents=True)
     config = parse_toolkit_config(read_json(ASSETS / "base-model-config.json"), where=ASSETS)
     ours, rng = read_safetensors(ASSETS / "base-model.safetensors"), np.random.default_rng(0)

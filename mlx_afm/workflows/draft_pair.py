@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_afm.checkpoints.arrays import cast
 from mlx_afm.errors import FormatError
-from mlx_afm.files import read_json
+from mlx_afm.files import read_json, to_path
 from mlx_afm.formats.draft_names import spec_tensors
 from mlx_afm.formats.draft_pair import PROGRAM_FILE, DraftPair
 from mlx_afm.formats.draft_spec import parse_spec
@@ -20,7 +20,7 @@ ASSETS = (PROGRAM_FILE, TEMPLATE_FILE, SPEC_FILE, CONFIG_FILE)
 MAX_SPEC_BYTES = 4 << 20
 
 
-def open_draft_pair(toolkit: Path, checkpoint: Path, *, ignore_surplus: bool = False) -> DraftPair:
+def open_draft_pair(toolkit: str | Path, checkpoint: str | Path, *, ignore_surplus: bool = False) -> DraftPair:
     """A draft pair that was found to fit together; its `write` puts it into a package.
 
     Args:
@@ -32,6 +32,8 @@ def open_draft_pair(toolkit: Path, checkpoint: Path, *, ignore_surplus: bool = F
         FormatError: an asset is missing or damaged, or they and the checkpoint do not fit together.
         ConfigError: a draft model that is not AFM text v7.
     """
+    toolkit = to_path(toolkit)
+    checkpoint = to_path(checkpoint)
     assets = find_draft_assets(toolkit)
     model = parse_toolkit_config(read_json(assets / CONFIG_FILE), where=assets / CONFIG_FILE).model
     tensors = read_torch(checkpoint)

@@ -21,7 +21,8 @@ from mlx_afm.adapters.store import OURS
 from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.checkpoints.model_folder import read_toolkit_config
 from mlx_afm.checkpoints.signature import read_signature
-from mlx_afm.errors import AdapterError, ConfigError
+from mlx_afm.errors import AdapterError, ConfigError, SettingError
+from mlx_afm.files import set_paths, to_optional_path, to_path
 from mlx_afm.formats.fmadapter import (
     PUBLIC_SIGNATURE,
     SUFFIX,
@@ -53,7 +54,7 @@ _PROMPT_NOTICE = (
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """A package to be made.
+    """A package to be made. Paths may be given as str, with `~`; they are held as `Path`.
 
     Attributes:
         adapter: any form. The metadata of a package is kept, as far as nothing else is said here.
@@ -87,11 +88,12 @@ class ExportConfig:
     prompts: tuple[str, ...] = PROMPTS
 
     def __post_init__(self) -> None:
+        set_paths(self, "adapter", "output_dir", "model", "toolkit")
         require_adapter_name(self.name)
         if self.ladder and self.model is None:
-            raise ConfigError("a ladder needs the base model", where="ladder", advice="Give it with --model.")
+            raise SettingError("a ladder needs the base model", where="ladder", advice="Give it with --model.")
         if OURS in self.creator_defined:
-            raise ConfigError("creatorDefined: this key is the library's", where=OURS, advice="Choose another name.")
+            raise SettingError("creatorDefined: this key is the library's", where=OURS, advice="Choose another name.")
 
 
 @dataclass(frozen=True)
@@ -221,10 +223,10 @@ def export_fmadapter(
     Raises:
         ConfigError, AdapterError, FormatError: see `export_package`.
     """
-    model = None if model_path is None else Path(model_path)
+    model = to_optional_path(model_path)
     settings = {"compare": False, **settings}
     exported = export_package(
-        ExportConfig(adapter=Path(adapter_path), name=name, output_dir=Path(output_dir), model=model, **settings)
+        ExportConfig(adapter=to_path(adapter_path), name=name, output_dir=to_path(output_dir), model=model, **settings)
     )
     return exported.package, exported.report
 
@@ -253,7 +255,7 @@ def convert_adapter(
     Raises:
         AdapterError: the form cannot hold this adapter exactly. ConfigError: the target is in the way.
     """
-    source, target = Path(source), Path(target)
+    source, target = to_path(source), to_path(target)
     model = None if model_path is None else resolve(model_path)
     if target.suffix == SUFFIX:
         config = ExportConfig(

@@ -30,8 +30,8 @@ from mlx_afm.checkpoints.model_folder import (
     write_config,
 )
 from mlx_afm.checkpoints.quantized import to_quantization_json
-from mlx_afm.errors import AdapterError, ConfigError
-from mlx_afm.files import atomic_folder, write_text
+from mlx_afm.errors import AdapterError, ConfigError, SettingError
+from mlx_afm.files import atomic_folder, to_path, write_text
 from mlx_afm.formats.mlx_folder import INDEX, shard_files, write_shards
 from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.interop import write_shim
@@ -83,13 +83,15 @@ def fuse(
         TensorsError: NaN or infinite weights, also those that the sum has in a 16-bit dtype.
         ConfigError: a target in the way.
     """
-    source, target = resolve(model_path), Path(save_path)
+    source, target = resolve(model_path), to_path(save_path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError("the target exists already", where=target, advice="Remove it or choose another --save-path.")
     in_codes = bool(read_quantization(source))
-    adapter = base_adapter(source) if adapter_path is None else open_adapter(source, Path(adapter_path))
+    adapter = base_adapter(source) if adapter_path is None else open_adapter(source, adapter_path)
     if adapter is None or (adapter_path is None and is_zero(adapter)):
         raise AdapterError("nothing to fuse", where=source, advice="Give --adapter-path.")
+    if dequantize and not in_codes and adapter.config.fine_tune_type != "qat":
+        raise SettingError("nothing to dequantize: the model is dense", where=source, advice="Leave dequantize out.")
     keeps_codes, made_codes = in_codes and not dequantize, adapter.config.fine_tune_type == "qat" and not dequantize
     if keeps_codes and adapter_path is None:
         advice = "It is active already. To merge it, make the model dense: fuse --dequantize."

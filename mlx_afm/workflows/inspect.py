@@ -14,7 +14,7 @@ from mlx_afm.checkpoints.names import adapter_ids, count_layers
 from mlx_afm.checkpoints.quantized import bits_per_weight, count_values
 from mlx_afm.checkpoints.toolkit import STEMS, find_toolkit_files
 from mlx_afm.errors import FormatError
-from mlx_afm.files import read_json, visible
+from mlx_afm.files import read_json, to_path, visible
 from mlx_afm.formats.fmadapter import read_fmadapter
 from mlx_afm.formats.mlx_folder import read_shards
 from mlx_afm.formats.safetensors_file import read_safetensors
@@ -39,7 +39,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     Raises:
         FormatError: nothing there, something unknown, or damaged; with the reason.
     """
-    path = Path(path)
+    path = to_path(path)
     if not path.exists():
         raise FormatError("no such file or folder", where=path)
     describe = _folder if path.is_dir() else _file

@@ -17,8 +17,8 @@ from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.checkpoints.model_folder import load_model, read_config
 from mlx_afm.data import DataConfig, TokenTable, default_cache, read_tokens
 from mlx_afm.data.sources import Files, find_unread, require_splits, unread_text
-from mlx_afm.errors import ConfigError
-from mlx_afm.files import visible
+from mlx_afm.errors import ConfigError, SettingError
+from mlx_afm.files import set_paths, to_optional_path, to_path, visible
 from mlx_afm.formats.fmadapter import require_adapter_name
 from mlx_afm.text.system_prompt import default_system_prompt, trained_system_prompts
 from mlx_afm.text.tokenizer import AFMTokenizer
@@ -45,7 +45,7 @@ from mlx_afm.workflows.run_state import (
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAJob:
-    """A training run.
+    """A training run. Paths may be given as str, with `~`; they are held as `Path`.
 
     Attributes:
         model: MLX model folder, or the hub id of one.
@@ -82,6 +82,11 @@ class LoRAJob:
     report_to: tuple[str, ...] = ()
     project_name: str = "mlx-afm"
     ignore_memory: bool = False
+
+    def __post_init__(self) -> None:
+        set_paths(self, "model", "data", "adapter_path", "cache", "resume_adapter_file")
+        if self.sample_tokens < 1:
+            raise SettingError("sample_tokens out of range", expected="at least 1", found=self.sample_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,13 +246,13 @@ def _facts(course: Course, total_steps: int, saved: SavedRun | None) -> dict[str
 
 
 def score(
-    model_path: Path,
-    adapter_path: Path | None,
-    data: Path,
+    model_path: str | Path,
+    adapter_path: str | Path | None,
+    data: str | Path,
     *,
     batch_size: int = 4,
     reading: DataConfig | None = None,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     own_system_prompt: bool = False,
 ) -> Score:
     """Loss of a model with an adapter on the test split of `data` (or on `data` itself if it is a file).
@@ -262,6 +267,9 @@ def score(
         own_system_prompt: conversations without a system message get the system prompt that `load` finds, in place
             of the one of `reading`; always so without `reading`.
     """
+    adapter_path = to_optional_path(adapter_path)
+    data = to_path(data)
+    cache = to_optional_path(cache)
     model_path = resolve(model_path)
     _require_tokenizer(model_path)
     if reading is None or own_system_prompt:
@@ -275,12 +283,13 @@ def score(
     return Score(loss, math.exp(loss), round(tokens), len(examples))
 
 
-def split_files(data: Path, split: str) -> Files:
+def split_files(data: str | Path, split: str) -> Files:
     """The files of a split; data itself if it is a file.
 
     Raises:
         FormatError: there are none.
     """
+    data = to_path(data)
     return require_splits(data)["train"] if data.is_file() else require_splits(data, split)[split]
 
 

@@ -16,8 +16,8 @@ from mlx_afm.adapters.layers import ALL
 from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.checkpoints.model_folder import BASE_ADAPTER, read_config, read_quantization
 from mlx_afm.checkpoints.names import TARGETS
-from mlx_afm.errors import ConfigError
-from mlx_afm.files import sha256_of
+from mlx_afm.errors import ConfigError, SettingError
+from mlx_afm.files import set_paths, sha256_of
 from mlx_afm.formats.mlx_folder import read_shards
 from mlx_afm.training import Callback, join_ranks
 from mlx_afm.training.distill import distillation_from
@@ -43,7 +43,7 @@ class RecoverJob:
             one, since the best is told by the next token's loss; of next-token the best if there is validation data.
 
     Raises:
-        ConfigError: settings that do not go together; all in one error.
+        SettingError: settings that exclude each other; all in one error.
     """
 
     run: LoRAJob
@@ -52,18 +52,23 @@ class RecoverJob:
     into_base: bool = False
 
     def __post_init__(self) -> None:
+        set_paths(self, "teacher")
         faults, form = [], self.run.lora
         if self.loss not in LOSSES:
             faults.append(f"loss: expected {' or '.join(LOSSES)}, found {self.loss}")
         if (self.teacher is None) == (self.loss == "distill"):
-            wanted = "the unquantised model's folder" if self.loss == "distill" else "none, since it is not asked"
+            wanted = (
+                "the unquantised model's folder"
+                if self.loss == "distill"
+                else "none: with loss next-token no teacher is used"
+            )
             faults.append(f"teacher: expected {wanted}, found {self.teacher}")
         if form.fine_tune_type != "lora":
-            faults.append(f"fine_tune_type: expected lora, found {form.fine_tune_type}")
+            faults.append(f"fine_tune_type: recover trains lora only, found {form.fine_tune_type}")
         if self.into_base and (set(form.targets) != set(TARGETS) or form.layers != ALL):
-            faults.append("into_base: a base adapter sits on all projections of all layers; leave targets and layers")
+            faults.append("into_base: a base adapter has all projections of all layers; leave targets and layers out")
         if faults:
-            raise ConfigError("the recovery's settings do not go together", details=faults)
+            raise SettingError("the settings of recover exclude each other", details=faults)
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,24 @@ from mlx_afm.data.convert import convert_data
 from mlx_afm.data.sources import Files, find_splits, require_splits
 from mlx_afm.data.split import Split, SplitConfig, require_other_files, split_data
 from mlx_afm.errors import ConfigError
-from mlx_afm.files import atomic_folder
+from mlx_afm.files import atomic_folder, to_path
 
 
 def split(
-    data: Path, out: Path, config: SplitConfig, reading: DataConfig | None = None, *, overwrite: bool = False
+    data: str | Path,
+    out: str | Path,
+    config: SplitConfig,
+    reading: DataConfig | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Split:
     """Writes train, valid and test files without a prompt on two sides; see `split_data`.
 
     Raises:
         ConfigError: the data is split already, or the folder holds splits that the results would join or replace.
     """
+    data = to_path(data)
+    out = to_path(out)
     splits = require_splits(data)
     if len(splits) > 1:
         advice = "Name the one file to split."
@@ -46,8 +53,8 @@ def _require_room(out: Path, config: SplitConfig, overwrite: bool) -> None:
 
 
 def convert(
-    source: Path,
-    target: Path,
+    source: str | Path,
+    target: str | Path,
     dialect: str,
     reading: DataConfig | None = None,
     columns: Sequence[str] = (),
@@ -71,6 +78,8 @@ def convert(
     Returns:
         Path of each file written, and its number of records.
     """
+    source = to_path(source)
+    target = to_path(target)
     splits = require_splits(source)
     if _is_one(source, splits):
         require_other_files(splits["train"], [target])

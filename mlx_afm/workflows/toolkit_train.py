@@ -24,7 +24,8 @@ from pathlib import Path
 from mlx_afm.adapters import LoRAConfig
 from mlx_afm.checkpoints.model_folder import read_toolkit_config
 from mlx_afm.data import DataConfig, default_cache
-from mlx_afm.errors import ConfigError, FormatError
+from mlx_afm.errors import ConfigError, FormatError, SettingError
+from mlx_afm.files import set_paths
 from mlx_afm.training import (
     Callback,
     DataOrder,
@@ -86,6 +87,7 @@ class ToolkitTraining:
     cache: Path | None = field(default_factory=default_cache)
 
     def __post_init__(self) -> None:
+        set_paths(self, "model", "train_data", "checkpoint_dir", "eval_data")
         faults = []
         for name in ("checkpoint_frequency", "epochs", "batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
@@ -97,7 +99,7 @@ class ToolkitTraining:
         if self.pack_sequences and self.max_sequence_length is None:
             faults.append("pack_sequences: expected with max_sequence_length, the length of a row")
         if faults:
-            raise ConfigError("training settings out of range", details=faults)
+            raise SettingError("training settings out of range", details=faults)
 
     def require_data(self) -> None:
         """Checks that there are files to read, before anything is converted or loaded.

@@ -45,14 +45,14 @@ def cli(capsys, monkeypatch):
 def expect_refusal(cli, tmp_path):
     """A function that runs a command line which must fail, and gives its message.
 
-    Failing is: exit 1, one message on stderr (after what progress there was), nothing on stdout, and no
-    file in the test's folder made, changed or removed.
+    Failing is: exit 1, or `code`; one message on stderr (after what progress there was), nothing on stdout, and
+    no file in the test's folder made, changed or removed.
     """
 
-    def run(*arguments, says, stdin=b""):
+    def run(*arguments, says, stdin=b"", code=1):
         before = _files(tmp_path)
         ran = cli(*arguments, stdin=stdin)
-        assert ran.code == 1
+        assert ran.code == code, ran.err
         assert ran.out == ""
         assert ran.err.count("mlx-afm: ") == 1
         assert "Traceback" not in ran.err

@@ -31,7 +31,8 @@ def shown(cli, model_folder):
     """A function that gives the texts of a file's first example as the model sees them, trained ones and others."""
 
     def show(path, *options):
-        (example,) = cli("data", "render", path, "--model", model_folder, "-n", 1, "--json", *options).json["examples"]
+        chosen = options or ("-n", 1)
+        (example,) = cli("data", "render", path, "--model", model_folder, "--json", *chosen).json["examples"]
         texts = [(part["text"], part["trained"]) for part in example["texts"]]
         return "".join(text for text, _ in texts), [text for text, trained in texts if trained]
 

@@ -33,7 +33,7 @@ def test_quantise_inspect_generate_and_make_dense(options, forms, toolkit_folder
     told = ran.json
     assert told["quantized"] == forms
     assert len(told["left_dense"]) == 6  # 312 columns
-    assert "groups do not divide" in ran.err
+    assert "Not quantized, because the group size does not divide" in ran.err
     inspected = cli("inspect", tmp_path / "q", "--json").json
     assert (inspected["quantization"], inspected["bits_per_weight"]) == (forms, told["bits_per_weight"])
     assert inspected["parameters"] == 737232
@@ -65,18 +65,18 @@ def test_options_of_q_need_it(toolkit_folder, tmp_path, cli):
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "says", "code"),
     [
-        (["-q", "--q-bits", 7], ["bits: mode affine has", "found 7"]),
-        (["-q", "--q-recipe", "apple", "--q-bits", 2], ["recipe apple says that itself"]),
-        (["-q", "--q-group-size", 128], ["no matrix can be quantised", "96 columns"]),
-        (["-q", "-d"], ["either quantise or dequantise"]),
-        (["-q", "--to", "torch"], ["a torch checkpoint has no codes"]),
-        (["-d"], ["nothing to dequantise"]),
+        (["-q", "--q-bits", 7], ["bits: mode affine has", "found 7"], 2),
+        (["-q", "--q-recipe", "apple", "--q-bits", 2], ["recipe apple already sets bits"], 2),
+        (["-q", "--q-group-size", 128], ["no matrix can be quantised", "96 columns"], 1),
+        (["-q", "-d"], ["either quantise or dequantise"], 2),
+        (["-q", "--to", "torch"], ["a torch checkpoint has no codes"], 2),
+        (["-d"], ["nothing to dequantise"], 1),
     ],
 )
-def test_what_cannot_be_is_refused(options, says, model_folder, tmp_path, expect_refusal):
-    expect_refusal("convert", "--hf-path", model_folder, "--mlx-path", tmp_path / "q", *options, says=says)
+def test_what_cannot_be_is_refused(options, says, code, model_folder, tmp_path, expect_refusal):
+    expect_refusal("convert", "--hf-path", model_folder, "--mlx-path", tmp_path / "q", *options, says=says, code=code)
 
 
 def test_codes_do_not_go_to_torch(model_folder, tmp_path, cli, expect_refusal):

@@ -156,10 +156,10 @@ def test_an_interrupted_run_leaves_the_base_alone(codes, model_folder, data_fold
     ("changes", "says"),
     [
         ({"teacher": None}, "teacher: expected the unquantised model's folder, found None"),
-        ({"loss": "next-token"}, "teacher: expected none, since it is not asked"),
+        ({"loss": "next-token"}, "teacher: expected none: with loss next-token no teacher is used"),
         ({"loss": "mse"}, "loss: expected distill or next-token, found mse"),
-        ({"into_base": True, "lora": LoRAConfig(targets=("q",))}, "sits on all projections"),
-        ({"lora": LoRAConfig(fine_tune_type="dora")}, "fine_tune_type: expected lora, found dora"),
+        ({"into_base": True, "lora": LoRAConfig(targets=("q",))}, "has all projections"),
+        ({"lora": LoRAConfig(fine_tune_type="dora")}, "fine_tune_type: recover trains lora only, found dora"),
     ],
 )
 def test_settings_that_do_not_go_together(changes, says, codes, model_folder, data_folder, tmp_path):

@@ -38,9 +38,11 @@ def test_assets_are_where_said_else_named_else_here(assets, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_precision_is_the_dtype_of_the_base(precision, assets):
+def test_a_precision_is_the_dtype_of_the_base(precision, assets, tmp_path):
     folder = model_folder(assets, precision)
-    assert folder == assets.parent / "mlx-afm" / PRECISIONS[precision].dtype
+    assert folder.name == PRECISIONS[precision].dtype
+    assert folder.parent.parent == tmp_path / "cache" / "toolkit"
+    assert [path.name for path in assets.parent.iterdir()] == ["assets"]  # nothing beside the assets
     dtypes = {tensor.dtype for tensor in read_safetensors(folder / "model.safetensors").values()}
     assert PRECISIONS[precision].dtype in dtypes
     adapter = read_safetensors(folder / "base_adapter" / "adapters.safetensors")
@@ -62,6 +64,12 @@ def test_the_model_is_converted_once_and_again_when_it_changed(assets):
     (folder / MADE_FROM).unlink()  # as after being killed between the two
     model_folder(assets, "f32", on_note=notes.append)
     assert len(notes) == 3
+
+
+def test_a_model_that_an_earlier_release_put_beside_the_assets_is_used(assets):
+    made = model_folder(assets, "f32")
+    shutil.move(made, assets.parent / "mlx-afm" / "float32")
+    assert model_folder(assets, "f32", on_note=pytest.fail) == assets.parent / "mlx-afm" / "float32"
 
 
 def test_the_place_can_be_chosen_and_others_files_are_left_alone(assets, tmp_path, monkeypatch):
