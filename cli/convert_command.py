@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from .output import json_option, note, show
-from .progress import BytesProgress
+from .progress import BytesProgress, show_event
 from .quantize_options import quantize_options, take_quantization
 
 
@@ -43,10 +43,8 @@ def command(source: Path, target: Path, as_json: bool, **options: Any) -> None:
     from mlx_afm.workflows.convert import convert
 
     quantizing = take_quantization(options)
-    if "init_adapter" in quantizing or "calibration" in quantizing:
-        note("computing first what the codes are to be fitted to; writing begins after that")
     with BytesProgress("converting") as progress:
-        done = convert(source, target, on_progress=progress.handle, **quantizing, **options)
+        done = convert(source, target, on_progress=progress.handle, on_event=show_event, **quantizing, **options)
     if done.left_dense:
         note(f"Left dense, since groups do not divide their widths: {', '.join(done.left_dense)}")
     if done.wrapper_key is not None:

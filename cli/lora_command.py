@@ -9,6 +9,7 @@ import click
 
 from .interrupts import stop_on_signals
 from .lora_options import with_options
+from .outcome import note_best, outcome_of
 from .output import json_option, note, resume_line, show
 from .progress import show_event
 from .settings import request_from
@@ -20,12 +21,19 @@ from .settings import request_from
 def command(config: Path | None, as_json: bool, **flags: Any) -> int:
     """Train a LoRA adapter (--train), score it on held-out data (--test), or both."""
     from mlx_afm.training import Event, TrainingResumed, TrainingStarted, join_ranks
-    from mlx_afm.workflows.lora import score, train
+    from mlx_afm.workflows.lora import require_valid_split, score, train
+    from mlx_afm.workflows.run_folder import best_adapter
 
     request = request_from(config, flags)
     job = request.job
     if not (request.train or request.test):
         raise click.UsageError("nothing to do: give --train, --test or both")
+    if flags["best"] and not request.test:
+        raise click.UsageError("--best belongs to --test")
+    if flags["overwrite"] and not request.train:
+        raise click.UsageError("--overwrite belongs to --train")
+    if request.best and request.train:
+        require_valid_split(job.data)
     ranks = join_ranks(job.train.rank_timeout_seconds)
     result: dict[str, Any] = {"adapter_path": str(job.adapter_path)}
     if request.train:
@@ -38,17 +46,26 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> int:
             trained = train(job, on_event=watch, should_stop=stop)
         if not ranks.leads:
             return 0  # rank 0 tells, and its exit code counts
-        result |= {"steps": trained.steps, "best_valid_loss": trained.best_loss}
+        result |= outcome_of(trained)
         if trained.interrupted:
             note(f"to go on: {resume_line()}")
             show({**result, "interrupted": True}, as_json)
             return stop.exit_code
+        note_best(trained, job.model)
     if request.test and ranks.leads:
         has_adapter = request.train or request.adapter_given or job.adapter_path.exists()
         note("scoring" if has_adapter else "scoring the base model: no --adapter-path")
-        adapter = job.adapter_path if has_adapter else None
+        adapter = best_adapter(job.adapter_path) if request.best else job.adapter_path if has_adapter else None
+        if adapter is not None:
+            result |= {"tested_adapter": str(adapter)}
         scored = score(
-            job.model, adapter, job.data, batch_size=job.train.batch_size, reading=job.reading, cache=job.cache
+            job.model,
+            adapter,
+            job.data,
+            batch_size=job.train.batch_size,
+            reading=job.reading,
+            cache=job.cache,
+            on_event=show_event,
         )
         result |= {
             "test_loss": scored.loss,

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import sys
-from importlib import import_module
-from typing import Any
 
-import click
+try:  # Ctrl-C may come while these are imported, before `main` can handle it
+    from importlib import import_module
+    from typing import Any
 
-from mlx_afm._version import __version__
-from mlx_afm.errors import AFMError
+    import click
+
+    from mlx_afm._version import __version__
+    from mlx_afm.errors import AFMError
+except KeyboardInterrupt:
+    sys.stderr.write("mlx-afm: interrupted\n")
+    sys.exit(130)
 
 # Command -> what `--help` says of it. Each lives in the module of its name, as `command`.
 COMMANDS = {

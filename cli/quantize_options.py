@@ -40,7 +40,7 @@ OPTIONS = (
         type=click.Choice(INITS),
         help="Write a base adapter of the rounding's error, or of the weights before rounding.",
     ),
-    click.option("--rank", type=int, help="Of that adapter.  [default: 16]"),
+    click.option("--rank", type=int, help="Of that adapter.  [default: 32]"),
     click.option("--scale", type=float, help="Of that adapter; devices apply 0.5.  [default: 0.5]"),
     click.option("--init-rounds", type=int, help="Rounding and adapter in turn.  [default: 1]"),
     click.option("-d", "--dequantize", is_flag=True, help="Make a quantised folder dense."),

@@ -25,7 +25,7 @@ JOB_KEYS = {"model", "data", "adapter_path", "name", "resume_adapter_file", "pro
 JOB_KEYS |= {"sample_prompt", "sample_tokens", "report_to", "ignore_memory"}
 JOB_DEFAULTS = ("sample_tokens", "report_to", "project_name", "ignore_memory")
 DERIVED_KEYS = {"num_layers": "int", "loraplus_ratio": "float"}  # other ways to say layers and rate_factors
-SWITCHES = {"train", "test", "resume"}
+SWITCHES = {"train", "test", "resume", "overwrite", "best"}
 KNOWN = LORA_KEYS | TRAIN_KEYS | JOB_KEYS | SWITCHES | set(DERIVED_KEYS) | {"lora_parameters"}
 # What a file may give for an option, by the type of its field.
 KINDS = {
@@ -57,13 +57,14 @@ TYPES = {
 class Request:
     """What `mlx-afm lora` is asked to do: train (--resume asks for it too), test or both.
 
-    `adapter_given` says whether there was an adapter path.
+    `adapter_given` says whether there was an adapter path, `best` whether to test the best adapter of the run.
     """
 
     job: LoRAJob
     train: bool
     test: bool
     adapter_given: bool
+    best: bool
 
 
 def request_from(file: Path | None, flags: Mapping[str, Any], required: tuple[str, ...] = ("model", "data")) -> Request:
@@ -99,12 +100,15 @@ def request_from(file: Path | None, flags: Mapping[str, Any], required: tuple[st
         name=values.get("name"),
         test=switches["test"],
         resume=switches["resume"],
+        overwrite=switches["overwrite"] and not (flags.get("resume") and not flags.get("overwrite")),
         resume_adapter_file=Path(values["resume_adapter_file"]) if "resume_adapter_file" in values else None,
         sample_prompts=tuple(values.get("sample_prompt", ())),
         reading=reading_from(values),
         **_given(values),
     )
-    return Request(job, switches["train"] or switches["resume"], switches["test"], "adapter_path" in values)
+    return Request(
+        job, switches["train"] or switches["resume"], switches["test"], "adapter_path" in values, switches["best"]
+    )
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:

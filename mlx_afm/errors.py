@@ -2,6 +2,7 @@
 
     AFMError
     ├── ConfigError (ValueError)        a model configuration or a setting
+    │   └── DiskFullError (OSError)     a disk without room for what is written
     ├── FormatError (ValueError)        a file or folder that is not what its name says
     ├── TensorsError (ValueError)       tensors missing, surplus or of the wrong shape
     ├── DataError (ValueError)          a training record
@@ -58,6 +59,10 @@ class AFMError(Exception):
 
 class ConfigError(AFMError, ValueError):
     """A model configuration or a setting that cannot be used."""
+
+
+class DiskFullError(ConfigError, OSError):
+    """A disk that has no room for what is to be written; nothing half-written is left."""
 
 
 class FormatError(AFMError, ValueError):

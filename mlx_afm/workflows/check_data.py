@@ -11,6 +11,7 @@ from mlx_afm.data.fix import Fixed, fix_data
 from mlx_afm.data.report import DataReport
 from mlx_afm.data.sources import Files, find_splits
 from mlx_afm.errors import ConfigError, FormatError
+from mlx_afm.folders import lock_folder, require_replaceable
 from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.workflows.load import TOKENIZER
 
@@ -40,7 +41,9 @@ def check(
     tokenizer_file = None if model is None else tokenizer_of(model)
     if fix is None:
         return check_data(splits, reading, tokenizer_file, on_progress=on_progress), None
-    fixed = fix_data(splits, fix, reading, tokenizer_file, on_progress=on_progress)
+    with lock_folder(fix):
+        require_replaceable(fix, "folder")
+        fixed = fix_data(splits, fix, reading, tokenizer_file, on_progress=on_progress)
     return fixed.report, fixed
 
 

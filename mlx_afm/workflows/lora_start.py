@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +12,10 @@ from mlx_afm.adapters import Adapter, LoRAConfig, adapter_weights, add_adapter, 
 from mlx_afm.adapters.config import WHOLE_WEIGHTS
 from mlx_afm.adapters.layers import ALL
 from mlx_afm.checkpoints.arrays import to_mlx
+from mlx_afm.checkpoints.model_folder import read_quantization
 from mlx_afm.errors import AdapterError, ConfigError
 from mlx_afm.model import Model
 from mlx_afm.workflows.load import attach, base_adapter, open_adapter
-
-FUSE = "fuse it into the base first: mlx-afm fuse --model M --save-path F"
 
 
 def start_adapter(
@@ -49,7 +49,7 @@ def start_adapter(
                 where=folder,
                 expected=_form(base.config),
                 found=_form(lora),
-                advice=f"Train with its rank and scale, or {FUSE}",
+                advice=f"Train in its form (--fine-tune-type lora {_flags(base.config)}), or {_fuse_advice(folder)}",
             )
         add_adapter(model, lora, seed=seed)
         mx.eval(model.parameters())
@@ -58,6 +58,16 @@ def start_adapter(
     attach(model, Adapter(form, base.base, base.weights, base.name), where=folder)
     train_only(model, lora.targets, lora.layers)
     return form
+
+
+def _flags(config: LoRAConfig) -> str:
+    return f"--rank {config.rank} --scale {config.scale!r}"
+
+
+def _fuse_advice(folder: Path) -> str:
+    """What makes a base adapter part of the weights; codes must become dense for that."""
+    dense = " --dequantize" if read_quantization(folder) else ""
+    return f"fuse it into the weights first: mlx-afm fuse --model {shlex.quote(str(folder))}{dense} --save-path FUSED"
 
 
 def _form(config: LoRAConfig) -> str:
@@ -71,9 +81,7 @@ def _start_from(model: Model, adapter: Adapter, lora: LoRAConfig, *, seed: int, 
     same = given.fine_tune_type == lora.fine_tune_type
     if not same or (not whole and (given.rank, given.scale) != (lora.rank, lora.scale)):
         kind = given.fine_tune_type
-        advice = f"Give its form: --fine-tune-type {kind}" + (
-            "" if kind in WHOLE_WEIGHTS else f" --rank {given.rank} --scale {given.scale:g}"
-        )
+        advice = f"Give its form: --fine-tune-type {kind}" + ("" if kind in WHOLE_WEIGHTS else f" {_flags(given)}")
         expected = kind if whole or kind in WHOLE_WEIGHTS else _form(given)
         raise ConfigError(
             "the adapter to start from has another form",

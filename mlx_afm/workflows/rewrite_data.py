@@ -11,6 +11,7 @@ from mlx_afm.data.sources import Files
 from mlx_afm.data.split import Split, SplitConfig, split_data
 from mlx_afm.errors import ConfigError
 from mlx_afm.files import atomic_folder
+from mlx_afm.folders import lock_folder, new_folder
 from mlx_afm.workflows.check_data import require_splits
 
 
@@ -24,7 +25,8 @@ def split(data: Path, out: Path, config: SplitConfig, reading: DataConfig | None
     if len(splits) > 1:
         advice = "Name the one file to split."
         raise ConfigError("the data is split already", where=data, found=", ".join(splits), advice=advice)
-    return split_data(next(iter(splits.values())), out, config, reading)
+    with lock_folder(out):
+        return split_data(next(iter(splits.values())), out, config, reading)
 
 
 def convert(
@@ -52,7 +54,7 @@ def convert(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError("the output folder is not empty", where=target, advice="Choose another.")
     written: dict[str, int] = {}
-    with atomic_folder(target) as partial:
+    with new_folder(target, "target"), atomic_folder(target) as partial:
         for name, files in splits.items():
             written[str(target / f"{name}.jsonl")] = convert_data(
                 files, partial / f"{name}.jsonl", dialect, reading, columns
