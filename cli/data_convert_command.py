@@ -11,7 +11,7 @@ from mlx_afm.data.dialects import DIALECTS
 from mlx_afm.workflows.rewrite_data import convert as convert_data
 
 from .data_options import record_options
-from .output import json_option, show
+from .output import json_option, note, show
 
 
 @click.command("convert")
@@ -34,5 +34,5 @@ def convert(source: Path, target: Path, to: str, columns: str, reading: DataConf
     refused with its line, and nothing is written.
     """
     names = [name.strip() for name in columns.split(",")] if columns else []
-    written = convert_data(source, target, to, reading, names)
+    written = convert_data(source, target, to, reading, names, note)
     show({"dialect": to, "records": sum(written.values()), "files": written}, as_json)

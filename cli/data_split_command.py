@@ -11,7 +11,7 @@ from mlx_afm.data.split import SplitConfig
 from mlx_afm.workflows.rewrite_data import split as split_data
 
 from .data_options import data_argument, record_options
-from .output import json_option, show
+from .output import json_option, note, show
 
 
 @click.command("split")
@@ -44,4 +44,4 @@ def split(
     Lines are written as they are, in their order.
     """
     config = SplitConfig(valid=valid, test=test, seed=seed, threshold=threshold)
-    show(split_data(data, out, config, reading).to_dict(), as_json)
+    show(split_data(data, out, config, reading, note).to_dict(), as_json)

@@ -106,7 +106,7 @@ class StageLines:
 
     def __init__(self) -> None:
         self.terminal, self.stage, self.open = False, "", False
-        self.done, self.started, self.shown = 0, 0.0, 0.0
+        self.first, self.done, self.started, self.shown = 0, 0, 0.0, 0.0
 
     def show(self, event: StageProgress) -> None:
         """Shows an event, if it is time to."""
@@ -114,11 +114,12 @@ class StageLines:
         if event.stage != self.stage or event.done < self.done:
             self.end()
             self.terminal, self.stage, self.started, self.shown = sys.stderr.isatty(), event.stage, now, now
+            self.first = event.done
         self.done = event.done
         last = event.done >= event.total
         if now - self.shown >= (0.1 if self.terminal else 5) or (last and event.stage not in BRIEF):
             self.shown, self.open = now, self.terminal
-            text = _stage_text(event, now - self.started)
+            text = _stage_text(event, event.done - self.first, now - self.started)
             click.echo(f"\r{text}   " if self.terminal else text, nl=not self.terminal, err=True)
         if last:
             self.end()
@@ -130,12 +131,17 @@ class StageLines:
         self.stage, self.open, self.done = "", False, 0
 
 
-def _stage_text(event: StageProgress, elapsed: float) -> str:
-    share, rate = event.done / max(event.total, 1), event.done / max(elapsed, 1e-9)
-    eta = f"ETA {duration(elapsed / share * (1 - share))}" if share else "ETA unknown"
-    if event.unit == "bytes":
-        return f"{event.stage} {event.done / 1e9:.2f} of {event.total / 1e9:.2f} GB  {rate / 1e6:,.0f} MB/s  {eta}"
-    return f"{event.stage}: {event.done:,} of {event.total:,} {event.unit}  {rate:.3g}/s  {eta}"
+def _stage_text(event: StageProgress, counted: int, elapsed: float) -> str:
+    """What is done, and the rate and time left by what was done since the stage began."""
+    in_bytes = event.unit == "bytes"
+    text = f"{event.stage}: {event.done:,} of {event.total:,} {event.unit}"
+    if in_bytes:
+        text = f"{event.stage} {event.done / 1e9:.2f} of {event.total / 1e9:.2f} GB"
+    if not counted or elapsed <= 0:
+        return text
+    rate = counted / elapsed
+    speed = f"{rate / 1e6:,.0f} MB/s" if in_bytes else f"{rate:,.1f}/s"
+    return f"{text}  {speed}  ETA {duration((event.total - event.done) / rate)}"
 
 
 _STAGES = StageLines()  # of `show_event`

@@ -74,6 +74,10 @@ def _partial(path: Path, make: Callable[[Path], Path], wanted_bytes: int | None)
     try:
         yield partial
     except OSError as error:
+        if isinstance(error, DiskFullError) and wanted_bytes is None:  # of a file in this folder
+            raise DiskFullError(
+                error.what, where=path, expected=error.expected, found=error.found, advice=error.advice
+            ) from error
         if isinstance(error, DiskFullError) or error.errno in DISK_FULL:
             raise disk_full(path, wanted_bytes, size_of(partial)) from error
         raise
@@ -202,15 +206,20 @@ def disk_full(target: Path, wanted_bytes: int | None, written_bytes: int = 0) ->
         wanted_bytes: its size; None if it is not known.
         written_bytes: size of its unfinished part, which is about to be removed.
     """
-    needed, found = written_bytes if wanted_bytes is None else wanted_bytes, free_bytes(target) + written_bytes
-    unit, size = ("GB", 1e9) if needed >= 1e7 else ("MB", 1e6)
+    needed = written_bytes if wanted_bytes is None else wanted_bytes
     return DiskFullError(
         "not enough disk space",
         where=target,
-        expected=f"{'more than ' if wanted_bytes is None else ''}{needed / size:.2f} {unit} free",
-        found=f"{found / size:.2f} {unit}",
+        expected=f"{'more than ' if wanted_bytes is None else ''}{to_text(needed)} free",
+        found=to_text(free_bytes(target) + written_bytes, like=needed),
         advice="Free some space, or choose a target on another disk.",
     )
+
+
+def to_text(count: int, like: int | None = None) -> str:
+    """A number of bytes in GB, or in MB if it is small; `like` is another number that chooses the unit."""
+    unit, size = ("GB", 1e9) if (count if like is None else like) >= 5e7 else ("MB", 1e6)
+    return f"{count / size:.2f} {unit}"
 
 
 def _umask() -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from mlx_afm.errors import ConfigError
-from mlx_afm.files import PARTIAL, lock_descriptor, remove, size_of
+from mlx_afm.files import PARTIAL, lock_descriptor, remove, size_of, to_text
 
 INNER_LOCK = ".mlx-afm.lock"
 OnNote = Callable[[str], None]
@@ -115,9 +115,9 @@ def _clear(path: Path, target: Path, old: bool) -> str:
     if old and not target.exists():
         os.replace(path, target)
         return f"put back {target}, which a killed process had moved to {path.name}"
-    size = size_of(path)
+    size = to_text(size_of(path))
     remove(path)
-    return f"removed {path} ({size / 1e9:.2f} GB), the unfinished output of a killed process"
+    return f"removed {path} ({size}), the unfinished output of a killed process"
 
 
 def _is_ours(path: Path) -> bool:

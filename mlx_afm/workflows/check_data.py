@@ -11,7 +11,7 @@ from mlx_afm.data.fix import Fixed, fix_data
 from mlx_afm.data.report import DataReport
 from mlx_afm.data.sources import Files, find_splits
 from mlx_afm.errors import ConfigError, FormatError
-from mlx_afm.folders import lock_folder, require_replaceable
+from mlx_afm.folders import OnNote, ignore_note, lock_folder, require_replaceable
 from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.workflows.load import TOKENIZER
 
@@ -23,6 +23,7 @@ def check(
     model: Path | None = None,
     fix: Path | None = None,
     on_progress: OnProgress | None = None,
+    on_note: OnNote = ignore_note,
 ) -> tuple[DataReport, Fixed | None]:
     """What is wrong with training data, and what was done about it.
 
@@ -32,6 +33,7 @@ def check(
         model: model folder, or the hub id of one; its tokenizer tells how long examples are.
         fix: folder for a copy without the problems; None writes none.
         on_progress: told of bytes read and in all.
+        on_note: see `lock_folder`.
 
     Raises:
         FormatError: no such data. ConfigError: a model folder without tokenizer, no such transform, or
@@ -41,7 +43,7 @@ def check(
     tokenizer_file = None if model is None else tokenizer_of(model)
     if fix is None:
         return check_data(splits, reading, tokenizer_file, on_progress=on_progress), None
-    with lock_folder(fix):
+    with lock_folder(fix, on_note=on_note):
         require_replaceable(fix, "folder")
         fixed = fix_data(splits, fix, reading, tokenizer_file, on_progress=on_progress)
     return fixed.report, fixed

@@ -11,26 +11,33 @@ from mlx_afm.data.sources import Files
 from mlx_afm.data.split import Split, SplitConfig, split_data
 from mlx_afm.errors import ConfigError
 from mlx_afm.files import atomic_folder
-from mlx_afm.folders import lock_folder, new_folder
+from mlx_afm.folders import OnNote, ignore_note, lock_folder, new_folder
 from mlx_afm.workflows.check_data import require_splits
 
 
-def split(data: Path, out: Path, config: SplitConfig, reading: DataConfig | None = None) -> Split:
-    """Writes train, valid and test files without a prompt on two sides; see `split_data`.
+def split(
+    data: Path, out: Path, config: SplitConfig, reading: DataConfig | None = None, on_note: OnNote = ignore_note
+) -> Split:
+    """Writes train, valid and test files without a prompt on two sides; see `split_data`, for `on_note` `lock_folder`.
 
     Raises:
-        ConfigError: the data is split already.
+        ConfigError: the data is split already, or another process writes the folder.
     """
     splits = require_splits(data)
     if len(splits) > 1:
         advice = "Name the one file to split."
         raise ConfigError("the data is split already", where=data, found=", ".join(splits), advice=advice)
-    with lock_folder(out):
+    with lock_folder(out, on_note=on_note):
         return split_data(next(iter(splits.values())), out, config, reading)
 
 
 def convert(
-    source: Path, target: Path, dialect: str, reading: DataConfig | None = None, columns: Sequence[str] = ()
+    source: Path,
+    target: Path,
+    dialect: str,
+    reading: DataConfig | None = None,
+    columns: Sequence[str] = (),
+    on_note: OnNote = ignore_note,
 ) -> dict[str, int]:
     """Writes data in another dialect; see `convert_data`.
 
@@ -41,6 +48,7 @@ def convert(
         dialect: one of `DIALECTS`.
         reading: how to read.
         columns: names of the columns of tables whose first line does not name them.
+        on_note: see `lock_folder`.
 
     Raises:
         ConfigError: the folder `target` is not empty.
@@ -54,7 +62,7 @@ def convert(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError("the output folder is not empty", where=target, advice="Choose another.")
     written: dict[str, int] = {}
-    with new_folder(target, "target"), atomic_folder(target) as partial:
+    with new_folder(target, "target", on_note), atomic_folder(target) as partial:
         for name, files in splits.items():
             written[str(target / f"{name}.jsonl")] = convert_data(
                 files, partial / f"{name}.jsonl", dialect, reading, columns

@@ -74,7 +74,8 @@ class RunFolder:
         """Writes the state; the first one of a new run makes an end of what an earlier run left."""
         length = 0
         if self._metrics is not None:
-            os.fsync(self._metrics.fileno())
+            with self._resumable():
+                os.fsync(self._metrics.fileno())
             length = self._metrics.tell()
         with self._resumable():
             write_state(self.folder / STATE, SavedRun(snapshot, self.course, self.total_steps, length))

@@ -16,6 +16,7 @@ from pathlib import Path
 from mlx_afm.checkpoints.toolkit import find_toolkit_files
 from mlx_afm.errors import ConfigError
 from mlx_afm.files import read_json, write_json
+from mlx_afm.training import Event, Notice
 from mlx_afm.workflows.convert import OnProgress, convert
 
 ASSETS_VARIABLE, CACHE_VARIABLE = "MLX_AFM_TOOLKIT_ASSETS", "MLX_AFM_TOOLKIT_CACHE"
@@ -99,7 +100,12 @@ def model_folder(
     if folder.exists():
         _require_ours(folder)
         shutil.rmtree(folder)
-    convert(files.weights, folder, dtype=dtype, on_progress=on_progress)
+
+    def tell(event: Event) -> None:
+        if isinstance(event, Notice):
+            on_note(event.text)
+
+    convert(files.weights, folder, dtype=dtype, on_progress=on_progress, on_event=tell)
     write_json(record, made_from)
     return folder
 
