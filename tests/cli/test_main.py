@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -103,3 +104,13 @@ def test_as_a_program_it_reads_stdin_and_answers(model_folder, adapter_forms, sa
     assert ran.returncode == 0
     assert ran.stdout.decode() == say(*adapter, prompt="größer\nals")["text"] + "\n"
     assert ran.stderr == b""
+
+
+def test_ctrl_c_while_the_first_modules_are_imported_is_one_line(tmp_path):
+    """A stand-in for click, the first library that is imported, sends the signal at a known moment."""
+    (tmp_path / "click.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    line = [sys.executable, "-m", "mlx_afm", "--version"]
+    ran = subprocess.run(
+        line, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "mlx-afm: interrupted\n")
