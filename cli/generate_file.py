@@ -54,6 +54,6 @@ def answer_prompts(
         left = duration(state.seconds / state.new * (state.total - state.done))
         note(f"{state.done}/{state.total} answers  {state.tokens / state.seconds:,.0f} tokens/s  ETA {left}")
 
-    done = answer_file(job, tell)
+    done = answer_file(job, tell, note)
     facts = {"output": str(output), "answers": done.total, "new": done.new, "generation_tokens": done.tokens}
     show(facts, as_json)

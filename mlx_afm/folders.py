@@ -9,6 +9,7 @@ writes in the same folder removes it.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -18,8 +19,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from mlx_afm.errors import ConfigError
-from mlx_afm.files import PARTIAL, lock_descriptor, remove, size_of, to_text
+from mlx_afm.files import DISK_FULL, PARTIAL, disk_full, lock_descriptor, remove, size_of, to_text
 
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # some network disks
 INNER_LOCK = ".mlx-afm.lock"
 OnNote = Callable[[str], None]
 # What `tempfile` makes of the names; `.old` is a folder that was moved aside to be replaced.
@@ -31,11 +33,12 @@ def ignore_note(text: str) -> None:
 
 
 @contextmanager
-def lock_folder(folder: Path, *inner: str, on_note: OnNote = ignore_note) -> Iterator[None]:
+def lock_folder(folder: Path, *inner: str, what: str = "folder", on_note: OnNote = ignore_note) -> Iterator[None]:
     """Keeps other processes from writing a folder, and removes what killed processes left in it and beside it.
 
     Args:
         folder: the folder; it need not exist. Two names of one folder (links) have one lock.
+        what: "file" if it is one; for messages.
         inner: names of folders in it whose remains are removed too.
         on_note: is given one sentence for each thing removed.
 
@@ -45,7 +48,7 @@ def lock_folder(folder: Path, *inner: str, on_note: OnNote = ignore_note) -> Ite
     place = Path(os.path.realpath(folder))
     with ExitStack() as stack:
         stack.enter_context(_parents_of(place))
-        stack.enter_context(_locked(place, folder))
+        stack.enter_context(_locked(place, folder, what, on_note))
         for parent in (place.parent, place, *(place / name for name in inner)):
             remove_stale(parent, on_note)
         yield
@@ -154,19 +157,21 @@ def _parents_of(place: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(place: Path, folder: Path) -> Iterator[None]:
+def _locked(place: Path, folder: Path, what: str, on_note: OnNote) -> Iterator[None]:
     file = _lock_file(place)
     lock = FileLock(file, timeout=0)
     try:
         lock.acquire()
     except Timeout:
-        advice = "Wait for it to end, or choose another folder."
-        raise ConfigError("another process is writing this folder", where=folder, advice=advice) from None
-    except (OSError, NotImplementedError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(
-            f"cannot write here: {reason}", where=place.parent, advice="Choose another folder."
-        ) from error
+        advice = f"Wait for it to end, or choose another {what}."
+        raise ConfigError(f"another process is writing this {what}", where=folder, advice=advice) from None
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise disk_full(folder, None) from error
+        if error.errno not in NO_LOCKS:
+            reason, advice = error.strerror or str(error), f"Choose another {what}."
+            raise ConfigError(f"cannot write here: {reason}", where=place.parent, advice=advice) from error
+        on_note(f"{folder}: this file system has no locks; do not write this {what} with two processes at a time")
     try:
         yield
     finally:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 
 import pytest
+from filelock import FileLock
 
 from mlx_afm.errors import ConfigError
 from mlx_afm.files import atomic_file, atomic_folder
@@ -82,3 +85,26 @@ def test_only_what_no_process_holds_is_stale(tmp_path):
         assert second.is_file()
     assert names(tmp_path) == ["file", "folder"]
     assert len(notes) == 2
+
+
+@pytest.mark.parametrize(
+    ("number", "says"), [(errno.EROFS, "cannot write here: Read-only"), (errno.ENOSPC, "disk space")]
+)
+def test_a_place_that_takes_no_lock_is_one_clear_error(tmp_path, monkeypatch, number, says):
+    monkeypatch.setattr(FileLock, "acquire", lambda self: fail(number))
+    with pytest.raises(ConfigError, match=says), lock_folder(tmp_path / "a"):
+        pass
+
+
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(FileLock, "acquire", lambda self: fail(errno.ENOTSUP))
+    notes = []
+    with lock_folder(tmp_path / "a", on_note=notes.append):
+        pass
+    assert notes == [
+        f"{tmp_path / 'a'}: this file system has no locks; do not write this folder with two processes at a time"
+    ]
+
+
+def fail(number):
+    raise OSError(number, os.strerror(number))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlx_afm.errors import ConfigError
+from mlx_afm.folders import OnNote, ignore_note, lock_folder
 from mlx_afm.generation import GenerateConfig, iter_answers
 from mlx_afm.generation.batch import BATCH_SIZE
 from mlx_afm.generation.config import require_fitting
@@ -75,17 +76,25 @@ class Answered:
     seconds: float
 
 
-def answer_file(job: AnswerJob, on_answer: Callable[[Answered], None] | None = None) -> Answered:
+def answer_file(
+    job: AnswerJob, on_answer: Callable[[Answered], None] | None = None, on_note: OnNote = ignore_note
+) -> Answered:
     """Answers the prompts that have no answer yet and writes the file when all have one.
 
     Args:
         job: see there. Started again after it was stopped or killed, it goes on; finished answers stay.
         on_answer: told after each answer.
+        on_note: see `lock_folder`.
 
     Raises:
-        DataError: lines that are no prompts. ConfigError: answers of another run are in the way.
-        FormatError, AdapterError: see `load`.
+        DataError: lines that are no prompts. ConfigError: answers of another run are in the way, or another process
+            writes them. FormatError, AdapterError: see `load`.
     """
+    with lock_folder(job.output, what="file", on_note=on_note):
+        return _answer_file(job, on_answer)
+
+
+def _answer_file(job: AnswerJob, on_answer: Callable[[Answered], None] | None) -> Answered:
     model, tokenizer = load(job.model, job.adapter_path)
     tokenizer = require_tokenizer(tokenizer)
     require_fitting(job.config, model)

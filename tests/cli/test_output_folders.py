@@ -190,3 +190,16 @@ def test_two_processes_do_not_write_one_folder(commands, name, tmp_path, cli):
     assert ran.code == 1
     assert f"{tmp_path / 'target'}: another process is writing this folder" in ran.err
     assert names(tmp_path) == []
+
+
+def test_two_processes_do_not_write_one_file_of_answers(model_folder, tmp_path, cli):
+    from mlx_afm.folders import lock_folder
+
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "list all"}\n')
+    line = ("generate", "--model", model_folder, "--prompt", tmp_path / "prompts.jsonl", "-m", 2, "--output")
+    with lock_folder(tmp_path / "answers.jsonl"):
+        ran = cli(*line, tmp_path / "answers.jsonl")
+    assert ran.code == 1
+    assert f"{tmp_path / 'answers.jsonl'}: another process is writing this file" in ran.err
+    assert cli(*line, tmp_path / "answers.jsonl").code == 0
+    assert names(tmp_path) == ["answers.jsonl", "prompts.jsonl"]
