@@ -43,6 +43,8 @@ def command(source: Path, target: Path, as_json: bool, **options: Any) -> None:
     from mlx_afm.workflows.convert import convert
 
     quantizing = take_quantization(options)
+    if "init_adapter" in quantizing or "calibration" in quantizing:
+        note("computing first what the codes are to be fitted to; writing begins after that")
     with BytesProgress("converting") as progress:
         done = convert(source, target, on_progress=progress.handle, on_event=show_event, **quantizing, **options)
     if done.left_dense:
