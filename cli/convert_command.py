@@ -10,7 +10,7 @@ import click
 
 from .output import json_option, note, show
 from .parameters import PATH
-from .progress import BytesProgress
+from .progress import BytesProgress, show_event
 from .quantize_options import quantize_options, take_quantization
 
 
@@ -47,7 +47,7 @@ def command(source: Path, target: Path, as_json: bool, **options: Any) -> None:
     if "init_adapter" in quantizing or "calibration" in quantizing:
         note("measuring the model first; writing starts after that")
     with BytesProgress("converting") as progress:
-        done = convert(source, target, on_progress=progress.handle, **quantizing, **options)
+        done = convert(source, target, on_progress=progress.handle, on_event=show_event, **quantizing, **options)
     if done.left_dense:
         note(f"Not quantized, because the group size does not divide their width: {', '.join(done.left_dense)}")
     if done.wrapper_key is not None:

@@ -44,7 +44,7 @@ def check(data: Path, model: Path | None, reading: DataConfig, fix: Path | None,
             if total >= WATCHED_BYTES:
                 progress.handle(done, total)
 
-        report, fixed = check_data(data, reading, model=model, fix=fix, on_progress=handle)
+        report, fixed = check_data(data, reading, model=model, fix=fix, on_progress=handle, on_note=note)
     if as_json:
         values: dict[str, Any] = {**report.to_dict(), **({} if fixed is None else {"fix": fixed.to_dict()})}
         click.echo(to_json(values))

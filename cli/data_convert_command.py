@@ -11,7 +11,7 @@ from mlx_afm.data.dialects import DIALECTS
 from mlx_afm.workflows.rewrite_data import convert as convert_data
 
 from .data_options import overwrite_option, record_options
-from .output import json_option, show
+from .output import json_option, note, show
 from .parameters import PATH
 
 
@@ -38,5 +38,5 @@ def convert(
     refused with its line, and nothing is written. --overwrite replaces a file, not a folder.
     """
     names = [name.strip() for name in columns.split(",")] if columns else []
-    written = convert_data(source, target, to, reading, names, overwrite=overwrite)
+    written = convert_data(source, target, to, reading, names, overwrite=overwrite, on_note=note)
     show({"dialect": to, "records": sum(written.values()), "files": written}, as_json)

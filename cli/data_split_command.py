@@ -11,7 +11,7 @@ from mlx_afm.data.split import SplitConfig
 from mlx_afm.workflows.rewrite_data import split as split_data
 
 from .data_options import data_argument, overwrite_option, record_options
-from .output import json_option, show
+from .output import json_option, note, show
 from .parameters import PATH
 
 
@@ -47,4 +47,4 @@ def split(
     Lines are written as they are, in their order.
     """
     config = SplitConfig(valid=valid, test=test, seed=seed, threshold=threshold)
-    show(split_data(data, out, config, reading, overwrite=overwrite).to_dict(), as_json)
+    show(split_data(data, out, config, reading, overwrite=overwrite, on_note=note).to_dict(), as_json)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import click
 
+from .outcome import chosen_adapter
 from .output import json_option, note, show
 from .parameters import PATH
+from .progress import show_event
 
 
 @click.command("fuse")
@@ -16,6 +18,7 @@ from .parameters import PATH
 @click.option(
     "--adapter-path", type=PATH, help="Adapter folder, .pt or .fmadapter; default: the model's own base adapter."
 )
+@click.option("--best", is_flag=True, help="Fuse the best adapter of the run in --adapter-path, not its last one.")
 @click.option("--save-path", type=PATH, default=Path("fused_model"), show_default=True, help="Folder to write.")
 @click.option(
     "--dequantize",
@@ -23,7 +26,9 @@ from .parameters import PATH
     help="Make a quantized model dense. Default: its weights stay quantized, and the adapter is kept beside them.",
 )
 @json_option
-def command(model: Path, adapter_path: Path | None, save_path: Path, dequantize: bool, as_json: bool) -> None:
+def command(
+    model: Path, adapter_path: Path | None, best: bool, save_path: Path, dequantize: bool, as_json: bool
+) -> None:
     """Merge an adapter into the weights; the result needs no adapter and runs in mlx-lm.
 
     Quantized weights are not rounded again. The result states two differences of logits on a fixed prompt: between
@@ -31,8 +36,9 @@ def command(model: Path, adapter_path: Path | None, save_path: Path, dequantize:
     """
     from mlx_afm.workflows.fuse import fuse
 
+    adapter_path = chosen_adapter(adapter_path, best)
     note("fusing")
-    done = fuse(model, adapter_path, save_path, dequantize=dequantize)
+    done = fuse(model, adapter_path, save_path, dequantize=dequantize, on_event=show_event)
     if done.form == "codes":
         note("The adapter lies beside the codes, in base_adapter, and is active; mlx-lm takes it as its adapter path.")
     show(asdict(done), as_json)

@@ -22,9 +22,11 @@ PLACES = [
 JOBS = [
     click.option("--train", is_flag=True, help="Train."),
     click.option("--test", is_flag=True, help="Score the adapter on test.jsonl."),
+    click.option("--best", is_flag=True, help="With --test: score the run's best adapter, not its last one."),
 ]
 RESUME = [
     click.option("--resume", is_flag=True, help="Continue the run in --adapter-path."),
+    click.option("--overwrite", is_flag=True, help="Replace a finished run in --adapter-path."),
 ]
 START = [
     click.option(

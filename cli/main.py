@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import sys
-from importlib import import_module
-from io import TextIOWrapper
-from typing import Any
 
-import click
+try:  # Ctrl-C may come while these are imported, before `main` can handle it
+    from importlib import import_module
+    from io import TextIOWrapper
+    from typing import Any
 
-from mlx_afm._version import __version__
-from mlx_afm.errors import AFMError, SettingError
-from mlx_afm.spelling import nearest_name
+    import click
 
-from .output import describe_os_error
+    from mlx_afm._version import __version__
+    from mlx_afm.errors import AFMError, SettingError
+    from mlx_afm.spelling import nearest_name
+
+    from .output import describe_os_error
+except KeyboardInterrupt:
+    sys.stderr.write("mlx-afm: interrupted\n")
+    sys.exit(130)
 
 # Command -> what `--help` says of it. Each lives in the module of its name, as `command`.
 COMMANDS = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import shlex
 import sys
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from typing import Any
 import click
 
 from mlx_afm.errors import DataError
-from mlx_afm.files import to_json
+from mlx_afm.files import DISK_FULL, to_json
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
@@ -24,7 +23,7 @@ def note(text: str) -> None:
 def describe_os_error(error: OSError) -> str:
     """An error of the operating system: the file if there is one, the reason, and what to do about a full disk."""
     text = error.strerror or str(error) or type(error).__name__
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in DISK_FULL:
         text += ". Free some space, or choose a folder on another disk, and run the command again"
     if error.filename is None:
         return f"the operating system reports: {text}"

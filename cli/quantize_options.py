@@ -42,7 +42,7 @@ OPTIONS = (
         type=click.Choice(INITS),
         help="Write a base adapter that corrects part of the rounding error: from the error, or from the weights.",
     ),
-    click.option("--rank", type=int, help="Rank of the base adapter.  [default: 16]"),
+    click.option("--rank", type=int, help="Rank of the base adapter.  [default: 32]"),
     click.option("--scale", type=float, help="Scale of the base adapter; devices apply 0.5.  [default: 0.5]"),
     click.option(
         "--init-rounds", type=int, help="Rounds of fitting the weights and the base adapter in turn.  [default: 1]"

@@ -9,6 +9,7 @@ import click
 
 from .interrupts import stop_on_signals
 from .lora_options import recovery_options
+from .outcome import note_best, outcome_of
 from .output import json_option, note, resume_line, show
 from .parameters import PATH
 from .progress import show_event
@@ -50,13 +51,13 @@ def command(config: Path | None, teacher: Path | None, loss: str, into_base: boo
         return 0  # rank 0 tells, and its exit code counts
     result: dict[str, Any] = {
         "adapter_path": str(run.adapter_path),
-        "steps": done.trained.steps,
-        "best_valid_loss": done.trained.best_loss,
+        **outcome_of(done.trained),
         "base_adapter": None if done.base_adapter is None else str(done.base_adapter),
     }
     if done.trained.interrupted:
         note(f"to go on: {resume_line()}")
         show({**result, "interrupted": True}, as_json)
         return stop.exit_code
+    note_best(done.trained, run.model)
     show(result, as_json)
     return 0

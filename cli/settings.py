@@ -31,7 +31,8 @@ LISTS = ("targets", "no_decay", "report_to")
 class Request:
     """What `mlx-afm lora` is asked to do: train (--resume asks for it too), test or both.
 
-    `adapter_given` says whether there was an adapter path, `system_given` whether there was a system prompt.
+    `adapter_given` says whether there was an adapter path, `system_given` whether there was a system prompt, `best`
+    whether to test the best adapter of the run.
     """
 
     job: LoRAJob
@@ -39,6 +40,7 @@ class Request:
     test: bool
     adapter_given: bool
     system_given: bool
+    best: bool
 
 
 def request_from(
@@ -76,6 +78,7 @@ def request_from(
         name=values.get("name"),
         test=switches["test"],
         resume=switches["resume"],
+        overwrite=switches["overwrite"] and not (flags.get("resume") and not flags.get("overwrite")),
         resume_adapter_file=values.get("resume_adapter_file"),
         sample_prompts=tuple(values.get("sample_prompt", ())),
         reading=reading_from(values),
@@ -83,7 +86,7 @@ def request_from(
     )
     system_given = values.get("system_prompt") is not None or bool(values.get("no_system_prompt"))
     trains = switches["train"] or switches["resume"]
-    return Request(job, trains, switches["test"], "adapter_path" in values, system_given)
+    return Request(job, trains, switches["test"], "adapter_path" in values, system_given, switches["best"])
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:

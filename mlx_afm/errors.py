@@ -2,7 +2,8 @@
 
     AFMError
     ├── ConfigError (ValueError)        a model configuration or a setting
-    │   └── SettingError                a value that a setting does not take; the command line exits with 2
+    │   ├── SettingError                a value that a setting does not take; the command line exits with 2
+    │   └── DiskFullError (OSError)     a disk without room for what is written
     ├── FormatError (ValueError)        a file or folder that is not what its name says
     ├── TensorsError (ValueError)       tensors missing, surplus, of the wrong shape or not finite
     ├── DataError (ValueError)          a training record
@@ -66,6 +67,10 @@ class SettingError(ConfigError):
 
     The fault is in what the caller wrote, not in a file: the command line exits with 2, as for wrong usage.
     """
+
+
+class DiskFullError(ConfigError, OSError):
+    """A disk that has no room for what is to be written; nothing half-written is left."""
 
 
 class FormatError(AFMError, ValueError):

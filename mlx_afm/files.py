@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -16,9 +17,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlx_afm.errors import ConfigError, FormatError, SettingError
+from mlx_afm.errors import DiskFullError, FormatError, SettingError
 
 WRITE_OUT_BYTES = 1 << 27
+PARTIAL = ".part"  # end of the names of temporary files and folders: `.NAME.xxxxxxxx.part`
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 LFS_START = b"version https://git-lfs.github.com/spec/"  # of a Git LFS pointer: a text of some lines
 LFS_MOST_BYTES = 1024
 REPLACE_ATTEMPTS = 100  # only other processes that write the same folder make more than one necessary
@@ -74,40 +77,113 @@ def set_paths(settings: object, *names: str) -> None:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path, wanted_bytes: int | None = None) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is synced and renamed to `path`.
 
-    On any exception the temporary file is removed and `path` is as it was.
+    On any exception the temporary file is removed and `path` is as it was. A link is replaced, not followed.
+
+    Args:
+        path: the file.
+        wanted_bytes: its size, if it is known; an error states it.
+
+    Raises:
+        DiskFullError: the file does not fit on its disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
-    try:
+    with _partial(path, _make_file, wanted_bytes) as partial:
         yield partial
         os.chmod(partial, 0o666 & ~_umask())  # mkstemp makes files private; ours are ordinary ones
         with partial.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, wanted_bytes: int | None = None) -> Iterator[Path]:
     """Yields a temporary folder beside `path`; on success it replaces `path`.
 
     On any exception the temporary folder is removed and `path` is as it was. Of two processes that finish at the
-    same time the later one's folder stays.
+    same time the later one's folder stays. If `path` is a link, the folder that it names is replaced.
+
+    Args:
+        path: the folder.
+        wanted_bytes: size of its files, if it is known; an error states it.
+
+    Raises:
+        DiskFullError: the folder does not fit on its disk.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
-    try:
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _partial(target, _make_folder, wanted_bytes) as partial:
         yield partial
         os.chmod(partial, 0o777 & ~_umask())
-        _replace_folder(partial, path)
+        _replace_folder(partial, target)
+
+
+@contextmanager
+def _partial(path: Path, make: Callable[[Path], Path], wanted_bytes: int | None) -> Iterator[Path]:
+    """A temporary file or folder beside `path`, locked while it is written and removed at the end."""
+    partial, descriptor = _make_locked(path, make)
+    try:
+        yield partial
+    except OSError as error:
+        if isinstance(error, DiskFullError) and wanted_bytes is None:  # of a file in this folder
+            raise DiskFullError(
+                error.what, where=path, expected=error.expected, found=error.found, advice=error.advice
+            ) from error
+        if isinstance(error, DiskFullError) or error.errno in DISK_FULL:
+            raise disk_full(path, wanted_bytes, size_of(partial)) from error
+        raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
+        os.close(descriptor)
+
+
+def _make_locked(path: Path, make: Callable[[Path], Path]) -> tuple[Path, int]:
+    """A new temporary file or folder and a descriptor that holds its lock.
+
+    The lock ends with the process, however the process ends: `folders.remove_stale` takes an unlocked one for dead.
+    """
+    while True:
+        partial = make(path)
+        with suppress(FileNotFoundError):  # another process took it for dead before it was locked
+            descriptor = os.open(partial, os.O_RDONLY)
+            if lock_descriptor(descriptor) is not False and partial.exists():
+                return partial, descriptor
+            os.close(descriptor)
+
+
+def lock_descriptor(descriptor: int) -> bool | None:
+    """Whether the lock of an open file or folder was free and is now held; None if the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else None
+    return True
+
+
+def _make_file(path: Path) -> Path:
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
+    os.close(handle)
+    return Path(name)
+
+
+def _make_folder(path: Path) -> Path:
+    return Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent))
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder with all its content; one that is not there is no error."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
 
 
 def _replace_folder(new: Path, path: Path) -> None:
@@ -183,16 +259,42 @@ def require_space(target: Path, wanted_bytes: int) -> None:
     """Checks that a folder about to be written fits on its disk.
 
     Raises:
-        ConfigError: it does not.
+        DiskFullError: it does not.
     """
+    if free_bytes(target) < wanted_bytes:
+        raise disk_full(target, wanted_bytes)
+
+
+def free_bytes(target: Path) -> int:
+    """Free bytes of the disk that a file or folder is on, or will be on."""
     place = target.absolute()
     while not place.exists():
         place = place.parent
-    free_bytes = shutil.disk_usage(place).free
-    if free_bytes < wanted_bytes:
-        expected, found = f"{wanted_bytes / 1e9:.2f} GB free", f"{free_bytes / 1e9:.2f} GB"
-        advice = "Free some space, or choose a target on another disk."
-        raise ConfigError("not enough disk space", where=target, expected=expected, found=found, advice=advice)
+    return shutil.disk_usage(place).free
+
+
+def disk_full(target: Path, wanted_bytes: int | None, written_bytes: int = 0) -> DiskFullError:
+    """The error of a disk without room.
+
+    Args:
+        target: what is written.
+        wanted_bytes: its size; None if it is not known.
+        written_bytes: size of its unfinished part, which is about to be removed.
+    """
+    needed = written_bytes if wanted_bytes is None else wanted_bytes
+    return DiskFullError(
+        "not enough disk space",
+        where=target,
+        expected=f"{'more than ' if wanted_bytes is None else ''}{to_text(needed)} free",
+        found=to_text(free_bytes(target) + written_bytes, like=needed),
+        advice="Free some space, or choose a target on another disk.",
+    )
+
+
+def to_text(count: int, like: int | None = None) -> str:
+    """A number of bytes in GB, or in MB if it is small; `like` is another number that chooses the unit."""
+    unit, size = ("GB", 1e9) if (count if like is None else like) >= 5e7 else ("MB", 1e6)
+    return f"{count / size:.2f} {unit}"
 
 
 def _umask() -> int:

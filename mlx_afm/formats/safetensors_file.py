@@ -146,7 +146,7 @@ def write_safetensors(
         offset += tensor.nbytes
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    with atomic_file(path) as partial_path, partial_path.open("wb") as handle:
+    with atomic_file(path, 8 + len(raw) + offset) as partial_path, partial_path.open("wb") as handle:
         write_out = WriteOut(handle)
         handle.write(struct.pack("<Q", len(raw)))
         handle.write(raw)

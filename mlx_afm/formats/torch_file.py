@@ -170,7 +170,8 @@ def write_torch(
     specs = {name: _fresh_spec(str(key), tensor) for key, (name, tensor) in enumerate(tensors.items())}
     specs |= {alias: replace(specs[name]) for alias, name in aliases.items()}
     folder = path.stem if path.stem.isascii() and is_plain_name(path.stem) else "archive"
-    with atomic_file(path) as partial_path, partial_path.open("wb") as handle:
+    wanted_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    with atomic_file(path, wanted_bytes) as partial_path, partial_path.open("wb") as handle:
         archive, write_out = ZipWriter(handle), WriteOut(handle)
         _add_bytes(archive, f"{folder}/data.pkl", pickle_state_dict(specs))
         _add_bytes(archive, f"{folder}/.format_version", b"1")

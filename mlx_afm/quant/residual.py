@@ -37,7 +37,7 @@ class InitConfig:
 
     Attributes:
         init: residual-svd (directions of the rounding error) or weight-svd (of the weight, before it is rounded).
-        rank: how many directions.
+        rank: how many directions; by default the rank that `lora` trains, which goes on from this adapter.
         scale: of the adapter; devices apply 0.5.
         rounds: how often directions are taken from the error; more than one alternates with rounding.
 
@@ -46,7 +46,7 @@ class InitConfig:
     """
 
     init: str = INITS[0]
-    rank: int = 16
+    rank: int = 32
     scale: float = 0.5
     rounds: int = 1
 

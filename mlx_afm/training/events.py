@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+VALIDATION = "validation"  # the stage of `StageProgress` that ends with `Evaluated`
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataRead:
@@ -142,6 +144,7 @@ class TrainingFinished:
 
     Attributes:
         best_step: the step of `best_loss`.
+        last_loss: validation loss of the last adapter; None without validation data.
         stopped_early: whether patience ended it before the last step planned.
         seconds: of training and evaluation, over all sittings of a resumed run.
     """
@@ -149,8 +152,25 @@ class TrainingFinished:
     step: int
     best_loss: float | None
     best_step: int = 0
+    last_loss: float | None = None
     stopped_early: bool = False
     seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageProgress:
+    """How far a long stage of a command is. Not in `metrics.jsonl`.
+
+    Attributes:
+        stage: its name, such as "validation".
+        done, total: in `unit`; the last event of a stage has done == total.
+        unit: what is counted, such as "batches" or "bytes".
+    """
+
+    stage: str
+    done: int
+    total: int
+    unit: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +192,7 @@ Event = (
     | ZeroGradientsFound
     | TrainingInterrupted
     | TrainingFinished
+    | StageProgress
     | Notice
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from mlx_afm.training.distributed import ALONE, Ranks, deal
 from mlx_afm.training.loss import chunked_cross_entropy, cross_entropy, summed_loss
 
 Loss = Callable[[Model, Batch, bool], mx.array]  # model, batch, grad_checkpoint -> sum of weighted losses, nats
+
+OnBatches = Callable[[int, int], None]  # batches done, batches in all
 
 
 @dataclass(frozen=True)
@@ -147,10 +149,26 @@ def evaluate(model: Model, batches: Iterable[Batch]) -> tuple[float, float]:
 
 
 def evaluate_data(
-    model: Model, data: Sequence[Tokens], batch_size: int, max_batches: int = -1, *, ranks: Ranks = ALONE
+    model: Model,
+    data: Sequence[Tokens],
+    batch_size: int,
+    max_batches: int = -1,
+    *,
+    ranks: Ranks = ALONE,
+    on_batches: OnBatches = lambda done, total: None,
 ) -> tuple[float, float]:
-    """Sum of losses (nats) and of target weights over examples, in their order; dealt to the ranks."""
+    """Sum of losses (nats) and of target weights over examples, in their order; dealt to the ranks.
+
+    `on_batches` is given the number of batches done and in all, of this rank, after each one.
+    """
     plan = plan_in_order(len(data), batch_size)
     plan = deal(plan if max_batches < 0 else plan[:max_batches], ranks)
-    loss, tokens = ranks.sum_numbers(*evaluate(model, (make_batch([data[i] for i in indices]) for indices in plan)))
+    loss, tokens = ranks.sum_numbers(*evaluate(model, _batches(data, plan, on_batches)))
     return loss, tokens
+
+
+def _batches(data: Sequence[Tokens], plan: Sequence[Any], on_batches: OnBatches) -> Iterator[Batch]:
+    """The batches of a plan; each is done when the next one is asked for."""
+    for done, indices in enumerate(plan, 1):
+        yield make_batch([data[index] for index in indices])
+        on_batches(done, len(plan))

@@ -17,9 +17,11 @@ from mlx_afm.model import Model
 from mlx_afm.training.config import TrainConfig
 from mlx_afm.training.distributed import ALONE, Ranks
 from mlx_afm.training.events import (
+    VALIDATION,
     Evaluated,
     LossSpiked,
     Sampled,
+    StageProgress,
     StepsReported,
     TrainingFinished,
     TrainingInterrupted,
@@ -292,11 +294,17 @@ class _Run:
         state, started = self.state, time.perf_counter()
         config = self.config
         loss, tokens = evaluate_data(
-            self.model, self.valid_data, config.batch_size, config.val_batches, ranks=self.ranks
+            self.model,
+            self.valid_data,
+            config.batch_size,
+            config.val_batches,
+            ranks=self.ranks,
+            on_batches=self._on_batches,
         )
         mean = loss / tokens
         if not math.isfinite(mean):
             raise diverged(f"the validation loss is {mean}", state.step, self.saved)
+        state.last_loss, state.last_step = mean, state.step
         best = state.best_loss is None or mean < state.best_loss
         state.evaluations_without_best = 0 if best else state.evaluations_without_best + 1
         if best:
@@ -307,6 +315,9 @@ class _Run:
         elapsed = time.perf_counter() - started
         state.seconds += elapsed
         self.hooks.on_event(Evaluated(step=state.step, loss=mean, tokens=round(tokens), best=best, seconds=elapsed))
+
+    def _on_batches(self, done: int, total: int) -> None:
+        self.hooks.on_event(StageProgress(stage=VALIDATION, done=done, total=total, unit="batches"))
 
     def _sample(self) -> None:
         """Samples must not move the random numbers that dropout will draw."""
@@ -340,6 +351,7 @@ class _Run:
                 step=state.step,
                 best_loss=state.best_loss,
                 best_step=state.best_step,
+                last_loss=state.loss_of_last,
                 stopped_early=state.stopped_early,
                 seconds=state.seconds,
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from mlx_afm.model import AFMConfig, Model
 from mlx_afm.model.layers import FusedLinear, Linear
 from mlx_afm.quant import QuantConfig, plan_schemes
 from mlx_afm.quant.scheme import BALANCED
+from mlx_afm.training import Callback, StageProgress
+from mlx_afm.training.hooks import ignore
 from mlx_afm.workflows.load import attach
 
 EXAMPLES = 128
@@ -63,13 +65,16 @@ class Source:
     adapter: Adapter | None
 
 
-def calibrated(config: QuantConfig, source: Source, calibration: Calibration, *, weighs_start: bool) -> QuantConfig:
+def calibrated(
+    config: QuantConfig, source: Source, calibration: Calibration, on_event: Callback = ignore, *, weighs_start: bool
+) -> QuantConfig:
     """The same way of quantising, with column weights measured on examples.
 
     Args:
         config: how the model is to be quantised.
         source: the model.
         calibration: the examples.
+        on_event: is given the progress, in examples.
         weighs_start: an adapter's start value will be made by these weights too.
 
     Raises:
@@ -86,8 +91,15 @@ def calibrated(config: QuantConfig, source: Source, calibration: Calibration, *,
     table = read_tokens(require_splits(calibration.data, "train")["train"], source.tokenizer, calibration.reading)
     count = min(calibration.examples, len(table))
     chosen = [table[int(index)] for index in np.linspace(0, len(table) - 1, count).round()]
-    weights = column_weights(_model_of(source), chosen)
+    weights = column_weights(_model_of(source), _counted(chosen, on_event))
     return replace(config, column_weights={**config.column_weights, **weights})
+
+
+def _counted(examples: Sequence[Tokens], on_event: Callback) -> Iterator[Tokens]:
+    """The examples; each is done when the next one is asked for."""
+    for done, example in enumerate(examples, 1):
+        yield example
+        on_event(StageProgress(stage="calibrating", done=done, total=len(examples), unit="examples"))
 
 
 def _model_of(source: Source) -> Model:

@@ -13,6 +13,7 @@ from mlx_afm.data.report import DataReport
 from mlx_afm.data.sources import find_unread, require_splits
 from mlx_afm.errors import ConfigError, FormatError
 from mlx_afm.files import to_optional_path, to_path
+from mlx_afm.folders import OnNote, ignore_note, lock_folder, require_replaceable
 from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.workflows.load import TOKENIZER
 
@@ -24,6 +25,7 @@ def check(
     model: str | Path | None = None,
     fix: str | Path | None = None,
     on_progress: OnProgress | None = None,
+    on_note: OnNote = ignore_note,
 ) -> tuple[DataReport, Fixed | None]:
     """What is wrong with training data, and what was done about it.
 
@@ -33,6 +35,7 @@ def check(
         model: model folder, or the hub id of one; its tokenizer tells how long examples are.
         fix: folder for a copy without the problems; None writes none.
         on_progress: told of bytes read and in all.
+        on_note: see `lock_folder`.
 
     Raises:
         FormatError: no such data. ConfigError: a model folder without tokenizer, no such transform, or
@@ -47,7 +50,9 @@ def check(
     if fix is None:
         report = check_data(splits, reading, tokenizer_file, on_progress=on_progress)
         return replace(report, unread_files=unread), None
-    fixed = fix_data(splits, fix, reading, tokenizer_file, on_progress=on_progress)
+    with lock_folder(fix, on_note=on_note):
+        require_replaceable(fix, "folder")
+        fixed = fix_data(splits, fix, reading, tokenizer_file, on_progress=on_progress)
     return replace(fixed.report, unread_files=unread), fixed
 
 

@@ -39,6 +39,7 @@ from mlx_afm.checkpoints.toolkit import ToolkitCheckpoint, find_toolkit_files, r
 from mlx_afm.checkpoints.verify import loaded_steps, require_same_steps, require_same_values
 from mlx_afm.errors import ConfigError, FormatError, SettingError
 from mlx_afm.files import atomic_folder, require_space, to_optional_path, to_path
+from mlx_afm.folders import new_folder
 from mlx_afm.formats.mlx_folder import read_shards
 from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.formats.torch_file import read_torch
@@ -46,6 +47,8 @@ from mlx_afm.quant import QuantConfig
 from mlx_afm.quant.residual import InitConfig
 from mlx_afm.text.hf_tokenizer import write_hf_tokenizer
 from mlx_afm.text.tokenizer import AFMTokenizer
+from mlx_afm.training import Callback
+from mlx_afm.training.hooks import ignore, notes_of
 from mlx_afm.workflows.calibrate import Calibration, Source
 from mlx_afm.workflows.convert_weights import Change, Weights, change_weights, worth_keeping, write_weights
 from mlx_afm.workflows.load import TOKENIZER, base_adapter
@@ -95,6 +98,7 @@ class _Options:
     no_tokenizer: bool
     verify: bool
     on_progress: OnProgress
+    on_event: Callback
 
 
 def convert(
@@ -111,6 +115,7 @@ def convert(
     init_adapter: InitConfig | None = None,
     calibration: Calibration | None = None,
     on_progress: OnProgress = lambda done, total: None,
+    on_event: Callback = ignore,
 ) -> Converted:
     """Converts a model between the toolkit's form and MLX's, and between dense weights and codes.
 
@@ -132,11 +137,13 @@ def convert(
         init_adapter: when quantising, write a `base_adapter` that holds part of what rounding loses.
         calibration: when quantising, fit balanced scales, and that adapter, to what the projections read in examples.
         on_progress: told of bytes written, and of all there are.
+        on_event: is given notices, and the progress of what is computed before anything is written.
 
     Raises:
         FormatError: a part missing or damaged. ConfigError: a model that is not AFM text v7, an unknown
-            setting, a target in the way, or too little disk. TensorsError: tensors of another model, NaN or infinite
-            weights, quantizer steps that the ranges do not imply, or a difference that `verify` found.
+            setting, a target in the way or written by another process. DiskFullError: too little disk.
+        TensorsError: tensors of another model, NaN or infinite weights, quantizer steps that the ranges do not imply,
+            or a difference that `verify` found.
 
     Cost: some 64 MB blocks in memory, whatever the model's size; when quantising about ten. `init_adapter`: see
     `start_values`; `calibration`: the dense model.
@@ -152,25 +159,24 @@ def convert(
         calibration=calibration,
     )
     _require_sensible(to, change)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        advice = "Remove it or choose another --mlx-path."
-        raise ConfigError("the target exists already", where=target, advice=advice)
     options = _Options(
         change=change,
         config=to_optional_path(config),
         no_tokenizer=no_tokenizer,
         verify=verify,
         on_progress=on_progress,
+        on_event=on_event,
     )
     is_mlx = source.is_dir() and (source / "config.json").is_file()
     if options.config is not None and (is_mlx or to == "torch"):
         advice = "Leave it out: an MLX folder has its own config.json."
         raise SettingError("config is for a .pt of the toolkit", where=source, found=options.config, advice=advice)
-    if to == "torch":
-        return _mlx_to_torch(source, target, options)
-    if is_mlx:
-        return _mlx_to_mlx(source, target, options)
-    return _torch_to_mlx(source, target, options)
+    with new_folder(target, "--mlx-path", notes_of(on_event)):
+        if to == "torch":
+            return _mlx_to_torch(source, target, options)
+        if is_mlx:
+            return _mlx_to_mlx(source, target, options)
+        return _torch_to_mlx(source, target, options)
 
 
 def _require_sensible(to: str, change: Change) -> None:
@@ -194,13 +200,14 @@ def _torch_to_mlx(source: Path, target: Path, options: _Options) -> Converted:
     checkpoint = read_toolkit_checkpoint(files)
     own = _adapter_of(checkpoint)
     found = Source(model_tensors(checkpoint, None), checkpoint.config.model, files.tokenizer, own)
-    weights = change_weights(found, {}, options.change, where=source)
+    weights = change_weights(found, {}, options.change, options.on_event, where=source)
     ids = {} if files.tokenizer is None else _token_ids(files.tokenizer, checkpoint)
     adapter = worth_keeping(own, weights)
     activity = _activity(own if weights.start is None else adapter)
     count = _Counter(weights.tensors, options.on_progress)
-    require_space(target, count.total + _adapter_bytes(adapter) + SPARE_BYTES)
-    with atomic_folder(target) as partial:
+    wanted_bytes = count.total + _adapter_bytes(adapter) + SPARE_BYTES
+    require_space(target, wanted_bytes)
+    with atomic_folder(target, wanted_bytes) as partial:
         settings = write_weights(
             partial,
             weights,
@@ -222,15 +229,16 @@ def _mlx_to_mlx(source: Path, target: Path, options: _Options) -> Converted:
     config, schemes = read_config(source), read_quantization(source)
     own, tokenizer = base_adapter(source), source / TOKENIZER
     found = Source(read_shards(source), config, tokenizer if tokenizer.is_file() else None, own)
-    weights = change_weights(found, schemes, options.change, where=source)
+    weights = change_weights(found, schemes, options.change, options.on_event, where=source)
     adapter = worth_keeping(own, weights)
     activity = _activity(own if weights.start is None else adapter)
     kept = kept_settings(source)
     if schemes and not options.change.dequantize:
         kept.update(quantization_settings(source))
     count = _Counter(weights.tensors, options.on_progress)
-    require_space(target, count.total + _adapter_bytes(adapter) + SPARE_BYTES)
-    with atomic_folder(target) as partial:
+    wanted_bytes = count.total + _adapter_bytes(adapter) + SPARE_BYTES
+    require_space(target, wanted_bytes)
+    with atomic_folder(target, wanted_bytes) as partial:
         settings = write_weights(
             partial,
             weights,
@@ -276,7 +284,7 @@ def _mlx_to_torch(source: Path, target: Path, options: _Options) -> Converted:
     config, state = state_dict_of(source, {} if adapter is None else adapter.weights, options.change.dtype)
     count = _Counter(state, options.on_progress)
     require_space(target, count.total + SPARE_BYTES)
-    with atomic_folder(target) as partial:
+    with atomic_folder(target, count.total + SPARE_BYTES) as partial:
         write_torch_checkpoint(source, partial, config, state, count.add)
         written = read_torch(partial / "base-model.pt")
         ranges = observed_ranges(config, written)

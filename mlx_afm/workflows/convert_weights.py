@@ -26,6 +26,8 @@ from mlx_afm.formats.tensors import LazyTensor, OnBytes
 from mlx_afm.interop import write_shim
 from mlx_afm.quant import QuantConfig, Scheme
 from mlx_afm.quant.residual import InitConfig
+from mlx_afm.training import Callback
+from mlx_afm.training.hooks import ignore
 from mlx_afm.workflows.calibrate import Calibration, Source, calibrated
 from mlx_afm.workflows.initial_adapter import Start, start_values
 
@@ -60,7 +62,9 @@ class Weights:
     start: Start | None = None
 
 
-def change_weights(source: Source, schemes: Mapping[str, Scheme], change: Change, *, where: Path) -> Weights:
+def change_weights(
+    source: Source, schemes: Mapping[str, Scheme], change: Change, on_event: Callback = ignore, *, where: Path
+) -> Weights:
     """The tensors that a change makes of a model's; computed are only calibration and an adapter's start value.
 
     Raises:
@@ -71,7 +75,7 @@ def change_weights(source: Source, schemes: Mapping[str, Scheme], change: Change
         if schemes:
             advice = "Make it dense first (convert -d); every further rounding loses."
             raise ConfigError("the model is quantised already", where=where, advice=advice)
-        return _in_codes(source, change.quantization, change, where=where)
+        return _in_codes(source, change.quantization, change, on_event, where=where)
     if change.dequantize:
         if not schemes:
             raise ConfigError("nothing to dequantise", where=where, expected="a quantised MLX folder")
@@ -80,14 +84,14 @@ def change_weights(source: Source, schemes: Mapping[str, Scheme], change: Change
     return Weights(cast_tensors(tensors, schemes, change.dtype), schemes)
 
 
-def _in_codes(source: Source, config: QuantConfig, change: Change, *, where: Path) -> Weights:
+def _in_codes(source: Source, config: QuantConfig, change: Change, on_event: Callback, *, where: Path) -> Weights:
     if change.init is not None and source.adapter is not None and not is_zero(source.adapter):
         advice = "Fuse it first (mlx-afm fuse), or leave --init-adapter out."
         raise ConfigError("the base model has an active adapter already", where=where, advice=advice)
     if change.init is not None or change.calibration is not None:  # both compute with every value before it is written
         require_finite(source.tensors, where=where)
     if change.calibration is not None:
-        config = calibrated(config, source, change.calibration, weighs_start=change.init is not None)
+        config = calibrated(config, source, change.calibration, on_event, weighs_start=change.init is not None)
     made = quantize_tensors(source.tensors, config, change.dtype, where=where)
     if change.init is None:
         return Weights(made.tensors, made.plan.schemes, made, computed=True)
@@ -98,6 +102,7 @@ def _in_codes(source: Source, config: QuantConfig, change: Change, *, where: Pat
         change.init,
         dtype=change.dtype,
         column_weights=config.column_weights,
+        on_event=on_event,
     )
     if start.tensors:  # float32, so the dtype of the others must be said
         dtype = change.dtype or source.tensors[NORM].dtype

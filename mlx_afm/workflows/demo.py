@@ -5,6 +5,7 @@ toolkit folder -> convert -> look at a sample -> score -> train -> score -> fuse
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from mlx_afm.checkpoints.toolkit import range_of_scale
 from mlx_afm.data import Example, read_examples
 from mlx_afm.errors import ConfigError
 from mlx_afm.files import read_json, to_path, write_text
+from mlx_afm.folders import is_empty, lock_folder
 from mlx_afm.formats.safetensors_file import read_safetensors
 from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.formats.torch_file import write_torch
@@ -77,13 +79,18 @@ def run_demo(
         on_event: told of training progress.
 
     Raises:
-        ConfigError: `out` is in the way.
+        ConfigError: `out` is in the way, or another process writes it.
     """
     out = to_path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError("the output folder is not empty", where=out, advice="Choose another --out.")
+    with lock_folder(out, on_note=on_step):
+        if os.path.exists(out) and not is_empty(out):
+            raise ConfigError("the output folder is not empty", where=out, advice="Choose another --out.")
+        Path(os.path.realpath(out)).mkdir(parents=True, exist_ok=True)  # also what a link names
+        return _run(out, on_step, on_event)
+
+
+def _run(out: Path, on_step: Callable[[str], None], on_event: EventHandler) -> DemoResult:
     started = time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)
     on_step("writing the tiny model as a toolkit folder, and the data")
     toolkit, data = write_toolkit_folder(out / "toolkit"), out / "data"
     shutil.copytree(ASSETS / "data", data)

@@ -73,7 +73,7 @@ def load_for_answers(
     path: str | Path,
     adapter_path: Path | None,
     system: str | None = None,
-    on_notice: Callable[[str], None] = ignore,
+    on_note: Callable[[str], None] = ignore,
 ) -> tuple[Model, AFMTokenizer]:
     """Model and tokenizer to answer with, and the system prompt of the answers decided.
 
@@ -81,7 +81,7 @@ def load_for_answers(
         path, adapter_path: see `load`.
         system: system prompt of conversations without a system message; "" for no system turn, None for what `load`
             finds.
-        on_notice: told if the adapter leaves the choice open.
+        on_note: told if the adapter leaves the choice open.
 
     Raises:
         ConfigError: a folder without tokenizer; and see `load`.
@@ -96,7 +96,7 @@ def load_for_answers(
     adapter = None if adapter_path is None else open_adapter(folder, adapter_path)
     notice = system_prompt_notice(system_prompts_of(folder, adapter), adapter_path or folder)
     if notice is not None:
-        on_notice(notice)
+        on_note(notice)
     return model, tokenizer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,14 +22,12 @@ from mlx_afm.adapters import (
 from mlx_afm.adapters.config import WHOLE_WEIGHTS
 from mlx_afm.adapters.layers import ALL
 from mlx_afm.checkpoints.arrays import to_mlx
-from mlx_afm.checkpoints.model_folder import BASE_ADAPTER
+from mlx_afm.checkpoints.model_folder import BASE_ADAPTER, read_quantization
 from mlx_afm.errors import AdapterError, ConfigError
 from mlx_afm.model import Model
 from mlx_afm.training import Callback, Notice
 from mlx_afm.training.hooks import ignore
 from mlx_afm.workflows.load import base_adapter, open_adapter
-
-FUSE = "fuse it into the base first: mlx-afm fuse --model M --save-path F"
 
 
 def start_adapter(
@@ -71,7 +70,7 @@ def start_adapter(
                 where=folder,
                 expected=_form(base.config),
                 found=_form(lora),
-                advice=f"Train with its rank and scale, or {FUSE}",
+                advice=f"Train in its form (--fine-tune-type lora {_flags(base.config)}), or {_fuse_advice(folder)}",
             )
         add_adapter(model, lora, seed=seed)
         mx.eval(model.parameters())
@@ -101,6 +100,16 @@ def _set_values(
         on_event(Notice(text=f"{zero}: A starts with random values there (seed {seed})"))
 
 
+def _flags(config: LoRAConfig) -> str:
+    return f"--rank {config.rank} --scale {config.scale!r}"
+
+
+def _fuse_advice(folder: Path) -> str:
+    """What makes a base adapter part of the weights; codes must become dense for that."""
+    dense = " --dequantize" if read_quantization(folder) else ""
+    return f"fuse it into the weights first: mlx-afm fuse --model {shlex.quote(str(folder))}{dense} --save-path FUSED"
+
+
 def _form(config: LoRAConfig) -> str:
     kind = "" if config.fine_tune_type == "lora" else f"{config.fine_tune_type} "
     return f"{kind}rank {config.rank}, scale {config.scale}"
@@ -114,9 +123,7 @@ def _start_from(
     same = given.fine_tune_type == lora.fine_tune_type
     if not same or (not whole and (given.rank, given.scale) != (lora.rank, lora.scale)):
         kind = given.fine_tune_type
-        advice = f"Give its form: --fine-tune-type {kind}" + (
-            "" if kind in WHOLE_WEIGHTS else f" --rank {given.rank} --scale {given.scale:g}"
-        )
+        advice = f"Give its form: --fine-tune-type {kind}" + ("" if kind in WHOLE_WEIGHTS else f" {_flags(given)}")
         expected = kind if whole or kind in WHOLE_WEIGHTS else _form(given)
         raise ConfigError(
             "the adapter to start from has another form",

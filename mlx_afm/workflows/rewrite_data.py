@@ -11,6 +11,7 @@ from mlx_afm.data.sources import Files, find_splits, require_splits
 from mlx_afm.data.split import Split, SplitConfig, require_other_files, split_data
 from mlx_afm.errors import ConfigError
 from mlx_afm.files import atomic_folder, to_path
+from mlx_afm.folders import OnNote, ignore_note, lock_folder, new_folder
 
 
 def split(
@@ -20,11 +21,13 @@ def split(
     reading: DataConfig | None = None,
     *,
     overwrite: bool = False,
+    on_note: OnNote = ignore_note,
 ) -> Split:
-    """Writes train, valid and test files without a prompt on two sides; see `split_data`.
+    """Writes train, valid and test files without a prompt on two sides; see `split_data`, for `on_note` `lock_folder`.
 
     Raises:
-        ConfigError: the data is split already, or the folder holds splits that the results would join or replace.
+        ConfigError: the data is split already, the folder holds splits that the results would join or replace, or
+            another process writes it.
     """
     data = to_path(data)
     out = to_path(out)
@@ -34,8 +37,9 @@ def split(
         raise ConfigError("the data is split already", where=data, found=", ".join(splits), advice=advice)
     (files,) = splits.values()
     require_other_files(files, [out / f"{name}.jsonl" for name in config.sides])
-    _require_room(out, config, overwrite)
-    return split_data(files, out, config, reading)
+    with lock_folder(out, on_note=on_note):
+        _require_room(out, config, overwrite)
+        return split_data(files, out, config, reading)
 
 
 def _require_room(out: Path, config: SplitConfig, overwrite: bool) -> None:
@@ -60,6 +64,7 @@ def convert(
     columns: Sequence[str] = (),
     *,
     overwrite: bool = False,
+    on_note: OnNote = ignore_note,
 ) -> dict[str, int]:
     """Writes data in another dialect; see `convert_data`.
 
@@ -71,6 +76,7 @@ def convert(
         reading: how to read.
         columns: names of the columns of tables whose first line does not name them.
         overwrite: replace the file `target` if it is there.
+        on_note: see `lock_folder`.
 
     Raises:
         ConfigError: the folder `target` is not empty, or the file is there.
@@ -90,7 +96,7 @@ def convert(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError("the output folder is not empty", where=target, advice="Choose another.")
     written: dict[str, int] = {}
-    with atomic_folder(target) as partial:
+    with new_folder(target, "target", on_note), atomic_folder(target) as partial:
         for name, files in splits.items():
             written[str(target / f"{name}.jsonl")] = convert_data(
                 files, partial / f"{name}.jsonl", dialect, reading, columns

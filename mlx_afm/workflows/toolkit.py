@@ -19,6 +19,7 @@ from mlx_afm.checkpoints.toolkit import find_toolkit_files
 from mlx_afm.data import cache_folder
 from mlx_afm.errors import ConfigError
 from mlx_afm.files import read_json, to_optional_path, to_path, write_json
+from mlx_afm.training import Event, Notice
 from mlx_afm.workflows.convert import OnProgress, convert
 
 ASSETS_VARIABLE, CACHE_VARIABLE = "MLX_AFM_TOOLKIT_ASSETS", "MLX_AFM_TOOLKIT_CACHE"
@@ -105,7 +106,12 @@ def model_folder(
     if folder.exists():
         _require_ours(folder)
         shutil.rmtree(folder)
-    convert(files.weights, folder, dtype=dtype, on_progress=on_progress)
+
+    def tell(event: Event) -> None:
+        if isinstance(event, Notice):
+            on_note(event.text)
+
+    convert(files.weights, folder, dtype=dtype, on_progress=on_progress, on_event=tell)
     write_json(folder / MADE_FROM, made_from)
     return folder
 

@@ -26,6 +26,7 @@ from mlx_afm.checkpoints.model_folder import read_toolkit_config
 from mlx_afm.data import DataConfig, default_cache
 from mlx_afm.errors import ConfigError, FormatError, SettingError
 from mlx_afm.files import set_paths
+from mlx_afm.folders import lock_folder
 from mlx_afm.training import (
     Callback,
     DataOrder,
@@ -38,6 +39,7 @@ from mlx_afm.training import (
     TrainingResumed,
 )
 from mlx_afm.training.distributed import launched_size
+from mlx_afm.training.hooks import notes_of
 from mlx_afm.workflows.export import convert_adapter
 from mlx_afm.workflows.lora import LoRAJob, Trained, read_split, train
 
@@ -126,6 +128,11 @@ def train_adapter(settings: ToolkitTraining, on_event: Callback, should_stop: Ca
     if launched_size() != 1:
         advice = "Several train with: mlx.launch -n N -- python -m mlx_afm lora ..."
         raise ConfigError("train_adapter is for one process", advice=advice)
+    with lock_folder(settings.checkpoint_dir, on_note=notes_of(on_event)):
+        return _train_adapter(settings, on_event, should_stop)
+
+
+def _train_adapter(settings: ToolkitTraining, on_event: Callback, should_stop: Callable[[], bool]) -> Trained:
     job = _job(settings)
     ends = _epoch_ends(job)
     job = replace(job, train=replace(job.train, warmup=_warmup_steps(settings.warmup_epochs, ends)))
@@ -135,7 +142,8 @@ def train_adapter(settings: ToolkitTraining, on_event: Callback, should_stop: Ca
         if epoch % settings.checkpoint_frequency and end != ends[-1]:
             continue
         leg = _Leg(start, end, on_event, should_stop)
-        trained = train(replace(job, resume=start > 0), on_event=leg.handle, should_stop=leg.should_stop)
+        sitting = replace(job, resume=start > 0, overwrite=start == 0)
+        trained = train(sitting, on_event=leg.handle, should_stop=leg.should_stop)
         if trained.interrupted and not leg.reached:
             break
         checkpoints.save(epoch, leg.metric)

@@ -1,6 +1,9 @@
+import errno
 import io
 import json
+import os
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -77,3 +80,24 @@ def say(cli, model_folder):
         return cli("generate", "--model", model, "--prompt", prompt, "-m", tokens, "--json", *arguments).json
 
     return ask
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """A context manager in which the disk is full from some write to disk on (a file is synced when it is whole)."""
+
+    @contextmanager
+    def full(after=0):
+        plain, calls = os.fsync, []
+
+        def sync(descriptor):
+            calls.append(descriptor)
+            if len(calls) > after:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            plain(descriptor)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", sync)
+            yield
+
+    return full
