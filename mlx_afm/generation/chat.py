@@ -11,7 +11,7 @@ from mlx_afm.generation.answer_text import LENGTH, AnswerText
 from mlx_afm.generation.config import GenerateConfig, require_fitting
 from mlx_afm.generation.generate import responses
 from mlx_afm.generation.prompts import to_prompt_ids
-from mlx_afm.generation.speculation import Speculation
+from mlx_afm.generation.speculation import Speculation, require_pair
 from mlx_afm.generation.speculative import iter_speculative_steps, rewind
 from mlx_afm.generation.steps import iter_steps
 from mlx_afm.model import KVCache, Model
@@ -82,6 +82,8 @@ class Chat:
 
     def __post_init__(self) -> None:
         require_fitting(self.config, self.model)
+        if self.speculation is not None:
+            require_pair(self.model, self.speculation.draft)
         self.forget()
 
     def forget(self) -> None:

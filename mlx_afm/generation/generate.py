@@ -14,7 +14,7 @@ from mlx_afm.generation.config import GenerateConfig, require_fitting
 from mlx_afm.generation.prompt_cache import PrefixCache, kind_of
 from mlx_afm.generation.prompts import Prompt, require_tokenizer, to_prompt_ids
 from mlx_afm.generation.sampling import LogitsProcessor
-from mlx_afm.generation.speculation import Speculation
+from mlx_afm.generation.speculation import Speculation, require_pair
 from mlx_afm.generation.speculative import iter_speculative_steps, plain_step_seconds
 from mlx_afm.generation.steps import Progress, Step, iter_steps
 from mlx_afm.model import Model
@@ -47,12 +47,14 @@ def stream_generate(
 
     Raises:
         ConfigError: a folder without tokenizer, settings out of range, a prompt that fills the context or has
-            an id outside the vocabulary.
+            an id outside the vocabulary, a draft model of another vocabulary.
         DataError: messages that the template cannot render.
     """
     tokenizer = require_tokenizer(tokenizer)
     config = GenerateConfig(**settings) if config is None else config
     require_fitting(config, model)
+    if speculation is not None:
+        require_pair(model, speculation.draft)
     ids = to_prompt_ids(tokenizer, prompt, vocabulary=model.args.vocab_size)
     max_tokens = config.answer_tokens(len(ids))
     cache, known = model.make_cache(quantized=config.kv_bits is not None), 0
