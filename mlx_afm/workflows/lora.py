@@ -368,6 +368,8 @@ def _read_data(job: LoRAJob, on_event: Callback) -> dict[str, TokenTable]:
     there = require_splits(job.data, "train")
     if unread := find_unread(job.data, there):
         on_event(Notice(text=f"{job.data}: {unread_text(unread)}"))
+    if "valid" not in there and (unused := _settings_of_validation(job)):
+        on_event(Notice(text=f"{job.data}: no effect without validation data: {', '.join(unused)}"))
     wanted = ("train", *(("valid",) if "valid" in there else ()), *(("test",) if job.test else ()))
     data = {}
     for split in wanted:
@@ -383,6 +385,13 @@ def _read_data(job: LoRAJob, on_event: Callback) -> dict[str, TokenTable]:
             )
         )
     return data
+
+
+def _settings_of_validation(job: LoRAJob) -> list[str]:
+    """Settings of the run, other than the default ones, that only validation reads."""
+    names = ["val_batches", "patience", *([] if job.sample_prompts else ["steps_per_eval"])]
+    default = TrainConfig()
+    return [name for name in names if getattr(job.train, name) != getattr(default, name)]
 
 
 def read_split(job: LoRAJob, split: str) -> TokenTable:

@@ -134,6 +134,17 @@ def test_an_adapter_that_is_not_there_is_not_scored_as_the_base(model_folder, da
     assert "no adapter here" in ran.err
 
 
+def test_settings_of_validation_without_its_data_are_told(model_folder, data_folder, tmp_path, cli, copy_of):
+    data = copy_of(data_folder)
+    (data / "valid.jsonl").unlink()
+    line = ("lora", "--train", "--model", model_folder, "--data", data, "--iters", 1, "--batch-size", 2, "--no-cache")
+    options = ("--val-batches", 3, "--patience", 2, "--steps-per-eval", 1)
+    ran = cli(*line, "--adapter-path", tmp_path / "a", *options)
+    assert ran.code == 0, ran.err
+    assert "no effect without validation data: val_batches, patience, steps_per_eval" in ran.err
+    assert "no effect" not in cli(*line, "--adapter-path", tmp_path / "b").err
+
+
 def test_what_will_be_scored_is_checked_before_training(model_folder, data_folder, tmp_path, cli, copy_of):
     data = copy_of(data_folder)
     (data / "test.jsonl").unlink()
