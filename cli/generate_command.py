@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,12 @@ from mlx_afm.data.config import DataConfig
 from mlx_afm.files import to_path
 
 from .data_options import record_options
+from .generate_checks import require_sense
 from .generate_extras import extra_options, open_extras
 from .generate_options import generate_options
 from .output import json_option, note, read_stdin, show
-from .parameters import PATH, is_given, refuse_given
+from .parameters import PATH
 from .system_prompt_options import system_prompt_options
-
-OF_ONE_PROMPT = ("prompt_cache_file", "transform", "draft_model", "num_draft_tokens", "verbose")
-OF_A_FILE = ("output", "batch_size", "dialect", "field", "transform")
-SAMPLING = ("top_p", "top_k", "min_p", "seed")
 
 
 @click.command("generate")
@@ -67,7 +63,7 @@ def command(
     from .generate_file import answer_prompts, names_a_file
 
     of_file = names_a_file(prompt)
-    _require_sense(of_file, options)
+    require_sense(of_file, options)
     if of_file:
         assert output is not None
         for name in ("draft_model", "num_draft_tokens"):
@@ -76,40 +72,6 @@ def command(
     else:
         text = read_stdin() if prompt == "-" else prompt
         _answer(text, prompt_cache_file, as_json, verbose, **options)
-
-
-def _require_sense(of_file: bool, options: Mapping[str, Any]) -> None:
-    """Refuses options that do not go together; the error names every model or file that is not there, too.
-
-    Raises:
-        UsageError: options without effect.
-    """
-    try:
-        if of_file and not is_given("output"):
-            raise click.UsageError("a --prompt that names a .jsonl needs --output")
-        if of_file:
-            refuse_given(OF_ONE_PROMPT, "with a --prompt that names a .jsonl")
-        else:
-            refuse_given(OF_A_FILE, "without a --prompt that names a .jsonl")
-        if options["draft_model"] is None:
-            refuse_given(("num_draft_tokens",), "without --draft-model")
-    except click.UsageError as error:
-        missing = [f"--{name.replace('_', '-')}: no such file or folder: {options[name]}" for name in _missing(options)]
-        raise click.UsageError("\n".join([error.message, *missing])) from None
-    if options["config"].temp == 0 and (unused := [f"--{n.replace('_', '-')}" for n in SAMPLING if is_given(n)]):
-        note(f"{', '.join(unused)}: no effect with --temp 0, which takes the most likely token")
-
-
-def _missing(options: Mapping[str, Any]) -> list[str]:
-    """Names of the options whose path is not there; a hub id is no path."""
-    from mlx_afm.checkpoints.hub import REPOSITORY
-
-    paths = {name: options[name] for name in ("model", "adapter_path", "draft_model", "response_format")}
-    return [
-        name
-        for name, path in paths.items()
-        if path is not None and not (path.exists() or REPOSITORY.fullmatch(str(path)))
-    ]
 
 
 def _answer(

@@ -167,11 +167,15 @@ def convert(
         on_progress=on_progress,
         on_event=on_event,
     )
+    return _convert(source, target, to, options)
+
+
+def _convert(source: Path, target: Path, to: str, options: _Options) -> Converted:
     is_mlx = source.is_dir() and (source / "config.json").is_file()
     if options.config is not None and (is_mlx or to == "torch"):
         advice = "Leave it out: an MLX folder has its own config.json."
         raise SettingError("config is for a .pt of the toolkit", where=source, found=options.config, advice=advice)
-    with new_folder(target, "--mlx-path", notes_of(on_event)):
+    with new_folder(target, "--mlx-path", notes_of(options.on_event)):
         if to == "torch":
             return _mlx_to_torch(source, target, options)
         if is_mlx:
