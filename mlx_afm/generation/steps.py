@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx_afm.generation.config import GenerateConfig
 from mlx_afm.generation.sampling import LogitsProcessor, choose, log_probabilities
 from mlx_afm.model import Model
-from mlx_afm.model.layout import lay_out_for_decoding
+from mlx_afm.model.cpu.layout import lay_out_for_decoding
 
 Progress = Callable[[int, int], None]  # tokens of the prompt done and in all
 TOKENS_TO_TIDY = 256  # freed memory is given back after so many steps, as mlx-lm does

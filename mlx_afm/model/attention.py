@@ -11,9 +11,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_afm.model.attention_cpu import QUICK_QUERIES, attention_on_cpu
+from mlx_afm.model import backend
 from mlx_afm.model.config import AFMConfig
-from mlx_afm.model.exponential import on_cpu
 from mlx_afm.model.layers import FusedLinear, Linear, RMSNorm, fake_quantize, rotate
 from mlx_afm.model.recompute import recomputed, together
 from mlx_afm.model.views import View, take_rows
@@ -32,9 +31,7 @@ def _attend(norm: RMSNorm, q_BND: mx.array, k_BKSE: mx.array, v_BKSE: mx.array, 
         k_GKSE, v_GKSE = view.of(k_BKSE), view.of(v_BKSE)
         groups = k_GKSE.shape[0]
         q_GHNE = q_BNHE.reshape(groups, batch * length // groups, -1, width).transpose(0, 2, 1, 3)
-        quicker = on_cpu() and length >= QUICK_QUERIES
-        attention = attention_on_cpu if quicker else mx.fast.scaled_dot_product_attention
-        out = attention(q_GHNE, k_GKSE, v_GKSE, scale=width**-0.5, mask=view.mask)
+        out = backend.attention(q_GHNE, k_GKSE, v_GKSE, scale=width**-0.5, mask=view.mask)
         return out.transpose(0, 2, 1, 3).reshape(batch, length, dims)
 
     return recomputed([norm], attend, q_BND, k_BKSE, v_BKSE)
@@ -62,7 +59,7 @@ class Attention(nn.Module):
         cache: Any = None,
         needed_BN: mx.array | None = None,
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """Output, and the keys and values it attended to (the cache's older ones included).
+        """x + output, and the keys and values it attended to (the cache's older ones included).
 
         Order: norm, project, rotate q and k, norm q and k per head, fake-quantise k and v, cache, attend.
         With `needed_BN` queries and output are computed at those indices only.
@@ -80,13 +77,14 @@ class Attention(nn.Module):
         k = self.k_norm(rotate(k.reshape(batch, length, heads, -1), view.cos, view.sin))
         k, v = k.transpose(0, 2, 1, 3), v.reshape(batch, length, heads, -1).transpose(0, 2, 1, 3)
         if self.config.kv_quant:
-            k = fake_quantize(k, self.quant_key_scale)
-            v = fake_quantize(v, self.quant_value_scale)
+            k = fake_quantize(k, self.quant_key_scale, training=self.training)
+            v = fake_quantize(v, self.quant_value_scale, training=self.training)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
         if needed_BN is not None:
             view = view.at(needed_BN, length, k.shape[2])
-        return self.out_proj(_attend(self.q_norm, q, k, v, view)), k, v
+        residual = x_BLD if needed_BN is None else take_rows(x_BLD, needed_BN)
+        return self.out_proj.plus(_attend(self.q_norm, q, k, v, view), residual), k, v
 
 
 class KVReuseAttention(nn.Module):
@@ -99,7 +97,8 @@ class KVReuseAttention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def __call__(self, x_BLD: mx.array, norm: RMSNorm, view: View, k_BKSE: mx.array, v_BKSE: mx.array) -> mx.array:
-        """Output (B, L, D); `norm` comes before the projection."""
+        """x + output (B, L, D); `norm` comes before the projection."""
         q = recomputed([norm, self.q_proj], lambda x: self.q_proj(norm(x)), x_BLD)
-        held: tuple[mx.array, mx.array, mx.array] = together(q, k_BKSE, v_BKSE)  # type: ignore
-        return self.out_proj(_attend(self.q_norm, *held, view))
+        if self.training:
+            q, k_BKSE, v_BKSE = together(q, k_BKSE, v_BKSE)  # type: ignore
+        return self.out_proj.plus(_attend(self.q_norm, q, k_BKSE, v_BKSE, view), x_BLD)

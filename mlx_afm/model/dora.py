@@ -85,6 +85,10 @@ class DoRALinear(nn.Module):
         lengths = adapted_lengths(dense_weight(self.linear), self._squares, self.lora_a, self.lora_b, self.scale)
         return (self.m / lengths).astype(x.dtype) * y
 
+    def plus(self, x: mx.array, residual: mx.array) -> mx.array:
+        """residual + the projection of x."""
+        return residual + self(x)
+
     def fuse(self, dequantize: bool = False) -> nn.Module:
         """A plain linear layer of the adapted weight, made in float32 and rounded once."""
         weight = weight_to_merge(self.linear, dequantize)

@@ -101,6 +101,10 @@ class LoRALinear(nn.Module):
         """The adapted projection of x (..., in)."""
         return add_low_rank(self.linear(x), x, self.lora_a, self.lora_b, self.scale, self.dropout)
 
+    def plus(self, x: mx.array, residual: mx.array) -> mx.array:
+        """residual + the projection of x."""
+        return residual + self(x)
+
     def fuse(self, dequantize: bool = False) -> nn.Module:
         """A plain linear layer with the update added to its weight in float32, rounded once."""
         weight = weight_to_merge(self.linear, dequantize)

@@ -39,9 +39,8 @@ class OrdinaryLayer(nn.Module):
         self, x_BLD: mx.array, view: View, cache: Any = None, needed_BN: mx.array | None = None
     ) -> tuple[mx.array, mx.array, mx.array]:
         """Output at all tokens, or at the needed ones only; and the keys and values."""
-        y, k, v = self.self_attn(x_BLD, self.input_layernorm, view, cache, needed_BN)
-        x = (x_BLD if needed_BN is None else take_rows(x_BLD, needed_BN)) + y
-        return x + self.mlp(x, self.post_attention_layernorm), k, v
+        x, k, v = self.self_attn(x_BLD, self.input_layernorm, view, cache, needed_BN)
+        return self.mlp(x, self.post_attention_layernorm), k, v
 
 
 class KVReuseLayer(nn.Module):
@@ -56,8 +55,8 @@ class KVReuseLayer(nn.Module):
 
     def __call__(self, x_BLD: mx.array, view: View, k_BKSE: mx.array, v_BKSE: mx.array) -> mx.array:
         """Output at every token of x."""
-        x = x_BLD + self.self_attn(x_BLD, self.input_layernorm, view, k_BKSE, v_BKSE)
-        return x + self.mlp(x, self.post_attention_layernorm)
+        x = self.self_attn(x_BLD, self.input_layernorm, view, k_BKSE, v_BKSE)
+        return self.mlp(x, self.post_attention_layernorm)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +90,8 @@ class AFMModel(nn.Module):
         caches = [None] * len(self.layers) if call.cache is None else list(call.cache)
         if len(caches) != len(self.layers):
             raise ConfigError("wrong number of caches", expected=len(self.layers), found=len(caches))
-        view = self._view(x.dtype, length, call, caches[0])
+        tables = x.dtype if self.training else mx.float32  # one kernel rotates in inference, and rounds once
+        view = self._view(tables, length, call, caches[0])
 
         def run(layer: nn.Module, function: Callable[..., Any], *arrays: mx.array) -> Any:
             return recomputed([layer], function, *arrays) if call.grad_checkpoint else function(*arrays)

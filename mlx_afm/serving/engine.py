@@ -17,7 +17,7 @@ from mlx_afm.adapters import is_zero
 from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.checkpoints.model_folder import BASE_ADAPTER, load_model, read_config
 from mlx_afm.errors import ConfigError
-from mlx_afm.model.layout import lay_out_for_decoding
+from mlx_afm.model.cpu.layout import lay_out_for_decoding
 from mlx_afm.serving.adapters import AdapterSwitch
 from mlx_afm.serving.config import ServeConfig
 from mlx_afm.serving.jobs import Job

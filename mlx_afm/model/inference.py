@@ -1,0 +1,194 @@
+"""The inference form of a model: the same arrays in modules that launch fewer kernels.
+
+Gate and up become one product, adapters are cast to the model's dtype once and their scale is folded into B, and nothing
+is kept for gradients. The model itself stays as it is: it can still be trained, fused and saved exactly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_afm.model import backend
+from mlx_afm.model.cpu.layout import lay_out_for_decoding
+from mlx_afm.model.dora import DoRAFusedLinear, DoRALinear, adapted_lengths, dense_weight
+from mlx_afm.model.layers import FeedForward, Linear, RMSNorm
+from mlx_afm.model.lora import PARTS, LoRAFusedLinear, LoRALinear
+from mlx_afm.model.low_rank import (
+    Adaptable,
+    AdaptedFusedLinear,
+    AdaptedGateUp,
+    AdaptedLinear,
+    MagnitudeFusedLinear,
+    MagnitudeLinear,
+    Routing,
+)
+from mlx_afm.model.model import Model
+from mlx_afm.model.packed import Packed
+from mlx_afm.model.quantized import Quantized, QuantizedFusedLinear, QuantizedLinear, quantized
+from mlx_afm.quant.scheme import BALANCED
+
+
+class InferenceModel:
+    """A model in its inference form.
+
+    Args:
+        model: its LoRA adapter, if it has one, is left out: `adapters.inference` adds it. DoRA layers are kept.
+
+    Attributes:
+        model: a `Model` that shares its arrays with the given one. Its modules take adapters, see `low_rank`.
+        routing: which adapters the rows of a call use.
+        dtype: of the computation.
+
+    Cost: one transient copy of a layer's gate and up weights on a GPU, whose two matrices are views of one afterwards;
+        on the CPU the layout of `cpu.layout`.
+    """
+
+    def __init__(self, model: Model) -> None:
+        lay_out_for_decoding(model)
+        self.routing = Routing()
+        self.dtype = model.head.dtype if isinstance(model.head, Quantized) else model.head.weight.dtype
+        self.model: Model = self._form(model)
+        self.model.eval()
+
+    @property
+    def state(self) -> Any:
+        """All arrays, as a tree: what a compiled function of the model captures as inputs."""
+        return self.model.state
+
+    def adaptable(self) -> dict[str, Adaptable]:
+        """The modules that take adapters, by path."""
+        return {path: module for path, module in self.model.named_modules() if isinstance(module, Adaptable)}
+
+    def _form(self, module: nn.Module) -> Any:
+        """The inference form of a module and all within it."""
+        if isinstance(module, (LoRALinear, LoRAFusedLinear)):
+            module = module.linear
+        if isinstance(module, (DoRALinear, DoRAFusedLinear)):
+            return self._with_magnitudes(module)
+        if isinstance(module, (Linear, QuantizedLinear)):
+            return AdaptedLinear(_shallow(module), self.routing)
+        if isinstance(module, RMSNorm) and module.weight.dtype != self.dtype:
+            norm = _shallow(module)
+            norm.weight = module.weight.astype(self.dtype)
+            return norm
+        if hasattr(module, "q_dims"):
+            return AdaptedFusedLinear(_shallow(module), self.routing)
+        formed = _shallow(module)
+        joined = _joined(module) if isinstance(module, FeedForward) and not backend.on_cpu() else None
+        for name, child in module.children().items():
+            if joined is not None and name in ("gate_proj", "up_proj"):
+                del formed[name]
+            else:
+                formed[name] = [self._form(item) for item in child] if isinstance(child, list) else self._form(child)
+        if joined is not None:
+            formed.gate_up_proj = AdaptedGateUp(joined, self.routing)
+        return formed
+
+    def _with_magnitudes(self, module: Any) -> MagnitudeLinear:
+        """A DoRA layer with its magnitudes divided by the lengths of the adapted rows, once."""
+        if isinstance(module, DoRALinear):
+            weight = dense_weight(module.linear)
+            lengths = adapted_lengths(weight, module._squares, module.lora_a, module.lora_b, module.scale)
+            arrays = module.lora_a, module.scale * module.lora_b, module.m / lengths
+            return MagnitudeLinear(_shallow(module.linear), *(array.astype(self.dtype) for array in arrays))
+        rows = dict(zip(PARTS, module._rows()))
+        pairs = {part: module[part] for part in PARTS if part in module}
+        factors = [
+            pairs[part].m
+            / adapted_lengths(rows[part], pairs[part]._squares, pairs[part].lora_a, pairs[part].lora_b, module.scale)
+            if part in pairs
+            else mx.ones(len(rows[part]))
+            for part in PARTS
+        ]
+        sizes = {part: len(rows[part]) for part in PARTS}
+        a, b = fused_matrices({part: (pair.lora_a, module.scale * pair.lora_b) for part, pair in pairs.items()}, sizes)
+        arrays = a, b, mx.concatenate(factors)
+        return MagnitudeFusedLinear(_shallow(module.linear), *(array.astype(self.dtype) for array in arrays))
+
+
+def fused_matrices(pairs: dict[str, tuple[mx.array, mx.array]], sizes: dict[str, int]) -> tuple[mx.array, mx.array]:
+    """A of some parts of the fused projection joined, (D, P R), and their B as one block matrix, (P R, O).
+
+    Args:
+        pairs: A (D, R) and B (R, O of the part) of each part that has them.
+        sizes: outputs of every part, in the order of the matrix.
+    """
+    rows = []
+    for part, (_, b) in pairs.items():
+        blocks = [b if other == part else mx.zeros((b.shape[0], size)) for other, size in sizes.items()]
+        rows.append(mx.concatenate(blocks, axis=1))
+    return mx.concatenate([a for a, _ in pairs.values()], axis=1), mx.concatenate(rows)
+
+
+class GateUpLinear(nn.Module):
+    """Gate and up as one product; `linear` holds the rows of both, one after the other."""
+
+    def __init__(self, linear: Linear | QuantizedLinear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Both, each (..., F)."""
+        if isinstance(self.linear, QuantizedLinear) and self.linear.scheme.mode == BALANCED and not backend.on_cpu():
+            product, scales = self.linear.packed.unscaled(x)  # each half is scaled in the kernel that reads it
+            (gate, up), (gate_scales, up_scales) = mx.split(product, 2, axis=-1), mx.split(scales, 2)
+            return _times(gate, gate_scales), _times(up, up_scales)
+        gate, up = mx.split(self.linear(x), 2, axis=-1)
+        return gate, up
+
+
+@backend.one_kernel
+def _times(y: mx.array, scales: mx.array) -> mx.array:
+    return (y.astype(mx.float32) * scales).astype(y.dtype)
+
+
+def _joined(module: FeedForward) -> GateUpLinear | None:
+    """Gate and up as one projection; the weights of the two become views of it. None if their forms differ."""
+    gate, up = (_base(projection) for projection in (module.gate_proj, module.up_proj))
+    if isinstance(gate, Linear) and isinstance(up, Linear) and gate.weight.dtype == up.weight.dtype:
+        joined: Linear | QuantizedLinear = gate.with_weight(mx.concatenate([gate.weight, up.weight]))
+        names = ["weight"]
+    elif isinstance(gate, QuantizedLinear) and isinstance(up, QuantizedLinear) and gate.scheme == up.scheme:
+        arrays = [mx.concatenate(pair) for pair in zip(gate.packed.arrays, up.packed.arrays)]
+        joined = quantized(Linear(1, 1), Packed(gate.scheme, *arrays), gate.dtype)  # type: ignore[assignment]
+        names = ["weight", "scales", "biases"][: len(arrays)]
+    else:
+        return None
+    rows = gate.weight.shape[0]
+    for name in names:
+        both = joined[name]
+        mx.eval(both)
+        setattr(gate, name, both[:rows])
+        setattr(up, name, both[rows:])
+        mx.eval(gate[name], up[name])
+    return GateUpLinear(joined)
+
+
+def _base(module: Any) -> Any:
+    return module.linear if isinstance(module, LoRALinear) else module
+
+
+def _shallow(module: Any) -> Any:
+    """A module of its own with the same arrays and submodules."""
+    other = module.__class__.__new__(module.__class__)
+    other.__dict__.update(module.__dict__)
+    dict.update(other, module)
+    return other
+
+
+def same_arrays(model: Model, arrays: list[mx.array]) -> bool:
+    """Whether a model holds exactly these arrays, from `held_arrays`; values are not compared."""
+    now = held_arrays(model)
+    return len(now) == len(arrays) and all(new is old for new, old in zip(now, arrays))
+
+
+def held_arrays(model: Model) -> list[mx.array]:
+    """All arrays of a model, in the order of its tree."""
+    return [array for _, array in tree_flatten(model.parameters())]
+
+
+__all__ = ["InferenceModel", "QuantizedFusedLinear", "fused_matrices", "held_arrays", "same_arrays"]
