@@ -51,10 +51,16 @@ class LowRankStack(nn.Module):
     def add_to(self, y: mx.array, x_BLD: mx.array, slots: Slots, outputs: slice = slice(None)) -> mx.array:
         """y (B, L, O) + the rows' low-rank products of x; with `outputs`, of these columns of B only."""
         if isinstance(slots.index, int):
-            return mx.addmm(y, x_BLD @ self.lora_a[slots.index], self.lora_b[slots.index][:, outputs])
+            a_DR, b_RO = _slot(self.lora_a, slots.index), _slot(self.lora_b, slots.index)
+            return mx.addmm(y, x_BLD @ a_DR, b_RO if outputs == slice(None) else b_RO[:, outputs])
         inner_BLR = backend.gather_product(x_BLD, self.lora_a, slots.index)
         added = backend.gather_product(inner_BLR, self.lora_b, slots.index)[..., outputs]
         return y + (added if slots.mask_B11 is None else mx.where(slots.mask_B11, added, 0))
+
+
+def _slot(stack_NXY: mx.array, slot: int) -> mx.array:
+    """The matrix of one slot: a view, where an index would be a copy."""
+    return stack_NXY[slot : slot + 1].squeeze(0)
 
 
 class PairStack(LowRankStack):
@@ -67,17 +73,19 @@ class PairStack(LowRankStack):
         batch, length, _ = x_BLD.shape
         rank = self.lora_b.shape[1]
         if isinstance(slots.index, int):
-            inner_BLR = x_BLD @ self.lora_a[slots.index]
+            inner_BLR = x_BLD @ _slot(self.lora_a, slots.index)
             inner_2MR = inner_BLR.reshape(batch * length, 2, rank).transpose(1, 0, 2)
             added_2MO = inner_2MR @ self.lora_b[2 * slots.index : 2 * slots.index + 2]
-            return gate + added_2MO[0].reshape(gate.shape), up + added_2MO[1].reshape(up.shape)
+            more_gate, more_up = mx.split(added_2MO, 2)
+            return gate + more_gate.reshape(gate.shape), up + more_up.reshape(up.shape)
         inner_BLR = backend.gather_product(x_BLD, self.lora_a, slots.index)
         inner_B2LR = inner_BLR.reshape(batch, length, 2, rank).transpose(0, 2, 1, 3)
         index_B2 = 2 * slots.index[:, None] + mx.arange(2)
         added_B2LO = backend.gather_product(inner_B2LR, self.lora_b, index_B2)
         if slots.mask_B11 is not None:
             added_B2LO = mx.where(slots.mask_B11[..., None], added_B2LO, 0)
-        return gate + added_B2LO[:, 0], up + added_B2LO[:, 1]
+        more_gate, more_up = mx.split(added_B2LO, 2, axis=1)
+        return gate + more_gate.reshape(gate.shape), up + more_up.reshape(up.shape)
 
 
 class Adaptable(nn.Module):

@@ -1,0 +1,177 @@
+"""Adapters in memory for inference: put beside each other on one model, and chosen for each row of a batch.
+
+    adapters = AdapterStacks(form)                  form: an InferenceModel
+    adapters.add("poet", weights, scale=0.5)
+    routes = adapters.routes(["poet", None])        row 0 with the adapter, row 1 without
+    decoder.step(tokens, cache, routes, ...)
+
+DoRA adapters multiply rows of the base and have no place in a stack: each is an inference model of its own, which shares
+the base's arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from hashlib import sha256
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlx_afm.adapters.attach import adapter_weights
+from mlx_afm.errors import AdapterError
+from mlx_afm.model import Model
+from mlx_afm.model.inference import InferenceModel, fused_matrices
+from mlx_afm.model.lora import PARTS, LoRAFusedLinear, LoRALinear
+from mlx_afm.model.low_rank import AdaptedFusedLinear, AdaptedGateUp, Bucket, LowRankStack, PairStack, Slots
+
+Weights = Mapping[str, Callable[[], mx.array]]
+
+
+class AdapterStacks:
+    """The low-rank adapters of one inference model.
+
+    Args:
+        form: whose modules hold the stacks.
+
+    Cost: each adapter's matrices once, in the model's dtype; of the fused projection B with zeros between its parts, 2 R
+        (Q + 2 K) values a layer for nothing. `add` and `remove` copy the stacks of one bucket, a module at a time.
+    """
+
+    def __init__(self, form: InferenceModel) -> None:
+        self._form = form
+        self._modules = form.adaptable()
+        self._slots: dict[Bucket, list[str]] = {}
+        self.sizes: dict[str, int] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.sizes
+
+    def add(self, name: str, weights: Weights, scale: float) -> int:
+        """Puts an adapter beside the others; returns its bytes.
+
+        Args:
+            weights: what gives `...lora_a` (D, R) and `...lora_b` (R, O), float32, by our names; each is asked for once.
+            scale: of B A.
+
+        Raises:
+            AdapterError: there is one of this name.
+        """
+        if name in self:
+            raise AdapterError("there is an adapter of this name", where=name)
+        pairs = _pairs(weights)
+        bucket, size = _bucket(pairs), 0
+        for path, (a, b) in self._matrices(pairs, scale):
+            stacks, stack = self._modules[path].stacks, PairStack if b.shape[0] == 2 else LowRankStack
+            if bucket in stacks:
+                held = stacks[bucket]
+                stacks[bucket] = stack(mx.concatenate([held.lora_a, a]), mx.concatenate([held.lora_b, b]))
+            else:
+                stacks[bucket] = stack(a, b)
+            mx.eval(stacks[bucket].parameters())
+            size += a.nbytes + b.nbytes
+        self._slots.setdefault(bucket, []).append(name)
+        self.sizes[name] = size
+        return size
+
+    def remove(self, name: str) -> None:
+        """Forgets an adapter; its memory is free again. One that is not here is no error."""
+        if self.sizes.pop(name, None) is None:
+            return
+        bucket = self._bucket_of(name)
+        slot = self._slots[bucket].index(name)
+        del self._slots[bucket][slot]
+        for module in self._modules.values():
+            if bucket not in module.stacks:
+                continue
+            if not self._slots[bucket]:
+                del module.stacks[bucket]
+                continue
+            held, width = module.stacks[bucket], 2 if isinstance(module, AdaptedGateUp) else 1
+            a = mx.concatenate([held.lora_a[:slot], held.lora_a[slot + 1 :]])
+            b = mx.concatenate([held.lora_b[: width * slot], held.lora_b[width * (slot + 1) :]])
+            module.stacks[bucket] = type(held)(a, b)
+            mx.eval(a, b)
+        if not self._slots[bucket]:
+            del self._slots[bucket]
+
+    def routes(self, names: Sequence[str | None]) -> dict[Bucket, Slots]:
+        """The slots of rows with these adapters; None is the base alone."""
+        routes = {}
+        for bucket, held in self._slots.items():
+            slots = [held.index(name) if name in held else -1 for name in names]
+            if max(slots, default=-1) < 0:
+                continue
+            mask = None if min(slots) >= 0 else mx.array([slot >= 0 for slot in slots])[:, None, None]
+            routes[bucket] = Slots(mx.array([max(slot, 0) for slot in slots], mx.int32), mask)
+        return routes
+
+    def route(self, name: str | None) -> dict[Bucket, Slots]:
+        """The slots of rows that all have one adapter: plain products, without an index."""
+        if name is None:
+            return {}
+        bucket = self._bucket_of(name)
+        return {bucket: Slots(self._slots[bucket].index(name))}
+
+    def _bucket_of(self, name: str) -> Bucket:
+        return next(bucket for bucket, names in self._slots.items() if name in names)
+
+    def _matrices(
+        self, pairs: Mapping[str, Mapping[str, Callable[[], mx.array]]], scale: float
+    ) -> Iterator[tuple[str, tuple[mx.array, mx.array]]]:
+        """For each module that the adapter is on: its path, A (1, D, R) and B (1, R, O) in the model's dtype."""
+        for path, module in self._modules.items():
+            if isinstance(module, AdaptedFusedLinear):
+                linear = module.linear
+                found = {part: pairs[f"{path}.{part}"] for part in PARTS if f"{path}.{part}" in pairs}
+                sizes = dict(zip(PARTS, (linear.q_dims, linear.kv_dims, linear.kv_dims)))
+                if found:
+                    read = {part: (pair["lora_a"](), scale * pair["lora_b"]()) for part, pair in found.items()}
+                    yield path, self._cast(*fused_matrices(read, sizes))
+            elif isinstance(module, AdaptedGateUp):
+                parent = path.rpartition(".")[0]
+                both = [pairs.get(f"{parent}.{part}_proj") for part in ("gate", "up")]
+                if any(both):
+                    yield path, self._joined(both, scale)
+            elif path in pairs:
+                yield path, self._cast(pairs[path]["lora_a"](), scale * pairs[path]["lora_b"]())
+
+    def _cast(self, a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
+        return a.astype(self._form.dtype)[None], b.astype(self._form.dtype)[None]
+
+    def _joined(
+        self, both: Sequence[Mapping[str, Callable[[], mx.array]] | None], scale: float
+    ) -> tuple[mx.array, mx.array]:
+        """A of gate and up joined, (1, D, 2 R), and their B, (2, R, O); zeros for the one that has no adapter."""
+        read = [None if pair is None else (pair["lora_a"](), scale * pair["lora_b"]()) for pair in both]
+        like = next(pair for pair in read if pair is not None)
+        full = [pair or (mx.zeros_like(like[0]), mx.zeros_like(like[1])) for pair in read]
+        a, b = mx.concatenate([a for a, _ in full], axis=1), mx.stack([b for _, b in full])
+        return a.astype(self._form.dtype)[None], b.astype(self._form.dtype)
+
+
+def _pairs(weights: Weights) -> dict[str, dict[str, Callable[[], mx.array]]]:
+    """The matrices by module path: `{"...q_proj": {"lora_a": ..., "lora_b": ...}}`."""
+    pairs: dict[str, dict[str, Callable[[], mx.array]]] = {}
+    for name, read in weights.items():
+        path, _, kind = name.rpartition(".")
+        pairs.setdefault(path, {})[kind] = read
+    return pairs
+
+
+def _bucket(pairs: Mapping[str, Mapping[str, Callable[[], mx.array]]]) -> Bucket:
+    """The name of the bucket of adapters with these modules and this rank."""
+    rank = next(iter(pairs.values()))["lora_a"]().shape[1]
+    return f"rank {rank} {sha256(' '.join(sorted(pairs)).encode()).hexdigest()[:12]}"
+
+
+def own_weights(model: Model) -> tuple[Weights, float] | None:
+    """The LoRA adapter on a model, as `AdapterStacks.add` takes it; None if there is none (or DoRA, or whole weights)."""
+    layers = [module for module in model.modules() if isinstance(module, (LoRALinear, LoRAFusedLinear))]
+    if not layers:
+        return None
+    return {name: (lambda array=array: array) for name, array in adapter_weights(model).items()}, layers[0].scale
+
+
+def form_arrays(form: InferenceModel) -> int:
+    """Bytes of everything that an inference model holds."""
+    return sum(array.nbytes for _, array in tree_flatten(form.model.parameters()))
