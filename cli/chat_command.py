@@ -10,13 +10,14 @@ import click
 from .generate_options import generate_options
 from .output import json_option
 from .speculation_options import speculation_options
+from .system_prompt_options import system_prompt_options
 
 
 @click.command("chat")
 @click.option("--model", type=Path, required=True, help="MLX model folder.")
 @click.option("--adapter-path", type=Path, help="Adapter folder, .pt or .fmadapter to begin with.")
 @click.option("--adapter", "named", multiple=True, metavar="NAME=PATH", help="One for /adapter NAME; may be repeated.")
-@click.option("--system-prompt", help="System message; default: the model's own.")
+@system_prompt_options
 @click.option("--context", type=int, default=4096, show_default=True, help="Conversation and answer together.")
 @generate_options
 @speculation_options
@@ -26,7 +27,7 @@ def command(
     model: Path,
     adapter_path: Path | None,
     named: tuple[str, ...],
-    system_prompt: str | None,
+    system: str | None,
     context: int,
     config: Any,
     draft_model: Path | None,
@@ -54,10 +55,10 @@ def command(
     if draft_model is not None:
         speculation = load_draft(draft_model, source.model, tokenizer, num_draft_tokens)
     chat = Chat(
+        system=system,
         model=source.model,
         tokenizer=tokenizer,
         config=replace(config, context_tokens=context),
-        system=system_prompt,
         speculation=speculation,
     )
     ChatLoop(source, chat, as_json=as_json, verbose=verbose).run()

@@ -12,6 +12,8 @@ import click
 
 from mlx_afm.errors import AFMError
 from mlx_afm.generation.chat import Chat, Turn
+from mlx_afm.text.system_prompt import parse_system_prompt
+from mlx_afm.text.template import DEFAULT_SYSTEM
 from mlx_afm.workflows.chat import ChatModel, save_chat
 
 from .chat_input import Messages
@@ -19,7 +21,7 @@ from .output import note, show
 
 HELP = """\
 /adapter [NAME]   answer with another adapter: one named by --adapter, or a path; none for the model's own
-/system [TEXT]    show or change the system message; none for the model's own
+/system [TEXT]    show or change the system prompt; none for no system turn, default for the one of the start
 /reset            begin a new conversation
 /save FILE        write the conversation to a .jsonl or .json, as training data has it
 /help             this
@@ -31,7 +33,7 @@ ENDINGS = {
     "context": "the conversation fills the context: /save it if you like, and /reset",
     "stopped": "stopped",
 }
-NONE = "none"
+NONE, DEFAULT = "none", "default"
 
 
 class ChatLoop:
@@ -47,10 +49,12 @@ class ChatLoop:
     def __init__(self, source: ChatModel, chat: Chat, *, as_json: bool, verbose: bool) -> None:
         self._source, self._chat = source, chat
         self._as_json, self._verbose = as_json, verbose
+        self._first_system = chat.system
         self._saved: set[Path] = set()
 
     def run(self) -> None:
         """Answers and obeys."""
+        self._tell_prompts()
         messages = Messages()
         while (text := messages.read()) is not None and text != "/quit":
             try:
@@ -114,13 +118,24 @@ class ChatLoop:
         if name:
             self._chat.model = self._source.use(None if name == NONE else name)
             self._chat.forget()
+            self._tell_prompts()
         known = ", ".join([NONE, *self._source.adapters])
         note(f"(adapter {self._source.active or NONE}" + (")" if name else f"; there are {known})"))
 
+    def _tell_prompts(self) -> None:
+        """Warns of an adapter with several system prompts, unless the user chose one."""
+        if self._chat.system is None and self._source.notice is not None:
+            note(self._source.notice)
+
     def _system(self, text: str) -> None:
         if text:
-            self._chat.system = None if text == NONE else text
-        note(f"(system message: {self._chat.system or 'the model’s own'})")
+            given = {NONE: "", DEFAULT: self._first_system}.get(text, text)
+            if given:
+                parse_system_prompt(given)
+            self._chat.system = given
+        own, now = self._chat.tokenizer.system_prompt == DEFAULT_SYSTEM, self._chat.system_prompt
+        shown = "the model’s own" if self._chat.system is None and own else "none" if now is None else now
+        note(f"(system message: {shown})")
 
     def _reset(self, rest: str) -> None:
         self._chat.messages.clear()

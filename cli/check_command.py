@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from mlx_afm.files import to_json
 
 from .output import json_option
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 def show_report(report: Report, as_json: bool) -> None:
     """Prints a check's findings and verdict."""
     if as_json:
-        click.echo(json.dumps(report.to_dict(), ensure_ascii=False, default=str))
+        click.echo(to_json(report.to_dict(), default=str))
         return
     for finding in report.findings:
         place = f" {finding.file}" if finding.file else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from itertools import groupby
@@ -15,6 +14,7 @@ from mlx_afm.data.config import DataConfig
 from mlx_afm.data.fix import Change, Fixed
 from mlx_afm.data.problems import Problem
 from mlx_afm.data.report import DataReport
+from mlx_afm.files import to_json
 from mlx_afm.workflows.check_data import check as check_data
 
 from .data_options import data_argument, reading_options
@@ -45,7 +45,7 @@ def check(data: Path, model: Path | None, reading: DataConfig, fix: Path | None,
         report, fixed = check_data(data, reading, model=model, fix=fix, on_progress=handle)
     if as_json:
         values: dict[str, Any] = {**report.to_dict(), **({} if fixed is None else {"fix": fixed.to_dict()})}
-        click.echo(json.dumps(values, ensure_ascii=False))
+        click.echo(to_json(values))
     else:
         for line in [*_report_lines(report), *_verdict_lines(report), *([] if fixed is None else _fixed_lines(fixed))]:
             click.echo(line)

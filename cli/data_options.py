@@ -12,6 +12,8 @@ import click
 from mlx_afm.data.config import CONTEXT_TOKENS, OVERFLOWS, DataConfig
 from mlx_afm.data.dialects import DIALECTS
 
+from .system_prompt_options import NONE, one_system_prompt
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 # Option -> field of `DataConfig`.
@@ -43,8 +45,9 @@ OPTIONS = [
     click.option(
         "--system-prompt",
         metavar="TEXT",
-        help="For conversations without a system message; '' for none.  [default: the model's own]",
+        help="For conversations without a system message; '' for no system turn.  [default: the model's own]",
     ),
+    NONE,
     click.option("--max-seq-length", type=int, help=f"Longest example, in tokens.  [default: {CONTEXT_TOKENS}]"),
     click.option("--overflow", type=click.Choice(OVERFLOWS), help="What becomes of a longer one.  [default: error]"),
 ]
@@ -52,22 +55,23 @@ OPTIONS = [
 
 def reading_options(function: Command) -> Command:
     """The command gets the options above, and in their place one argument, `reading`: a `DataConfig`."""
-    return _read_by(function, list(FIELDS))
+    return _read_by(function, [*FIELDS, "no_system_prompt"], len(OPTIONS))
 
 
 def record_options(function: Command) -> Command:
     """The same without what is about tokens."""
-    return _read_by(function, ["dialect", "field", "transform"])
+    names = ["dialect", "field", "transform"]
+    return _read_by(function, names, len(names))
 
 
-def _read_by(function: Command, names: list[str]) -> Command:
+def _read_by(function: Command, names: list[str], count: int) -> Command:
     @wraps(function)
     def with_reading(*args: Any, **options: Any) -> Any:
         given = {name: options.pop(name) for name in names}
         return function(*args, reading=reading_from(given), **options)
 
     command: Any = with_reading
-    for option in reversed(OPTIONS[: len(names)]):
+    for option in reversed(OPTIONS[:count]):
         command = option(command)
     return command  # type: ignore[no-any-return]
 
@@ -76,13 +80,13 @@ def reading_from(options: Mapping[str, Any]) -> DataConfig:
     """How to read, from options by their names; what is None or not there keeps its default.
 
     Raises:
-        ConfigError: settings out of range. UsageError: a --field without a column.
+        ConfigError: settings out of range. UsageError: a --field without a column, contradicting options.
     """
+    text = one_system_prompt(options.get("system_prompt"), options.get("no_system_prompt"))
+    options = {**options, "system_prompt": text}
     given = {name: options[name] for name in FIELDS if options.get(name) not in (None, (), [])}
     if "field" in given:
         given["field"] = tuple(_pair(text) for text in given["field"])
-    if given.get("system_prompt") == "":
-        given["system_prompt"] = None
     return DataConfig(**{FIELDS[name]: value for name, value in given.items()})
 
 

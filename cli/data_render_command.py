@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -13,6 +12,7 @@ import click
 
 from mlx_afm.data.config import DataConfig
 from mlx_afm.data.sample import Choice, Sample
+from mlx_afm.files import to_json
 from mlx_afm.workflows.show_data import samples
 
 from .data_options import data_argument, reading_options
@@ -47,7 +47,7 @@ def render(
     chosen = samples(data, model, Choice(count, seed, line), reading, split)
     if as_json:
         examples = [sample.to_dict(with_ids=ids) for sample in chosen]
-        click.echo(json.dumps({"examples": examples}, ensure_ascii=False))
+        click.echo(to_json({"examples": examples}))
         return
     colour = _on_terminal() and "NO_COLOR" not in os.environ
     for sample in chosen:

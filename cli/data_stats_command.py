@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import click
 
 from mlx_afm.data.config import DataConfig
 from mlx_afm.data.stats import Bin, SplitStats
+from mlx_afm.files import to_json
 from mlx_afm.workflows.show_data import stats as measure
 
 from .data_options import data_argument, reading_options
@@ -32,7 +32,7 @@ def stats(data: Path, model: Path, reading: DataConfig, as_json: bool) -> None:
     with BytesProgress("measuring") as progress:
         splits = measure(data, model, reading, on_progress=progress.handle)
     if as_json:
-        click.echo(json.dumps({"splits": {name: split.to_dict() for name, split in splits.items()}}))
+        click.echo(to_json({"splits": {name: split.to_dict() for name, split in splits.items()}}))
         return
     for place, (name, split) in enumerate(splits.items()):
         click.echo("\n".join(["", *_lines(name, split)][0 if place else 1 :]))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
+
+from mlx_afm.files import to_json
 
 from .asset_pack_options import make_pack, open_draft, pack_settings, require_pack, with_pack_options
 from .check_command import show_report
@@ -79,7 +80,7 @@ def command(as_json: bool, creator_defined: tuple[str, ...], prompts: tuple[str,
         note(f"wrote {exported.ladder}")
     packed = make_pack(exported.package, exported.metadata.identifier, pack)
     if as_json:
-        click.echo(json.dumps({**exported.to_dict(), **packed}, ensure_ascii=False))
+        click.echo(to_json({**exported.to_dict(), **packed}))
     else:
         show_report(exported.report, False)
     sys.exit(0 if exported.report.ok else 3)

@@ -14,6 +14,7 @@ from .data_options import record_options
 from .generate_extras import extra_options, open_extras
 from .generate_options import generate_options
 from .output import json_option, note, read_stdin, show
+from .system_prompt_options import system_prompt_options
 
 
 @click.command("generate")
@@ -24,7 +25,7 @@ from .output import json_option, note, read_stdin, show
 )
 @click.option("--output", type=Path, help="Where the answers to a .jsonl go; the same command goes on after a kill.")
 @click.option("--batch-size", type=int, default=16, show_default=True, help="Prompts of a .jsonl answered at once.")
-@click.option("--system-prompt", help="System message; default: the model's own.")
+@system_prompt_options
 @click.option(
     "--prompt-cache-file",
     type=Path,
@@ -72,20 +73,17 @@ def _answer(
     *,
     model: Path,
     adapter_path: Path | None,
-    system_prompt: str | None,
+    system: str | None,
     config: Any,
     **extra: Any,
 ) -> None:
     from mlx_afm.generation import stream_generate
     from mlx_afm.generation.prompt_cache import prompt_cache_file
-    from mlx_afm.generation.prompts import require_tokenizer
-    from mlx_afm.workflows.load import load
+    from mlx_afm.workflows.load import load_for_answers
 
-    loaded, tokenizer = load(model, adapter_path)
-    extras = open_extras(loaded, require_tokenizer(tokenizer), compares=verbose or as_json, **extra)
+    loaded, tokenizer = load_for_answers(model, adapter_path, system, note)
+    extras = open_extras(loaded, tokenizer, compares=verbose or as_json, **extra)
     messages: list[dict[str, Any]] = [{"role": "user", "content": text, **extras.question}]
-    if system_prompt is not None:
-        messages.insert(0, {"role": "system", "content": system_prompt})
     pieces = []
     kept = nullcontext() if prompt_cache is None else prompt_cache_file(prompt_cache, loaded, kv_bits=config.kv_bits)
     with kept as prefixes:

@@ -27,7 +27,7 @@ def answer_prompts(
     *,
     model: Path,
     adapter_path: Path | None,
-    system_prompt: str | None,
+    system: str | None,
     config: GenerateConfig,
     response_format: Path | None,
 ) -> None:
@@ -39,7 +39,7 @@ def answer_prompts(
         output=output,
         config=config,
         batch_size=batch_size,
-        system=system_prompt,
+        system=system,
         dialect=reading.dialect,
         fields=reading.fields,
         response_format=response_format,
@@ -54,6 +54,6 @@ def answer_prompts(
         left = duration(state.seconds / state.new * (state.total - state.done))
         note(f"{state.done}/{state.total} answers  {state.tokens / state.seconds:,.0f} tokens/s  ETA {left}")
 
-    done = answer_file(job, tell)
+    done = answer_file(job, tell, note)
     facts = {"output": str(output), "answers": done.total, "new": done.new, "generation_tokens": done.tokens}
     show(facts, as_json)

@@ -48,7 +48,13 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> int:
         note("scoring" if has_adapter else "scoring the base model: no --adapter-path")
         adapter = job.adapter_path if has_adapter else None
         scored = score(
-            job.model, adapter, job.data, batch_size=job.train.batch_size, reading=job.reading, cache=job.cache
+            job.model,
+            adapter,
+            job.data,
+            batch_size=job.train.batch_size,
+            reading=job.reading,
+            cache=job.cache,
+            own_system_prompt=not request.system_given,
         )
         result |= {
             "test_loss": scored.loss,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from typing import Any
 import click
 
 from mlx_afm.errors import DataError
+from mlx_afm.files import to_json
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
@@ -41,7 +41,7 @@ def read_stdin() -> str:
 def show(values: Mapping[str, Any], as_json: bool) -> None:
     """Prints results: one JSON object, or a line per value."""
     if as_json:
-        click.echo(json.dumps(values, ensure_ascii=False, default=str))
+        click.echo(to_json(values, default=str))
         return
     width = max((len(name) for name in values), default=0)
     for name, value in values.items():

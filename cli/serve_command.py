@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from .output import json_option, note, show
+from .system_prompt_options import system_prompt_options
 
 
 @click.command("serve")
@@ -24,6 +25,7 @@ from .output import json_option, note, show
 @click.option(
     "--temp", "temperature", type=float, default=0.0, show_default=True, help="Where the request does not say."
 )
+@system_prompt_options
 @click.option(
     "--context", "context_tokens", type=int, default=4096, show_default=True, help="Prompt and answer together."
 )

@@ -22,8 +22,9 @@ from .data_options import reading_from
 LORA_KEYS = {field.name for field in fields(LoRAConfig)} | {"alpha", "use_rslora"}
 TRAIN_KEYS = {field.name for field in fields(TrainConfig)}
 JOB_KEYS = {"model", "data", "adapter_path", "name", "resume_adapter_file", "project_name", "no_cache", *DATA_FIELDS}
-JOB_KEYS |= {"sample_prompt", "sample_tokens", "report_to", "ignore_memory"}
+JOB_KEYS |= {"sample_prompt", "sample_tokens", "report_to", "ignore_memory", "no_system_prompt"}
 JOB_DEFAULTS = ("sample_tokens", "report_to", "project_name", "ignore_memory")
+SAME = (("alpha", "scale"), ("layers", "num_layers"), ("system_prompt", "no_system_prompt"))  # two ways to say it
 DERIVED_KEYS = {"num_layers": "int", "loraplus_ratio": "float"}  # other ways to say layers and rate_factors
 SWITCHES = {"train", "test", "resume"}
 KNOWN = LORA_KEYS | TRAIN_KEYS | JOB_KEYS | SWITCHES | set(DERIVED_KEYS) | {"lora_parameters"}
@@ -48,7 +49,7 @@ TYPES = {
     "alpha": "float",
     "use_rslora": "bool",
     **dict.fromkeys(("sample_prompt", "field"), "texts"),
-    **dict.fromkeys(("no_cache", "ignore_memory"), "bool"),
+    **dict.fromkeys(("no_cache", "ignore_memory", "no_system_prompt"), "bool"),
     "report_to": "tuple[str, ...]",
 }
 
@@ -57,13 +58,14 @@ TYPES = {
 class Request:
     """What `mlx-afm lora` is asked to do: train (--resume asks for it too), test or both.
 
-    `adapter_given` says whether there was an adapter path.
+    `adapter_given` says whether there was an adapter path, `system_given` whether there was a system prompt.
     """
 
     job: LoRAJob
     train: bool
     test: bool
     adapter_given: bool
+    system_given: bool
 
 
 def request_from(file: Path | None, flags: Mapping[str, Any], required: tuple[str, ...] = ("model", "data")) -> Request:
@@ -80,7 +82,7 @@ def request_from(file: Path | None, flags: Mapping[str, Any], required: tuple[st
     values = {} if file is None else read_settings(file)
     switches = {name: bool(values.pop(name, False) or flags.get(name)) for name in SWITCHES}
     given = {name: value for name, value in flags.items() if value not in (None, ()) and name not in SWITCHES}
-    for one, other in (("alpha", "scale"), ("scale", "alpha"), ("layers", "num_layers"), ("num_layers", "layers")):
+    for one, other in [pair for ways in SAME for pair in (ways, ways[::-1])]:
         if one in given and other not in given:
             values.pop(other, None)  # a flag wins over the other way of saying it in the file
     values |= given
@@ -104,7 +106,9 @@ def request_from(file: Path | None, flags: Mapping[str, Any], required: tuple[st
         reading=reading_from(values),
         **_given(values),
     )
-    return Request(job, switches["train"] or switches["resume"], switches["test"], "adapter_path" in values)
+    system_given = values.get("system_prompt") is not None or bool(values.get("no_system_prompt"))
+    trains = switches["train"] or switches["resume"]
+    return Request(job, trains, switches["test"], "adapter_path" in values, system_given)
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:

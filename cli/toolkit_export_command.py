@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import click
+
+from mlx_afm.files import to_json
 
 from .check_command import show_report
 from .output import json_option, note
@@ -54,7 +55,7 @@ def command(
         for text in exported.notes():
             say(text)
     if as_json:
-        click.echo(json.dumps(exported.to_dict(), ensure_ascii=False))
+        click.echo(to_json(exported.to_dict()))
     elif not quiet or not exported.report.ok:
         show_report(exported.report, False)
     sys.exit(0 if exported.report.ok else 3)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -78,6 +79,11 @@ def _replace_folder(new: Path, path: Path) -> None:
         raise FileExistsError(errno.EEXIST, "other processes keep writing this folder", str(path))
 
 
+def visible(paths: Iterable[Path]) -> list[Path]:
+    """The paths in order, without hidden ones: macOS leaves `._NAME` beside each file on other file systems."""
+    return sorted(path for path in paths if not path.name.startswith("."))
+
+
 def map_file(handle: BinaryIO) -> mmap.mmap:
     """A read-only memory map of an open file that is not empty, read ahead as files are mostly read: in order."""
     data = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
@@ -132,9 +138,37 @@ def write_text(path: Path, text: str) -> None:
         partial.write_bytes(text.encode("utf-8"))
 
 
+def to_json(
+    value: Any, *, indent: int | None = None, ascii_only: bool = False, default: Callable[[Any], Any] | None = None
+) -> str:
+    """Strict JSON text of a value: everything that is printed, sent or written as JSON goes through here.
+
+    JSON has no NaN and no infinity, so null takes the place of a number that is not finite.
+
+    Args:
+        value: dicts, lists, tuples, texts, numbers, booleans and None.
+        indent: spaces a level; None for one line.
+        ascii_only: escape what is not ASCII.
+        default: makes such a value of any other object.
+    """
+    settings: dict[str, Any] = {"indent": indent, "ensure_ascii": ascii_only, "default": default, "allow_nan": False}
+    try:
+        return json.dumps(value, **settings)
+    except ValueError:
+        return json.dumps(_finite(value), **settings)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key) if isinstance(key, float) else key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON atomically: two spaces, non-ASCII as it is, one final newline."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Writes strict JSON atomically: two spaces, non-ASCII as it is, one final newline."""
+    write_text(path, to_json(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:

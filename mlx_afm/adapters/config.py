@@ -11,6 +11,7 @@ from mlx_afm.adapters.layers import ALL, layer_faults
 from mlx_afm.checkpoints.names import TARGETS
 from mlx_afm.errors import AdapterError, ConfigError
 from mlx_afm.model import AFMConfig
+from mlx_afm.text.system_prompt import SYSTEM_PROMPTS, SystemPrompts
 
 DEFAULT_SCALE = 0.5  # of an adapter file that carries none: alpha 16 at rank 32
 FINE_TUNE_TYPES = ("lora", "dora", "full", "qat")
@@ -83,8 +84,13 @@ class LoRAConfig:
         return []
 
 
-def to_adapter_json(config: LoRAConfig, model: AFMConfig, toolkit_name: str) -> dict[str, Any]:
-    """Content of `adapter_config.json`: mlx-lm's keys, the sizes of the base, the id in the toolkit's names."""
+def to_adapter_json(
+    config: LoRAConfig, model: AFMConfig, toolkit_name: str, system_prompts: SystemPrompts = ()
+) -> dict[str, Any]:
+    """Content of `adapter_config.json`: mlx-lm's keys, the sizes of the base, the id in the toolkit's names.
+
+    With the system prompts of the training data, if they are known (see `mlx_afm.text.system_prompt`).
+    """
     parameters: dict[str, Any] = {"rank": config.rank, "scale": config.scale, "dropout": config.dropout}
     if set(config.targets) != set(TARGETS):
         parameters["targets"] = list(config.targets)
@@ -96,6 +102,7 @@ def to_adapter_json(config: LoRAConfig, model: AFMConfig, toolkit_name: str) -> 
         "lora_parameters": parameters,
         "base_model": model.to_dict(),
         "toolkit_name": toolkit_name,
+        **({SYSTEM_PROMPTS: list(system_prompts)} if system_prompts else {}),
     }
 
 

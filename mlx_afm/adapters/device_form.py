@@ -152,7 +152,7 @@ def to_device_form(
         a, b = _zeros(shape_a, shape_b) if source is None else _pair(source, name, shape_a, shape_b, change)
         weights[f"{name}.lora_a"], weights[f"{name}.lora_b"] = a, b
     config = LoRAConfig(rank=form.rank, scale=form.scale, dropout=adapter.config.dropout)
-    return Adapter(config, base, weights, adapter.name), change
+    return Adapter(config, base, weights, adapter.name, adapter.system_prompts), change
 
 
 def _require_fill(untrained: tuple[str, ...], base_adapter: Adapter | None, form: DeviceForm) -> Adapter | None:

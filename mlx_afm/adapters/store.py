@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,16 +27,18 @@ from mlx_afm.checkpoints.names import (
     plan_names,
     target_of,
 )
-from mlx_afm.errors import AdapterError
+from mlx_afm.errors import AdapterError, ConfigError
 from mlx_afm.files import atomic_folder, read_json, write_json
 from mlx_afm.formats.fmadapter import read_fmadapter
 from mlx_afm.formats.safetensors_file import read_safetensors, write_safetensors
 from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.formats.torch_file import read_torch
 from mlx_afm.model import AdapterSpec, AFMConfig, ToolkitConfig
+from mlx_afm.text.system_prompt import SYSTEM_PROMPTS, SystemPrompts, parse_system_prompts
 from mlx_afm.tree import require_same_tensors
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
+OURS = "mlx_afm"  # the library's key in a package's `creatorDefined`
 APPLE_HEADS = {(2048, 256): (16, 2)}  # (width, key width) -> heads of the shipped model
 
 
@@ -49,12 +52,14 @@ class Adapter:
         weights: `...lora_a` (in, R), `...lora_b` (R, out) and DoRA's `...m` (out,); of full fine-tuning
             the model's own weights; of qat `...weight` (out, in) and `...scales` (out,).
         name: the adapter id in the toolkit's names.
+        system_prompts: of the data it was trained with; empty if the file does not say (a `.pt` never does).
     """
 
     config: LoRAConfig
     base: AFMConfig | None
     weights: Mapping[str, LazyTensor]
     name: str = DEFAULT_ADAPTER
+    system_prompts: SystemPrompts = ()
 
     def require_base(self) -> AFMConfig:
         """The sizes of its model.
@@ -144,7 +149,17 @@ def _read_folder(path: Path) -> Adapter:
         )
     values = read_json(path / CONFIG)
     config, base = parse_adapter_json(values, where=path / CONFIG)
-    return Adapter(config, base, read_safetensors(path / WEIGHTS), str(values.get("toolkit_name", DEFAULT_ADAPTER)))
+    name, prompts = str(values.get("toolkit_name", DEFAULT_ADAPTER)), _system_prompts(values, path / CONFIG)
+    return Adapter(config, base, read_safetensors(path / WEIGHTS), name, prompts)
+
+
+def _system_prompts(values: Any, where: object) -> SystemPrompts:
+    """Those of `adapter_config.json`, or of what the library wrote into a package."""
+    found = values.get(SYSTEM_PROMPTS) if isinstance(values, Mapping) else None
+    try:
+        return parse_system_prompts(found)
+    except ConfigError as error:
+        raise AdapterError(f"cannot be used: {error}", where=where) from error
 
 
 def _read_pt(path: Path, base: AFMConfig | None, scale: float) -> Adapter:
@@ -191,14 +206,16 @@ def _read_package(path: Path) -> Adapter:
     config = LoRAConfig(rank=metadata.rank, scale=DEFAULT_SCALE)
     # Adapters are float32 everywhere else; fp16 widens exactly.
     weights = {entry.ours: cast(tensors[entry.toolkit], "float32") for entry in adapter_entries(base, config)}
-    return Adapter(config, base, weights)
+    prompts = _system_prompts(metadata.creator_defined.get(OURS), path / "metadata.json")
+    return Adapter(config, base, weights, system_prompts=prompts)
 
 
 def write_adapter_folder(folder: Path, adapter: Adapter) -> None:
     """Writes an MLX adapter folder; an older one is replaced as a whole, or not at all."""
+    values = to_adapter_json(adapter.config, adapter.require_base(), adapter.name, adapter.system_prompts)
     with atomic_folder(folder) as partial:
         write_adapter_weights(partial / WEIGHTS, adapter.weights)
-        write_json(partial / CONFIG, to_adapter_json(adapter.config, adapter.require_base(), adapter.name))
+        write_json(partial / CONFIG, values)
 
 
 def write_adapter_weights(path: Path, weights: Mapping[str, LazyTensor]) -> None:

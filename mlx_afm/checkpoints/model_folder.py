@@ -31,6 +31,7 @@ from mlx_afm.formats.torch_file import write_torch
 from mlx_afm.model import AFMConfig, Model, ToolkitConfig, parse_toolkit_config, to_toolkit_config
 from mlx_afm.model.quantized import quantize_modules
 from mlx_afm.quant import Scheme
+from mlx_afm.text.system_prompt import SYSTEM_PROMPTS
 from mlx_afm.tree import require_same_tensors
 
 TOOLKIT_CONFIG = Path("toolkit", "base-model-config.json")
@@ -39,7 +40,7 @@ BASE_ADAPTER = "base_adapter"
 NORM = "model.output_norm.weight"  # never quantised: its dtype is the model's
 # What goes along when a folder is fused or cast: the tokenizer, and settings other programs read.
 KEPT_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-KEPT_KEYS = ("eos_token_id", "pad_token_id", "torch_dtype")
+KEPT_KEYS = ("eos_token_id", "pad_token_id", "torch_dtype", SYSTEM_PROMPTS)
 
 
 def read_config(folder: Path) -> AFMConfig:

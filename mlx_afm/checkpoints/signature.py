@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from mlx_afm.errors import FormatError
+from mlx_afm.files import visible
 
 MAX_SOURCE_BYTES = 1 << 20
 MAX_SOURCES = 200
@@ -25,7 +26,7 @@ def read_signature(toolkit: Path) -> str:
     folders = [folder for folder in (toolkit / "export", toolkit.parent / "export") if folder.is_dir()]
     if not folders:
         raise FormatError("no signature", where=toolkit, expected="a folder named export", advice=ADVICE)
-    sources = sorted(folders[0].glob("*.py"))[:MAX_SOURCES]
+    sources = visible(folders[0].glob("*.py"))[:MAX_SOURCES]
     found = [match for path in sources for match in _QUOTED.finditer(_head(path))]
     named = [match for match in found if b"SIGNATURE" in match["name"].upper()]
     signatures = sorted({match["digits"].decode() for match in named or found})

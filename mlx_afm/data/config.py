@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mlx_afm.data.dialects import DIALECTS
 from mlx_afm.errors import ConfigError
+from mlx_afm.text.system_prompt import system_fault
 from mlx_afm.text.template import DEFAULT_SYSTEM
 
 CONTEXT_TOKENS = 4096  # the model's context
@@ -21,7 +22,7 @@ class DataConfig:
         dialect: form of the records, one of `DIALECTS`; "auto" tells it from each record's keys.
         fields: (name, column) pairs: read the record's `column` where the dialect says `name`.
         transform: `module:function`, called with (messages, index) of each conversation; returns messages.
-        system: put in front of conversations without a system message; None leaves it out.
+        system: system prompt of conversations without a system message; None, or "", for no system turn.
         max_tokens: longest example.
         overflow: what becomes of a longer one: `error` refuses the data, `drop` leaves the example
             out, `truncate-prompt` takes tokens from the middle of its longest user and tool texts,
@@ -39,6 +40,8 @@ class DataConfig:
     overflow: str = "error"
 
     def __post_init__(self) -> None:
+        if self.system == "":
+            object.__setattr__(self, "system", None)
         if faults := list(self._faults()):
             raise ConfigError("data settings out of range", details=faults)
 
@@ -51,5 +54,7 @@ class DataConfig:
             yield f"max_tokens: expected at least 2, found {self.max_tokens}"
         if self.transform is not None and not all(self.transform.partition(":")):
             yield f"transform: expected module:function, found {self.transform!r}"
-        if self.system is not None and (not self.system or self.system != self.system.strip(" ")):
+        if self.system is not None and self.system != self.system.strip(" "):
             yield f"system: expected a text without spaces around it, found {self.system!r}"
+        if (fault := system_fault(self.system)) is not None:
+            yield f"system: {fault}"

@@ -39,7 +39,8 @@ class AnswerText:
             text = self.end()
             self.stopped = True
             return text
-        self._pending.append(token)
+        if token < self._tokenizer.vocab_size:  # the embedding may have more rows, which have no text
+            self._pending.append(token)
         text = self._tokenizer.decode(self._pending)
         if text.endswith(UNFINISHED):
             return ""

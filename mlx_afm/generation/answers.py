@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Number
 from typing import Any
 
 from mlx_afm.generation.answer_text import LENGTH, STOP, AnswerText
@@ -91,7 +92,7 @@ def seeded(config: GenerateConfig, number: int) -> GenerateConfig:
 def batch_generate(
     model: Model,
     tokenizer: AFMTokenizer | None,
-    prompts: Sequence[Prompt],
+    prompts: str | Sequence[Prompt],
     config: GenerateConfig | None = None,
     *,
     batch_size: int = BATCH_SIZE,
@@ -102,7 +103,8 @@ def batch_generate(
 
     Args:
         model, tokenizer: from `mlx_afm.load`.
-        prompts: of each form that `to_prompt_ids` takes.
+        prompts: of each form that `to_prompt_ids` takes. A string, a list of message dicts, or ids are one
+            prompt, and the result a list of one answer.
         config: settings; or give single ones by name. Row n draws with `seed + n`.
         batch_size, prefix_cache: see `iter_answers`.
 
@@ -111,9 +113,18 @@ def batch_generate(
     """
     tokenizer = require_tokenizer(tokenizer)
     config = GenerateConfig(**settings) if config is None else config
-    requests = [
-        Request(ids=to_prompt_ids(tokenizer, prompt), config=seeded(config, number))
-        for number, prompt in enumerate(prompts)
-    ]
+    rows = model.args.vocab_size
+    several: Sequence[Prompt] = [prompts] if _is_one(prompts) else prompts  # type: ignore[list-item]
+    requests = []
+    for number, prompt in enumerate(several):
+        ids = to_prompt_ids(tokenizer, prompt, vocabulary=rows, where=f"prompts, prompt {number}")
+        requests.append(Request(ids=ids, config=seeded(config, number)))
     found = dict(iter_answers(model, tokenizer, requests, batch_size=batch_size, prefix_cache=prefix_cache))
     return [found[number] for number in range(len(requests))]
+
+
+def _is_one(prompts: Any) -> bool:
+    """Whether this is one prompt rather than several: a text, message dicts, or ids."""
+    if isinstance(prompts, str) or hasattr(prompts, "tolist"):
+        return True
+    return len(prompts) > 0 and isinstance(prompts[0], (Mapping, Number))

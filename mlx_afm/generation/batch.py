@@ -19,6 +19,7 @@ from mlx_afm.generation.prompt_cache import PrefixCache, kind_of
 from mlx_afm.generation.sampling import LogitsProcessor, choose
 from mlx_afm.generation.steps import TOKENS_TO_TIDY, prefill
 from mlx_afm.model import KVCache, Model
+from mlx_afm.text.tokenizer import require_token_ids
 
 BATCH_SIZE = 16
 
@@ -110,11 +111,12 @@ class BatchGenerator:
         """Takes a request, which joins the batch when there is room; its number, counted from 0.
 
         Raises:
-            ConfigError: a prompt that is empty or fills the context, settings that do not fit the model, or
-                `kv_bits` other than those of answers under way.
+            ConfigError: a prompt that is empty, fills the context or has an id outside the vocabulary, settings
+                that do not fit the model, or `kv_bits` other than those of answers under way.
         """
         if not request.ids:
             raise ConfigError("an empty prompt")
+        require_token_ids(request.ids, self._model.args.vocab_size, where="prompt")
         require_fitting(request.config, self._model)
         others = [row.request.config.kv_bits for row in (*self._rows, *self._waiting)]
         if any(bits != request.config.kv_bits for bits in others):

@@ -16,6 +16,8 @@ from mlx_afm.generation.speculative import iter_speculative_steps, rewind
 from mlx_afm.generation.steps import iter_steps
 from mlx_afm.model import KVCache, Model
 from mlx_afm.text.messages import parse_messages
+from mlx_afm.text.system_prompt import parse_system_prompt
+from mlx_afm.text.template import DEFAULT_SYSTEM
 from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.text.tool_calls import parse_tool_calls
 
@@ -61,7 +63,7 @@ class Chat:
     Attributes:
         model, tokenizer: from `mlx_afm.load`. After a change of weights, `forget`.
         config: how to answer; each answer draws with another seed, counted from its own.
-        system: the system message; None for the model's own.
+        system: the system prompt; "" for no system turn, None for the tokenizer's `system_prompt`.
         speculation: a draft model, if there is one.
         messages: the conversation so far, without the system message; as training data has it.
         last: what the last answer took; None before and while there is one.
@@ -90,8 +92,13 @@ class Chat:
     @property
     def conversation(self) -> list[dict[str, Any]]:
         """All messages, as a line of training data."""
-        system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return [*system, *self.messages]
+        told = self.system_prompt if self.system is not None or self.tokenizer.system_prompt != DEFAULT_SYSTEM else None
+        return [*([] if told is None else [{"role": "system", "content": told}]), *self.messages]
+
+    @property
+    def system_prompt(self) -> str | None:
+        """The text of the system turn; None if there is none."""
+        return self.tokenizer.system_prompt if self.system is None else parse_system_prompt(self.system)
 
     def ask(self, text: str, should_stop: Callable[[], bool] = lambda: False) -> Generator[Any, None, None]:
         """The answer, as `stream_generate` gives it; afterwards question and answer are in the conversation.
@@ -106,7 +113,9 @@ class Chat:
         """
         self.last = None
         question = {"role": "user", "content": text}
-        ids = to_prompt_ids(self.tokenizer, [*self.conversation, question])
+        ids = to_prompt_ids(
+            self.tokenizer, [*self.messages, question], system=self.system, vocabulary=self.model.args.vocab_size
+        )
         max_tokens = self._answer_tokens(ids)
         reused = self._rewind_to(ids)
         steps = self._steps(ids, reused, max_tokens, should_stop)

@@ -46,13 +46,14 @@ def stream_generate(
         speculation: a draft model that proposes tokens; counts what came of it.
 
     Raises:
-        ConfigError: a folder without tokenizer, settings out of range, a prompt that fills the context.
+        ConfigError: a folder without tokenizer, settings out of range, a prompt that fills the context or has
+            an id outside the vocabulary.
         DataError: messages that the template cannot render.
     """
     tokenizer = require_tokenizer(tokenizer)
     config = GenerateConfig(**settings) if config is None else config
     require_fitting(config, model)
-    ids = to_prompt_ids(tokenizer, prompt)
+    ids = to_prompt_ids(tokenizer, prompt, vocabulary=model.args.vocab_size)
     max_tokens = config.answer_tokens(len(ids))
     cache, known = model.make_cache(quantized=config.kv_bits is not None), 0
     if prefix_cache is not None and (found := prefix_cache.fetch(ids, kind_of(None, config.kv_bits))) is not None:

@@ -17,6 +17,7 @@ from mlx_afm.generation.sampling import LogitsProcessor
 from mlx_afm.generation.schema import parse_wanted
 from mlx_afm.text.tokenizer import AFMTokenizer
 
+NO_TOKEN = "NoExtensionBias"  # llguidance's word for a text that no token can continue
 FEW = 32  # tokens that are looked at one by one
 SEPARATORS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 
@@ -135,9 +136,11 @@ class GuidedProcessor:
             allowed[end] = True
             return mx.array(allowed[:rows])
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        if self._matcher.is_error():
+        if self._matcher.is_error() and NO_TOKEN not in _first_line(self._matcher):
             raise AFMError("the schema became too complex to follow", found=_first_line(self._matcher))
         tokens = np.flatnonzero(np.unpackbits(bits, bitorder="little")[: self._tokenizer.vocab_size])
+        if self._matcher.is_error():
+            tokens = tokens[:0]
         if len(tokens) <= FEW:  # when no piece can spell what must follow, some are named that cannot follow either
             tokens = np.array([token for token in tokens if self._possible(int(token))], np.int64)
         if not len(tokens):

@@ -23,7 +23,7 @@ from mlx_afm.data.json_text import parse_json
 from mlx_afm.data.rows import Row, not_utf8
 from mlx_afm.data.sources import file_faults, iter_rows
 from mlx_afm.errors import ConfigError, DataError, FormatError
-from mlx_afm.files import atomic_file
+from mlx_afm.files import atomic_file, to_json
 from mlx_afm.generation.answers import Answer, seeded
 from mlx_afm.generation.batch import Request
 from mlx_afm.generation.config import GenerateConfig
@@ -58,7 +58,6 @@ def read_prompt_rows(
     tokenizer: AFMTokenizer,
     config: GenerateConfig,
     *,
-    system: str | None = None,
     question: Mapping[str, Any] | None = None,
     dialect: str = "auto",
     fields: Sequence[tuple[str, str]] = (),
@@ -67,10 +66,9 @@ def read_prompt_rows(
 
     Args:
         path: records of any dialect of training data (`mlx_afm.data`), in any form of file; or objects that
-            have a "prompt" alone.
-        tokenizer: the model's.
+            have a "prompt" or an "instruction" alone.
+        tokenizer: the model's; its `system_prompt` is that of conversations without a system message.
         config: how to answer.
-        system: message of the system for conversations without one; None for the model's own.
         question: keys that the last message of the user gets, unless it has them.
         dialect, fields: see `mlx_afm.data.dialects.read_record`.
 
@@ -83,8 +81,6 @@ def read_prompt_rows(
     for row in iter_rows(path):
         try:
             messages, tools = _prompt(row, dialect, fields)
-            if system is not None and messages[0].get("role") != "system":
-                messages.insert(0, {"role": "system", "content": system})
             if question and messages[-1].get("role") == "user":
                 messages[-1] = {**question, **messages[-1]}
             ids = to_prompt_ids(tokenizer, messages, tools=tools)
@@ -108,8 +104,8 @@ def _prompt(row: Row, dialect: str, fields: Sequence[tuple[str, str]]) -> tuple[
         value = parse_json(row.text.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise not_utf8(error) from error
-    if isinstance(value, dict) and not {"completion", "response"} & set(value) and "prompt" in value:
-        value = {**value, "completion": ""}  # an answer is still to come
+    if isinstance(value, dict):
+        value = {**value, **_awaited(value, fields)}
     conversation = read_record(value, dialect, fields)
     if conversation.text is not None:
         raise DataError("plain text asks for no answer", expected="a conversation")
@@ -121,6 +117,14 @@ def _prompt(row: Row, dialect: str, fields: Sequence[tuple[str, str]]) -> tuple[
     if not asked:
         raise DataError("nothing to answer", expected="a message of the user")
     return asked, conversation.tools or None
+
+
+def _awaited(record: Mapping[str, Any], fields: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Empty answers for a record that has a question alone, under its own names or those that `fields` gives it."""
+    names = {*record, *(name for name, column in fields if column in record)}
+    if "prompt" in names and not names & {"completion", "response"}:
+        return {"completion": ""}
+    return {"output": ""} if "instruction" in names and "output" not in names else {}
 
 
 def run_of(request: Request, fingerprint: str) -> str:
@@ -203,7 +207,7 @@ class AnswerFile:
 
 
 def _as_line(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+    return to_json(value).encode("utf-8", "replace") + b"\n"
 
 
 def _lines_of(path: Path, *, cut: bool) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -25,6 +26,7 @@ from mlx_afm.errors import ConfigError, FormatError
 from mlx_afm.formats.safetensors_file import read_metadata, read_safetensors, write_safetensors
 from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.model import KVCache, Model
+from mlx_afm.text.tokenizer import require_token_ids
 
 FORMAT = "mlx-afm prompt cache 1"
 SAMPLED_VALUES = 1024  # of each tensor, for the fingerprint
@@ -163,7 +165,7 @@ def load_prompt_cache(path: Path, model: Model, *, quantized: bool = False) -> P
     advice = "It is of use with the model and adapter it was made with alone; remove it, or name another file."
     if metadata.get("fingerprint") != fingerprint(model):
         raise ConfigError("a prompt cache of another model or adapter", where=path, advice=advice)
-    ids = tensors["ids"].read().tolist()
+    ids = _checked_ids(tensors["ids"].read(), model, path)
     layers = model.make_cache(quantized=quantized)
     for number, layer in enumerate(layers):
         keys, values = (_held(path, model, tensors, f"{name}.{number}", len(ids)) for name in ("keys", "values"))
@@ -189,6 +191,13 @@ def prompt_cache_file(path: Path, model: Model, *, kv_bits: int | None = None) -
     yield prefixes
     if not known and (newest := prefixes.newest(kind)) is not None:
         save_prompt_cache(path, newest, model)
+
+
+def _checked_ids(ids: Any, model: Model, path: Path) -> list[int]:
+    try:
+        return require_token_ids(ids, model.args.vocab_size, where="ids")
+    except ConfigError as error:
+        raise FormatError(str(error), where=path) from error
 
 
 def _held(path: Path, model: Model, tensors: Mapping[str, LazyTensor], name: str, length: int) -> mx.array:

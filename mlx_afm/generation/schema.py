@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mlx_afm.errors import ConfigError
+from mlx_afm.text.json_schema import close_objects
 from mlx_afm.text.response_format import NAMED, ONE, SEVERAL
 
 FORMS = ("json_schema", "json_object", "regex")
@@ -102,7 +103,7 @@ def _inner(response_format: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _json(schema: Any) -> str:
     try:
-        return json.dumps(in_order(schema), allow_nan=False)
+        return json.dumps(close_objects(in_order(schema)), allow_nan=False)
     except RecursionError as error:
         raise ConfigError("the schema is nested too deeply", where="schema") from error
     except (TypeError, ValueError) as error:

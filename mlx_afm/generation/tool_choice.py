@@ -25,8 +25,8 @@ def tool_call_processor(
 
     Args:
         tokenizer: the model's.
-        tools: at least one, in OpenAI's form: `{"function": {"name", "parameters"}}`; without parameters it is called
-            without arguments.
+        tools: at least one, in OpenAI's form: `{"function": {"name", "parameters"}}`; without parameters, or if they
+            name no properties, it is called without arguments.
         one_call: one call, where else there may be several.
 
     Raises:
@@ -57,6 +57,8 @@ def _call(tool: Mapping[str, Any], index: int) -> tuple[str, str]:
     if wanted.kind != "json":
         raise ConfigError("parameters are no JSON schema", where=f"tools, tool {index}", found=wanted.kind)
     schema = {"type": "object", **json.loads(wanted.text)}
+    if set(schema) <= {"type", "title", "description", "required", "$schema"}:
+        schema = NO_ARGUMENTS  # it names none
     opening = f'{{"name": {json.dumps(name)}, "arguments": '
     rule = json.dumps(schema | {"x-guidance": SEPARATORS})
     return f'call_{index}: {json.dumps(opening)} arguments_{index} "}}"', f"arguments_{index}: %json {rule}"

@@ -71,6 +71,7 @@ class Admin:
         except (AFMError, OSError) as error:
             taken = name in (self._engine.model_id, *self._engine.adapters)
             raise Refusal(409 if taken else 400, str(error), code="not_added") from error
+        self._engine.warn_of(entry)
         return {"name": name, "bytes": entry.size_bytes}
 
     def _allowed(self, text: str) -> Path:

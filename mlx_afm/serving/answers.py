@@ -12,7 +12,7 @@ from mlx_afm.serving.jobs import Said
 from mlx_afm.serving.requests import Asked
 from mlx_afm.serving.sinks import Delta, End
 from mlx_afm.serving.text import TokenNames
-from mlx_afm.text.tool_calls import Parsed, ToolCallParser
+from mlx_afm.text.tool_calls import MarkFilter, Parsed, ToolCallParser, is_open_block
 
 
 @dataclass
@@ -25,6 +25,7 @@ class Choice:
         calls: tool calls.
         reason: why it ended, once it has.
         parser: takes tool calls out of the text, if there may be any.
+        marks: takes marks out of the content of a chat.
     """
 
     text: str = ""
@@ -32,6 +33,7 @@ class Choice:
     calls: list[dict[str, Any]] = field(default_factory=list)
     reason: str | None = None
     parser: ToolCallParser | None = None
+    marks: MarkFilter | None = None
 
 
 class AnswerBuilder:
@@ -45,7 +47,10 @@ class AnswerBuilder:
     def __init__(self, asked: Asked, names: TokenNames) -> None:
         self._asked, self._names = asked, names
         count = len(asked.prompts) * asked.choices
-        self._choices = [Choice(parser=ToolCallParser() if asked.tools else None) for _ in range(count)]
+        self._choices = [
+            Choice(parser=ToolCallParser() if asked.tools else None, marks=MarkFilter() if asked.chat else None)
+            for _ in range(count)
+        ]
         self._tokens = self.cached_tokens = 0
         prefix, kind = ("chatcmpl", "chat.completion") if asked.chat else ("cmpl", "text_completion")
         self._kind = kind
@@ -68,6 +73,8 @@ class AnswerBuilder:
         if isinstance(event, Delta):
             text = event.piece.text
             parsed = Parsed(text, []) if choice.parser is None else choice.parser.feed(text)
+            if choice.marks is not None:
+                parsed = Parsed(choice.marks.push(parsed.content), parsed.calls)
             yield from self._tell(event.index, parsed, event.piece.said)
             return
         self._tokens += event.tokens
@@ -110,9 +117,13 @@ class AnswerBuilder:
                 choice.calls.append(call)
 
     def _end(self, index: int, choice: Choice) -> Iterator[dict[str, Any]]:
-        if choice.parser is not None:
-            yield from self._tell(index, choice.parser.finish())
-        if choice.calls:
+        complete = bool(choice.calls)
+        rest = Parsed("", []) if choice.parser is None else choice.parser.finish()
+        if choice.marks is not None:
+            content = "" if is_open_block(rest.content) else rest.content  # a call that was cut off
+            rest = Parsed(choice.marks.push(content) + choice.marks.finish(), rest.calls)
+        yield from self._tell(index, rest)
+        if choice.calls and (complete or choice.reason != "length"):
             choice.reason = "tool_calls"
         yield self._chunk(index, {}, reason=choice.reason)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mlx_afm.data.config import CONTEXT_TOKENS
 from mlx_afm.errors import ConfigError
+from mlx_afm.text.system_prompt import system_fault
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
@@ -25,6 +26,8 @@ class ServeConfig:
         model_id: what the base is called; the name of its folder, or its hub id, if None.
         max_tokens: of an answer whose request does not say.
         temperature: of a request that does not say; 0 is greedy.
+        system: system prompt of conversations without a system message, whatever the model id; "" for no system
+            turn. None: for an adapter the one it was trained with, else the model's own.
         context_tokens: of prompt and answer together.
         rows: answers that are generated at the same time.
         batch_size: rows of one adapter that go through the model together. With 1 nothing that others ask can
@@ -52,6 +55,7 @@ class ServeConfig:
     model_id: str | None = None
     max_tokens: int = 512
     temperature: float = 0.0
+    system: str | None = None
     context_tokens: int = CONTEXT_TOKENS
     rows: int = 8
     batch_size: int = 8
@@ -83,6 +87,8 @@ class ServeConfig:
         for name in ("header_seconds", "body_seconds", "idle_seconds", "request_seconds"):
             if not getattr(self, name) > 0:
                 yield f"{name}: expected more than 0, found {getattr(self, name)}"
+        if (fault := system_fault(self.system)) is not None:
+            yield f"system: {fault}"
         if self.context_tokens > CONTEXT_TOKENS:
             yield f"context_tokens: expected at most {CONTEXT_TOKENS}, found {self.context_tokens}"
         if self.port > 65535:

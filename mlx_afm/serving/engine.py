@@ -22,9 +22,10 @@ from mlx_afm.serving.adapters import AdapterSwitch
 from mlx_afm.serving.config import ServeConfig
 from mlx_afm.serving.jobs import Job
 from mlx_afm.serving.metrics import Metrics
-from mlx_afm.serving.pool import AdapterPool
+from mlx_afm.serving.pool import AdapterPool, Entry
 from mlx_afm.serving.refusal import Refusal
 from mlx_afm.serving.scheduler import Log, Scheduler
+from mlx_afm.text.system_prompt import default_system_prompt, system_prompt_notice
 from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.workflows.load import base_adapter, load_tokenizer
 
@@ -69,6 +70,18 @@ class Engine:
     def adapters(self) -> tuple[str, ...]:
         """Names of the adapters that can be asked for."""
         return self._scheduler.pool.names
+
+    def system_prompt(self, model: str) -> str | None:
+        """The system prompt of conversations without a system message, by model id; None for no system turn."""
+        if self.config.system is not None:
+            return self.config.system or None
+        return default_system_prompt(self._scheduler.pool.system_prompts(model))
+
+    def warn_of(self, entry: Entry) -> None:
+        """Logs a warning if an adapter leaves its system prompt open and the server's settings do too."""
+        notice = system_prompt_notice(entry.system_prompts, entry.path)
+        if notice is not None and self.config.system is None:
+            self._log(notice)
 
     @property
     def vocabulary(self) -> int:
@@ -168,7 +181,7 @@ class Engine:
             switch.add(BASE, own, where=self.folder / BASE_ADAPTER)
         pool = AdapterPool(switch, self.folder, self.config.adapter_bytes, reserved=self.model_id)
         for name, path in adapters.items():
-            pool.register(name, path)
+            self.warn_of(pool.register(name, path))
         base = BASE if has_own else None
         return Scheduler(model, switch, pool, self.config, self._metrics, self._log, base=base)
 

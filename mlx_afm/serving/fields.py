@@ -77,7 +77,7 @@ class Fields:
         if value is None:
             return default
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-            self.fault(name, f"expected a number from {low:g} to {high:g}, found {_shown(value)}")
+            self.fault(name, f"expected a number from {low:g} to {high:g}, found {shown(value)}")
             return default
         return float(value)
 
@@ -87,7 +87,7 @@ class Fields:
         if value is None:
             return default
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            self.fault(name, f"expected a whole number from {low} to {high}, found {_shown(value)}")
+            self.fault(name, f"expected a whole number from {low} to {high}, found {shown(value)}")
             return default
         return value
 
@@ -97,7 +97,7 @@ class Fields:
         if value is None:
             return default
         if not isinstance(value, bool):
-            self.fault(name, f"expected true or false, found {_shown(value)}")
+            self.fault(name, f"expected true or false, found {shown(value)}")
             return default
         return value
 
@@ -108,7 +108,7 @@ class Fields:
             return ()
         found = [value] if isinstance(value, str) else value
         if not isinstance(found, list) or len(found) > most or not all(isinstance(t, str) and t for t in found):
-            self.fault(name, f"expected a string or up to {most} strings, none of them empty, found {_shown(value)}")
+            self.fault(name, f"expected a string or up to {most} strings, none of them empty, found {shown(value)}")
             return ()
         return tuple(found)
 
@@ -117,10 +117,11 @@ class Fields:
         value = self._values.get(name)
         if value is not None and not any(type(value) is type(a) and value == a for a in allowed):
             others = f"; only {' or '.join(map(json.dumps, allowed))} is" if allowed else ""
-            self.fault(name, f"{_shown(value)} is not supported{others}")
+            self.fault(name, f"{shown(value)} is not supported{others}")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as a message shows it, cut short."""
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 128:
         return "a number of very many digits"
     if isinstance(value, (dict, list)):

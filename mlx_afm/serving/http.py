@@ -8,7 +8,6 @@ in chunks. What is not a request gets a 4xx and the connection is closed.
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from collections.abc import Awaitable, Mapping
 from contextlib import suppress
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, TypeVar
 
+from mlx_afm.files import to_json
 from mlx_afm.serving.config import ServeConfig
 from mlx_afm.serving.refusal import Refusal
 
@@ -107,7 +107,7 @@ class Connection:
     ) -> None:
         """Sends a JSON value, or text as it is."""
         text = isinstance(value, str)
-        body = value.encode() if text else json.dumps(value).encode()
+        body = value.encode() if text else to_json(value, ascii_only=True).encode()
         kind = "text/plain; version=0.0.4; charset=utf-8" if text else "application/json"
         fields = {"Content-Type": kind, "Content-Length": str(len(body)), **(headers or {})}
         await self._write(_head_bytes(status, fields, keep_alive) + body)
@@ -124,7 +124,7 @@ class Connection:
 
     async def send_event(self, value: Any) -> None:
         """Sends one event: a JSON value, or text as it is."""
-        data = f"data: {value if isinstance(value, str) else json.dumps(value)}\n\n".encode()
+        data = f"data: {value if isinstance(value, str) else to_json(value, ascii_only=True)}\n\n".encode()
         await self._write(b"%x\r\n%b\r\n" % (len(data), data))
 
     async def end_events(self) -> None:

@@ -11,7 +11,8 @@ import mlx.core as mx
 from mlx_afm.adapters import Adapter
 from mlx_afm.errors import AdapterError
 from mlx_afm.serving.adapters import LOW_RANK, AdapterSwitch
-from mlx_afm.workflows.load import open_adapter
+from mlx_afm.text.system_prompt import SystemPrompts
+from mlx_afm.workflows.load import open_adapter, system_prompts_of
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Entry:
         users: answers under way that need it.
         used_at: when it was last asked for, in uses of the pool.
         loads: how often it was read.
+        system_prompts: that it was trained with.
     """
 
     path: Path
@@ -31,6 +33,7 @@ class Entry:
     users: int = 0
     used_at: int = 0
     loads: int = 0
+    system_prompts: SystemPrompts = ()
 
 
 class AdapterPool:
@@ -42,12 +45,13 @@ class AdapterPool:
         limit_bytes: of all of them together.
         reserved: the name of the base, which no adapter may have.
 
-    All methods belong to the thread that owns the model, except `names`.
+    All methods belong to the thread that owns the model, except `names` and `system_prompts`.
     """
 
     def __init__(self, switch: AdapterSwitch, folder: Path, limit_bytes: int, *, reserved: str = "") -> None:
         self._switch, self._folder, self.limit_bytes, self._reserved = switch, folder, limit_bytes, reserved
         self._entries: dict[str, Entry] = {}
+        self._base_prompts = system_prompts_of(folder, None)
         self._leaving: set[str] = set()
         self._uses = 0
         self.names: tuple[str, ...] = ()
@@ -65,7 +69,8 @@ class AdapterPool:
             )
         if name in self._entries:
             raise AdapterError("there is an adapter of this name", where=name, advice="Remove it first.")
-        size = size_bytes(self._open(path))
+        adapter = self._open(path)
+        size = size_bytes(adapter)
         if size > self.limit_bytes:
             expected, advice = f"at most {self.limit_bytes} bytes", "Raise --adapter-memory."
             raise AdapterError(
@@ -75,7 +80,7 @@ class AdapterPool:
                 found=size,
                 advice=advice,
             )
-        self._entries[name] = Entry(path, size)
+        self._entries[name] = Entry(path, size, system_prompts=system_prompts_of(self._folder, adapter))
         self.names = tuple(self._entries)
         return self._entries[name]
 
@@ -100,7 +105,9 @@ class AdapterPool:
         if name not in self._switch:
             if not self._make_room(entry.size_bytes):
                 return False
-            self._switch.add(name, self._open(entry.path), where=entry.path)
+            adapter = self._open(entry.path)
+            self._switch.add(name, adapter, where=entry.path)
+            entry.system_prompts = system_prompts_of(self._folder, adapter)  # the file may be another than last time
             entry.loads += 1
         self._uses += 1
         entry.users, entry.used_at = entry.users + 1, self._uses
@@ -110,6 +117,11 @@ class AdapterPool:
         """One answer fewer needs it."""
         self._entries[name].users -= 1
         self._drop_if_leaving(name)
+
+    def system_prompts(self, name: str) -> SystemPrompts:
+        """Those that a model id was trained with, the base's if there is no such adapter. Any thread may ask."""
+        entry = self._entries.get(name)
+        return self._base_prompts if entry is None else entry.system_prompts
 
     @property
     def held_bytes(self) -> int:

@@ -10,8 +10,9 @@ from mlx_afm.errors import ConfigError, DataError
 from mlx_afm.serving.fields import kind
 from mlx_afm.text.messages import parse_messages, parse_tools
 from mlx_afm.text.response_format import response_format
-from mlx_afm.text.template import Turn, encode, render
-from mlx_afm.text.tokenizer import AFMTokenizer
+from mlx_afm.text.system_prompt import with_system_prompt
+from mlx_afm.text.template import DEFAULT_SYSTEM, Turn, encode, render
+from mlx_afm.text.tokenizer import AFMTokenizer, require_token_ids
 
 IDLE_KEYS = ("name", "refusal", "annotations", "audio", "function_call")  # of messages, as clients send them back
 LEAST_CUT_TOKENS = 64  # each piece of a prompt is a call of the model
@@ -31,7 +32,11 @@ class Prompt:
 
 
 def chat_prompt(
-    messages: object, tools: Sequence[Any], schema: Mapping[str, Any] | None, tokenizer: AFMTokenizer
+    messages: object,
+    tools: Sequence[Any],
+    schema: Mapping[str, Any] | None,
+    tokenizer: AFMTokenizer,
+    system: str | None = DEFAULT_SYSTEM,
 ) -> Prompt:
     """A conversation's prompt.
 
@@ -40,6 +45,8 @@ def chat_prompt(
         tools: definitions, written into the system message.
         schema: `json_schema` of the answer; written into the last message unless it has no name.
         tokenizer: the model's.
+        system: system prompt if there is no system message; None for no system turn. Tools need a system turn, so
+            with tools the model's own takes the place of None.
 
     Raises:
         DataError, ConfigError: it cannot be rendered.
@@ -54,7 +61,8 @@ def chat_prompt(
         expected = "a user message or a tool's result last"
         raise DataError("nothing to answer", where="messages", expected=expected, found=f"role {parsed[-1].role!r}")
     definitions = parse_tools(list(tools), where="tools", special_pieces=tokenizer.special_pieces)
-    encoded = encode(render(parsed, tools=definitions, add_generation_prompt=True), tokenizer)
+    parsed = with_system_prompt(parsed, DEFAULT_SYSTEM if definitions and system is None else system)
+    encoded = encode(render(parsed, system=None, tools=definitions, add_generation_prompt=True), tokenizer)
     return Prompt(encoded.ids, cuts_of(encoded.turns))
 
 
@@ -74,22 +82,25 @@ def text_prompts(prompt: object, tokenizer: AFMTokenizer, vocabulary: int, most:
     """Prompts of text to be continued: a string, a list of ids, or a list of either.
 
     Raises:
-        DataError: something else, or too many.
+        DataError: something else, or too many. ConfigError: an id outside the vocabulary.
     """
     several: list[Any] = [prompt]
     if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
         several = prompt
     if len(several) > most:
         raise DataError("too many prompts in one request", expected=f"at most {most}", found=len(several))
-    return tuple(Prompt(_text_ids(item, tokenizer, vocabulary)) for item in several)
+    places = ["prompt"] if several == [prompt] else [f"prompt {number}" for number in range(len(several))]
+    return tuple(Prompt(_text_ids(item, tokenizer, vocabulary, where)) for item, where in zip(several, places))
 
 
-def _text_ids(prompt: object, tokenizer: AFMTokenizer, vocabulary: int) -> list[int]:
+def _text_ids(prompt: object, tokenizer: AFMTokenizer, vocabulary: int, where: str) -> list[int]:
     if isinstance(prompt, str) and prompt:
         return [tokenizer.eos_id, *tokenizer.encode(prompt)]
-    if isinstance(prompt, list) and prompt and all(type(i) is int and 0 <= i < vocabulary for i in prompt):
-        return list(prompt)
-    raise DataError("not a prompt", expected=f"text, or token ids from 0 to {vocabulary - 1}", found=kind(prompt))
+    if isinstance(prompt, list) and prompt and all(isinstance(item, (int, float)) for item in prompt):
+        return require_token_ids(prompt, vocabulary, where=where)
+    raise DataError(
+        "not a prompt", where=where, expected=f"text, or token ids from 0 to {vocabulary - 1}", found=kind(prompt)
+    )
 
 
 def _plain(message: object, index: int) -> object:
@@ -103,11 +114,19 @@ def _plain(message: object, index: int) -> object:
         plain["role"] = "system"
     if plain.get("role") in ("tool", "function"):
         plain.pop("tool_call_id", None)
-    if plain.get("role") == "assistant" and plain.get("tool_calls") == []:
+    calls = plain.get("tool_calls")
+    if calls == []:
         del plain["tool_calls"]
+    elif isinstance(calls, list):
+        plain["tool_calls"] = [present(call) for call in calls]
     if isinstance(plain.get("content"), list) and plain.get("role") != "function":
         plain["content"] = "".join(_part(part, f"messages, message {index}") for part in plain["content"])
     return plain
+
+
+def present(value: Any) -> Any:
+    """An object without what is null, which is as good as absent; anything else as it is."""
+    return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
 
 
 def _part(part: object, where: str) -> str:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_afm.errors import AFMError
+from mlx_afm.errors import AFMError, ConfigError
 from mlx_afm.generation import GenerateConfig
 from mlx_afm.serving.config import ServeConfig
-from mlx_afm.serving.fields import Fields, kind
+from mlx_afm.serving.fields import Fields, kind, shown
 from mlx_afm.serving.jobs import Sampling
-from mlx_afm.serving.prompts import Prompt, chat_prompt, text_prompts
+from mlx_afm.serving.prompts import Prompt, chat_prompt, present, text_prompts
 from mlx_afm.serving.refusal import Refusal
-from mlx_afm.text.tokenizer import AFMTokenizer
+from mlx_afm.text.template import DEFAULT_SYSTEM
+from mlx_afm.text.tokenizer import AFMTokenizer, require_token_ids
 
 MAX_STOPS, MAX_TOP_LOGPROBS, MAX_TOP_COMPLETION, MAX_SEED = 4, 20, 5, 2**63
 LEAST_TOP_P = 1e-6  # what 0 means: the most likely token alone
@@ -45,7 +47,7 @@ class Asked:
         stops: strings that end an answer.
         stream, usage: events, and with the token counts at the end.
         tools: the model may call tools.
-        one_call: and only one at a time.
+        one_call: and only one at a time; also of a tool that is called by name.
         schema: of the JSON that the answer must be.
         must_call: tools, of which the answer must call one; empty if it need not.
     """
@@ -73,11 +75,13 @@ class Reader:
         tokenizer: the model's.
         config: defaults and limits.
         vocabulary: how many ids there are.
+        system_prompt: of conversations without a system message, by model id.
     """
 
     tokenizer: AFMTokenizer
     config: ServeConfig
     vocabulary: int
+    system_prompt: Callable[[str], str | None] = lambda model: DEFAULT_SYSTEM
 
     def chat(self, values: Mapping[str, Any]) -> Asked:
         """A request of /v1/chat/completions.
@@ -98,10 +102,12 @@ class Reader:
         if must_call and schema is not None:
             fields.fault("response_format", "an answer that must call a tool has no other form")
         shared = self._shared(fields, (alternatives or 0) if told else None)
-        one_call = not fields.flag("parallel_tool_calls", True)
+        named = bool(must_call) and fields.value("tool_choice") != "required"
+        one_call = not fields.flag("parallel_tool_calls", True) or named
         fields.done()
         try:
-            prompt = chat_prompt(fields.value("messages"), tools, schema, self.tokenizer)
+            system = self.system_prompt(shared["model"])
+            prompt = chat_prompt(fields.value("messages"), tools, schema, self.tokenizer, system)
         except AFMError as error:
             raise _refused("messages", error) from error
         constraint = None if schema is None else schema["schema"]
@@ -181,13 +187,19 @@ class Reader:
         given = fields.value("logit_bias")
         if given is None:
             return {}
-        ids = isinstance(given, dict) and all(k.isascii() and k.isdigit() and len(k) < 8 for k in given)
-        if not ids or not all(
-            int(k) < self.vocabulary and type(v) in (int, float) and -100 <= v <= 100 for k, v in given.items()
-        ):
-            fields.fault("logit_bias", f"expected token ids below {self.vocabulary}, with numbers from -100 to 100")
+        if not isinstance(given, dict):
+            fields.fault("logit_bias", f"expected an object of token ids and numbers, found {kind(given)}")
             return {}
-        return {int(token): float(value) for token, value in given.items()}
+        try:
+            ids = require_token_ids(map(_as_id, given), self.vocabulary, where="keys")
+        except ConfigError as error:
+            fields.fault("logit_bias", str(error))
+            return {}
+        for token, value in zip(ids, given.values()):
+            if type(value) not in (int, float) or not -100 <= value <= 100:
+                fields.fault("logit_bias", f"token {token}: expected a number from -100 to 100, found {shown(value)}")
+                return {}
+        return {token: float(value) for token, value in zip(ids, given.values())}
 
     def _tools(self, fields: Fields) -> list[Any]:
         tools = fields.value("tools")
@@ -203,7 +215,14 @@ class Reader:
         if not good:
             fields.fault("tools", 'expected a list of {"type": "function", "function": {"name": ..., ...}}')
             return []
-        return [] if fields.value("tool_choice") == "none" else tools
+        if fields.value("tool_choice") == "none":
+            return []
+        return [{**tool, "function": present(tool["function"])} for tool in map(present, tools)]
+
+
+def _as_id(key: str) -> object:
+    """The number that a key of a JSON object spells, as the API writes token ids; other keys as they are."""
+    return int(key) if re.fullmatch(r"-?[0-9]{1,12}", key) else key
 
 
 def _must_call(fields: Fields, tools: list[Any]) -> tuple[Mapping[str, Any], ...]:
@@ -225,7 +244,7 @@ def _must_call(fields: Fields, tools: list[Any]) -> tuple[Mapping[str, Any], ...
 
 def _schema(fields: Fields) -> dict[str, Any] | None:
     """The `json_schema` of a response format; that of any object for `json_object`."""
-    wanted = fields.value("response_format")
+    wanted: Any = present(fields.value("response_format"))
     if wanted is None:
         return None
     form = wanted.get("type") if isinstance(wanted, dict) else None

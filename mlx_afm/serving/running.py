@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_afm.errors import AdapterError, ConfigError
+from mlx_afm.files import visible
 from mlx_afm.serving.admin import NAME
 from mlx_afm.serving.config import ServeConfig
 from mlx_afm.serving.engine import Engine
@@ -47,13 +48,15 @@ class Running:
 def find_adapters(folder: Path) -> dict[str, Path]:
     """Adapters in a folder by name: each folder with an `adapter_config.json`, each `.pt` and `.fmadapter`.
 
+    Hidden files and folders are passed over.
+
     Raises:
         ConfigError: no such folder, none in it, or two of the same name.
     """
     if not folder.is_dir():
         raise ConfigError("no such folder", where=folder, expected="a folder of adapters")
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
+    for path in visible(folder.iterdir()):
         if path.suffix in SUFFIXES or (path / "adapter_config.json").is_file():
             name = path.stem if path.suffix in SUFFIXES else path.name
             if name in found:

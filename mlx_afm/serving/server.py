@@ -44,7 +44,7 @@ class Server:
 
     def __init__(self, engine: Engine, config: ServeConfig, metrics: Metrics, log: Log) -> None:
         self._engine, self._config, self._metrics, self._log = engine, config, metrics, log
-        self._reader = Reader(engine.tokenizer, config, engine.vocabulary)
+        self._reader = Reader(engine.tokenizer, config, engine.vocabulary, engine.system_prompt)
         self._names = TokenNames(engine.tokenizer)
         self._admin = Admin(engine, config)
         self._created = int(time.time())

@@ -12,10 +12,7 @@ from mlx_afm.text.template import DEFAULT_SYSTEM
 
 _JINJA = """\
 {{- @EOS@ -}}
-{%- if messages[0]['role'] != 'system' -%}
-  {%- set messages = [{'role': 'system', 'content': @SYSTEM@}] + messages -%}
-{%- endif -%}
-{%- for message in messages -%}
+@SYSTEM@{%- for message in messages -%}
   {%- set role = 'tool' if message['role'] == 'function' else message['role'] -%}
   {%- if role == 'system' and not loop.first -%}
     {{- raise_exception('a system message can only be the first') -}}
@@ -57,6 +54,19 @@ _JINJA = """\
 """
 
 
-def hf_chat_template(eos_piece: str) -> str:
-    """The Jinja text; its output begins with the end-of-sequence piece, as the ids do."""
-    return _JINJA.replace("@EOS@", json.dumps(eos_piece)).replace("@SYSTEM@", json.dumps(DEFAULT_SYSTEM))
+_SYSTEM = """\
+{%- if messages[0]['role'] != 'system' -%}
+  {%- set messages = [{'role': 'system', 'content': @TEXT@}] + messages -%}
+{%- endif -%}
+"""
+
+
+def hf_chat_template(eos_piece: str, system: str | None = DEFAULT_SYSTEM) -> str:
+    """The Jinja text; its output begins with the end-of-sequence piece, as the ids do.
+
+    Args:
+        eos_piece: the end-of-sequence piece.
+        system: system prompt of conversations without a system message; None for no system turn.
+    """
+    turn = "" if system is None else _SYSTEM.replace("@TEXT@", json.dumps(system))
+    return _JINJA.replace("@EOS@", json.dumps(eos_piece)).replace("@SYSTEM@", turn)

@@ -18,6 +18,7 @@ from mlx_afm.text import template
 from mlx_afm.text.hf_chat_template import hf_chat_template
 from mlx_afm.text.messages import parse_messages, parse_tools
 from mlx_afm.text.sentencepiece_model import SPACE, PieceKind, SentencePieceModel, parse_sentencepiece_model
+from mlx_afm.text.system_prompt import with_system_prompt
 from mlx_afm.text.words import Counts, Ids, WordTable, flat, in_full, may_cut_before, words_are_independent
 
 _MARKS = {
@@ -27,6 +28,32 @@ _MARKS = {
     "executable_start": template.EXECUTABLE_START,
     "executable_end": template.EXECUTABLE_END,
 }
+
+
+def require_token_ids(ids: Iterable[object], vocabulary: int, *, where: object) -> list[int]:
+    """The ids as integers, if the model has a row of the embedding for each.
+
+    An id that is too large or negative makes the model read memory that is not its own.
+
+    Args:
+        ids: token ids, from wherever.
+        vocabulary: rows of the model's embedding; there may be more than the tokenizer has pieces.
+        where: named in the error.
+
+    Raises:
+        ConfigError: the first id that cannot be used, and its place, counted from 0.
+    """
+    checked = []
+    for place, token in enumerate(ids):
+        if isinstance(token, bool) or not isinstance(token, (int, np.integer)) or not 0 <= token < vocabulary:
+            raise ConfigError(
+                "token id outside the vocabulary",
+                where=f"{where}, token {place}",
+                expected=f"a whole number from 0 to {vocabulary - 1} (the model has {vocabulary} tokens)",
+                found=f"{token!r:.80}",
+            )
+        checked.append(int(token))
+    return checked
 
 
 class AFMTokenizer:
@@ -42,6 +69,8 @@ class AFMTokenizer:
         prefix_id: the lone space that encoding puts before a text that begins with a mark.
         special_pieces: pieces that no text of a conversation may spell out.
         threads: how many encode many texts at once.
+        system_prompt: of conversations without a system message, in prompts; None for no system turn. `load` sets it
+            to the one that the adapter was trained with (see `system_prompt.py`).
     """
 
     bos_token = None
@@ -54,6 +83,7 @@ class AFMTokenizer:
         """Use `from_file`."""
         _require_symbols(processor, model, where)
         self.threads = 1
+        self.system_prompt: str | None = template.DEFAULT_SYSTEM
         self._processor = processor
         self._pieces = tuple(piece.text for piece in model.pieces)
         self._kinds = tuple(piece.kind for piece in model.pieces)
@@ -238,8 +268,9 @@ class AFMTokenizer:
             DataError: a conversation that cannot be rendered.
         """
         parsed = parse_messages(messages, where="messages", special_pieces=self.special_pieces)
+        parsed = with_system_prompt(parsed, self.system_prompt)
         definitions = parse_tools(tools or (), where="tools", special_pieces=self.special_pieces)
-        spans = template.render(parsed, tools=definitions, add_generation_prompt=add_generation_prompt)
+        spans = template.render(parsed, system=None, tools=definitions, add_generation_prompt=add_generation_prompt)
         open_end = continue_final_message and spans[-1].text.endswith(template.TURN_END)
         if tokenize:
             ids = template.encode(spans, self).ids

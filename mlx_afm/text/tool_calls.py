@@ -7,7 +7,9 @@ The rules, which hold however the text is cut into pieces:
 
   - a block goes from a start mark to the first end mark after it; of two start marks in a row the later counts;
   - its fence holds JSON: a list of calls that is not empty, or one call. A call has a `name` and may have `arguments`;
-  - a block that breaks a rule, or that never ends, is text and stays in the content with its marks;
+  - a block that the end of the answer cuts off counts for its finished calls; what is left of it is dropped;
+  - a block that breaks a rule, or is cut off before its first call is finished, is text and stays in the content
+    with its marks (`MarkFilter` takes marks out of a text that must not hold any);
   - the content is the text without the blocks, every character kept.
 
 Shape of a call: OpenAI's, with `arguments` as JSON text. Rendered by the template and read again, calls are the same.
@@ -18,11 +20,14 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn
 
 from mlx_afm.text.template import EXECUTABLE_END, EXECUTABLE_START
 
 FENCE = "```"
+MARKS = (EXECUTABLE_START, EXECUTABLE_END)
+_BLOCK_HEAD = f"{FENCE}function["  # with spaces and newlines between
 
 
 class Parsed(NamedTuple):
@@ -74,9 +79,14 @@ class ToolCallParser:
         return Parsed("".join(content), calls)
 
     def finish(self) -> Parsed:
-        """The rest, which is text: a block that did not end is none."""
-        rest, self._held, self._inside, self._searched = self._held, "", False, 0
-        return Parsed(rest, [])
+        """The rest: the finished calls of a block that did not end, or text."""
+        rest, inside = self._held, self._inside
+        self._held, self._inside, self._searched = "", False, 0
+        found = _finished_calls(rest[len(EXECUTABLE_START) :]) if inside else []
+        return Parsed("", self._with_ids(found)) if found else Parsed(rest, [])
+
+    def _with_ids(self, functions: list[dict[str, str]]) -> list[dict[str, Any]]:
+        return [{"id": self._new_id(), "type": "function", "function": function} for function in functions]
 
     def _advance(self, content: list[str], calls: list[dict[str, Any]]) -> bool:
         """One step, outside or inside a block; False when more text is needed."""
@@ -101,9 +111,47 @@ class ToolCallParser:
         if found is None:
             content.append(self._held[:end])
         else:
-            calls += [{"id": self._new_id(), "type": "function", "function": function} for function in found]
+            calls += self._with_ids(found)
         self._held, self._inside = self._held[end:], False
         return True
+
+
+class MarkFilter:
+    """Takes the marks of tool calls out of a text that arrives in pieces.
+
+        push("a <executable_start> b <exec")     "a  b "
+        push("ution")                            "<execution"
+
+    Only what could still become a mark is held back, also by what stands around a mark that was taken out.
+    """
+
+    def __init__(self) -> None:
+        self._held = ""
+
+    def push(self, piece: str) -> str:
+        """What became certain with this piece."""
+        text = self._held + piece
+        while any(mark in text for mark in MARKS):
+            for mark in MARKS:
+                text = text.replace(mark, "")
+        certain = len(text)
+        while size := max(_overlap(text[:certain], mark) for mark in MARKS):
+            certain -= size
+        self._held = text[certain:]
+        return text[:certain]
+
+    def finish(self) -> str:
+        """The rest."""
+        rest, self._held = self._held, ""
+        return rest
+
+
+def is_open_block(text: str) -> bool:
+    """Whether a text is the beginning of a block of calls, of any length, that does not end."""
+    if not text.startswith(EXECUTABLE_START) or EXECUTABLE_END in text:
+        return False
+    begun = "".join(text[len(EXECUTABLE_START) :][:100].split())
+    return begun.startswith(_BLOCK_HEAD) or _BLOCK_HEAD.startswith(begun)
 
 
 def _random_id() -> str:
@@ -130,6 +178,22 @@ def _parse_block(text: str) -> list[dict[str, str]] | None:
     return functions or None
 
 
+def _finished_calls(text: str) -> list[dict[str, str]]:
+    """The functions whose calls are whole in the text of a block that was cut off."""
+    text = text.strip()
+    if not text.startswith(FENCE):
+        return []
+    rest = text.removeprefix(FENCE).lstrip().removeprefix("function").lstrip().removeprefix("[").lstrip()
+    decoder, functions = json.JSONDecoder(parse_constant=_refuse), list[dict[str, str]]()
+    with suppress(ValueError, RecursionError):  # the call that was cut off
+        while rest.startswith("{"):
+            item, end = decoder.raw_decode(rest)
+            functions.append(_function(item))
+            rest = rest[end:].lstrip()
+            rest = rest[1:].lstrip() if rest.startswith(",") else ""
+    return functions
+
+
 def _function(item: object) -> dict[str, str]:
     if not isinstance(item, dict) or not {"name"} <= set(item) <= {"name", "arguments"}:
         raise ValueError("not a call")
@@ -151,7 +215,7 @@ def _arguments_text(arguments: object) -> str:
             json.loads(arguments)
         except (ValueError, RecursionError):
             return arguments
-    return json.dumps(arguments, ensure_ascii=False)
+    return json.dumps(arguments, ensure_ascii=False, allow_nan=False)  # 1e999 is read as infinity
 
 
 def _refuse(constant: str) -> NoReturn:

@@ -15,9 +15,8 @@ from mlx_afm.generation.config import require_fitting
 from mlx_afm.generation.guided import guided_processor, guided_when_asked
 from mlx_afm.generation.jsonl import AnswerFile, PromptRow, read_prompt_rows
 from mlx_afm.generation.prompt_cache import fingerprint
-from mlx_afm.generation.prompts import require_tokenizer
 from mlx_afm.text.tokenizer import AFMTokenizer
-from mlx_afm.workflows.load import load
+from mlx_afm.workflows.load import ignore, load_for_answers
 from mlx_afm.workflows.response_format import ResponseFormat, read_response_format
 
 
@@ -32,7 +31,8 @@ class AnswerJob:
         adapter_path: an adapter of any form.
         config: how to answer; prompt n, counted from 0, draws with seed + n.
         batch_size: answered at once.
-        system, dialect, fields: see `read_prompt_rows`.
+        system: see `load_for_answers`.
+        dialect, fields: see `read_prompt_rows`.
         response_format: JSON file of what every answer is to follow, see `read_response_format`.
     """
 
@@ -75,19 +75,21 @@ class Answered:
     seconds: float
 
 
-def answer_file(job: AnswerJob, on_answer: Callable[[Answered], None] | None = None) -> Answered:
+def answer_file(
+    job: AnswerJob, on_answer: Callable[[Answered], None] | None = None, on_notice: Callable[[str], None] = ignore
+) -> Answered:
     """Answers the prompts that have no answer yet and writes the file when all have one.
 
     Args:
         job: see there. Started again after it was stopped or killed, it goes on; finished answers stay.
         on_answer: told after each answer.
+        on_notice: told what the user should know first.
 
     Raises:
         DataError: lines that are no prompts. ConfigError: answers of another run are in the way.
         FormatError, AdapterError: see `load`.
     """
-    model, tokenizer = load(job.model, job.adapter_path)
-    tokenizer = require_tokenizer(tokenizer)
+    model, tokenizer = load_for_answers(job.model, job.adapter_path, job.system, on_notice)
     require_fitting(job.config, model)
     wanted = None if job.response_format is None else read_response_format(job.response_format)
     rows = _rows(job, tokenizer, wanted)
@@ -115,7 +117,6 @@ def _rows(job: AnswerJob, tokenizer: AFMTokenizer, wanted: ResponseFormat | None
         job.prompts,
         tokenizer,
         job.config,
-        system=job.system,
         question=question,
         dialect=job.dialect,
         fields=job.fields,

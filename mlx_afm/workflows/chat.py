@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ from mlx_afm.adapters import Adapter, is_zero, remove_adapter
 from mlx_afm.adapters.config import WHOLE_WEIGHTS
 from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.errors import AFMError, ConfigError
-from mlx_afm.files import write_text
+from mlx_afm.files import to_json, write_text
 from mlx_afm.model import Model
-from mlx_afm.workflows.load import attach, base_adapter, load, open_adapter
+from mlx_afm.text.system_prompt import default_system_prompt, system_prompt_notice
+from mlx_afm.workflows.load import attach, base_adapter, load, open_adapter, system_prompts_of
 
 FORMS = (".jsonl", ".json")
 
@@ -28,7 +28,8 @@ class ChatModel:
 
     Attributes:
         model: changed in place, or another one after `use`.
-        tokenizer: None if the folder has none.
+        tokenizer: None if the folder has none; `use` sets its `system_prompt` as `load` does.
+        notice: a warning about the system prompts of the adapter in use, or None.
         active: name or path of the adapter in use; None for what the folder itself has.
     """
 
@@ -41,6 +42,8 @@ class ChatModel:
         self._current = adapter_path
         adapter = None if adapter_path is None else open_adapter(self._folder, adapter_path)
         self._whole = _is_whole(adapter)
+        self.notice: str | None = None
+        self._take_prompts(adapter, adapter_path)
 
     def use(self, name: str | None) -> Model:
         """The model with another adapter; keys and values of the one before are of no use with it.
@@ -61,7 +64,14 @@ class ChatModel:
             self._put_on(before, open_adapter(self._folder, before) if before else base_adapter(self._folder))
             raise
         self._current, self.active = path, name
+        self._take_prompts(None if path is None else adapter, name)
         return self.model
+
+    def _take_prompts(self, adapter: Adapter | None, where: object) -> None:
+        trained_with = system_prompts_of(self._folder, adapter)
+        self.notice = system_prompt_notice(trained_with, where or self._folder)
+        if self.tokenizer is not None:
+            self.tokenizer.system_prompt = default_system_prompt(trained_with)
 
     def _find(self, name: str) -> Path:
         path = self.adapters.get(name, Path(name).expanduser())
@@ -104,6 +114,6 @@ def save_chat(path: Path, conversation: Sequence[Mapping[str, Any]], *, overwrit
         raise ConfigError("there is a file or folder of this name", where=path, advice="Choose another name.")
     record = list(conversation)
     if path.suffix == ".json":
-        write_text(path, json.dumps([{"messages": record}], ensure_ascii=False, indent=2) + "\n")
+        write_text(path, to_json([{"messages": record}], indent=2) + "\n")
     else:
-        write_text(path, json.dumps(record, ensure_ascii=False) + "\n")
+        write_text(path, to_json(record) + "\n")

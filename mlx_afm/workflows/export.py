@@ -17,6 +17,7 @@ from mlx_afm.adapters import (
     write_adapter_package,
     write_adapter_pt,
 )
+from mlx_afm.adapters.store import OURS
 from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.checkpoints.model_folder import read_toolkit_config
 from mlx_afm.checkpoints.signature import read_signature
@@ -33,8 +34,9 @@ from mlx_afm.formats.fmadapter import (
 )
 from mlx_afm.formats.fmadapter_check import check_fmadapter
 from mlx_afm.formats.fmadapter_report import Report
+from mlx_afm.text.system_prompt import SYSTEM_PROMPTS
 from mlx_afm.workflows.ladder import PROMPTS, write_ladder
-from mlx_afm.workflows.lineage import OURS, base_differs, lineage_of
+from mlx_afm.workflows.lineage import base_differs, lineage_of
 from mlx_afm.workflows.load import base_adapter, open_adapter
 from mlx_afm.workflows.logit_change import LogitChange, logit_change
 
@@ -42,6 +44,10 @@ PUBLIC_NOTICE = (
     "Signature of toolkit 26.0.0, which OS 26.1 and 26.4 were seen to take: devices whose base model has another "
     "one will refuse it. Ask them: SystemLanguageModel.Adapter.compatibleAdapterIdentifiers(name:). "
     "OS 27 takes no adapters."
+)
+_PROMPT_NOTICE = (
+    "A .pt cannot hold the system prompt that the adapter was trained with: give it with --system-prompt, or with "
+    "--no-system-prompt if there was none, when you use this file."
 )
 
 
@@ -167,7 +173,7 @@ def export_package(config: ExportConfig, add_files: AddFiles = no_files) -> Expo
 def _write(config: ExportConfig, model: Path | None, add_files: AddFiles) -> Exported:
     form, rounding = DeviceForm(reduce_rank=config.reduce_rank, zero_untrained=config.zero_untrained), Rounding()
     adapter, change = to_device_form(_open(config.adapter, model), _base_adapter(model), form)
-    metadata = _metadata(config, model, adapter.config.rank)
+    metadata = _metadata(config, model, adapter)
     target = config.output_dir / metadata.folder_name
     write_adapter_package(target, adapter, metadata, rounding=rounding, add_files=add_files)
     del adapter  # and with it the map of its file: the check maps the package
@@ -175,7 +181,7 @@ def _write(config: ExportConfig, model: Path | None, add_files: AddFiles) -> Exp
     return Exported(target, metadata, report, change, rounding)
 
 
-def _metadata(config: ExportConfig, model: Path | None, rank: int) -> Metadata:
+def _metadata(config: ExportConfig, model: Path | None, adapter: Adapter) -> Metadata:
     source = read_fmadapter(config.adapter)[0] if config.adapter.suffix == SUFFIX else Metadata(name=config.name)
     signature = config.signature
     if signature is None and config.toolkit is not None:
@@ -188,9 +194,11 @@ def _metadata(config: ExportConfig, model: Path | None, rank: int) -> Metadata:
     }
     creator = {**source.creator_defined, **config.creator_defined}
     ours = creator.get(OURS, {})
+    if adapter.system_prompts:
+        ours = {**ours, SYSTEM_PROMPTS: list(adapter.system_prompts)}
     creator[OURS] = {**ours, "lineage": {**lineage_of(config.adapter, model), **ours.get("lineage", {})}}
     changed = {name: value for name, value in given.items() if value is not None}
-    return replace(source, name=config.name, rank=rank, creator_defined=creator, **changed)  # type: ignore[arg-type]
+    return replace(source, name=config.name, rank=adapter.config.rank, creator_defined=creator, **changed)  # type: ignore[arg-type]
 
 
 def export_fmadapter(
@@ -270,6 +278,8 @@ def convert_adapter(
         write_adapter_pt(target, in_form, form.scale)
         for text in change.notes():
             on_note(text)
+        if len(adapter.system_prompts) == 1:
+            on_note(_PROMPT_NOTICE)
     else:
         write_adapter_folder(target, adapter)
     return target

@@ -30,14 +30,17 @@ from mlx_afm.checkpoints.model_folder import (
 )
 from mlx_afm.checkpoints.quantized import to_quantization_json
 from mlx_afm.errors import AdapterError, ConfigError
-from mlx_afm.files import atomic_folder
+from mlx_afm.files import atomic_folder, write_text
 from mlx_afm.formats.mlx_folder import INDEX, shard_files, write_shards
 from mlx_afm.interop import write_shim
 from mlx_afm.model import Model
 from mlx_afm.model.quantized import Quantized
 from mlx_afm.quant import Plan
-from mlx_afm.workflows.load import attach, base_adapter, load, open_adapter
+from mlx_afm.text.hf_chat_template import hf_chat_template
+from mlx_afm.text.system_prompt import SYSTEM_PROMPTS, default_system_prompt
+from mlx_afm.workflows.load import attach, base_adapter, load, load_tokenizer, open_adapter
 
+CHAT_TEMPLATE = "chat_template.jinja"
 PROMPT_TOKENS = 32  # of the fixed prompt the difference is measured on
 
 
@@ -63,6 +66,8 @@ def fuse(
     model_path: str | Path, adapter_path: str | Path | None, save_path: str | Path, *, dequantize: bool = False
 ) -> Fused:
     """Writes the model with the adapter added to its weights (in float32, rounded once to their dtype).
+
+    The folder keeps the system prompts that the adapter was trained with, for `load` and for the chat template.
 
     Args:
         model_path: an MLX model folder.
@@ -103,6 +108,9 @@ def fuse(
             if (source / name).is_file():
                 (partial / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(source / name, partial / name)
+        if adapter_path is not None and adapter.system_prompts:
+            settings[SYSTEM_PROMPTS] = list(adapter.system_prompts)
+            _write_template(partial, default_system_prompt(adapter.system_prompts))
         write_config(partial, model.args, settings)
         del model
         difference = _distance(_logits(load(partial)[0]), live)
@@ -117,6 +125,13 @@ def _copy_codes(source: Path, partial: Path, adapter: Adapter) -> dict[str, str]
             shutil.copyfile(file, partial / file.name)
     write_adapter_folder(partial / BASE_ADAPTER, adapter)
     return write_shim(partial)
+
+
+def _write_template(partial: Path, system: str | None) -> None:
+    """Gives the template for other programs, if the folder has one, the system prompt of the adapter."""
+    tokenizer, template = load_tokenizer(partial), partial / CHAT_TEMPLATE
+    if tokenizer is not None and template.is_file():
+        write_text(template, hf_chat_template(tokenizer.convert_ids_to_tokens(tokenizer.eos_id), system))
 
 
 def _explained_codes(model: Model, partial: Path) -> dict[str, Any]:

@@ -11,13 +11,12 @@ from typing import Any
 from mlx_afm._version import __version__
 from mlx_afm.adapters.store import CONFIG
 from mlx_afm.checkpoints.model_folder import BASE_ADAPTER
-from mlx_afm.files import read_json
+from mlx_afm.files import read_json, visible
 from mlx_afm.formats.fmadapter import SUFFIX
 from mlx_afm.workflows.run_state import fingerprint_of_files
 
 SOURCES, BASE_SOURCE = "sources", "base model"  # keys of `adapter_config.json`, and of its sources
 SETTINGS = ("fine_tune_type", "lora_parameters", "trained_targets", "trained_layers", "train")
-OURS = "mlx_afm"  # the key of `creatorDefined` that is the library's
 
 
 def lineage_of(adapter: Path, model: Path | None) -> dict[str, str]:
@@ -60,8 +59,8 @@ def base_differs(adapter: Path, model: Path) -> bool:
 
 def fingerprint_of_model(folder: Path) -> str:
     """SHA-256 that names a model folder by its configuration, weights and base adapter."""
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    files += sorted(path for path in (folder / BASE_ADAPTER).glob("*") if path.is_file())
+    files = [folder / "config.json", *visible(folder.glob("*.safetensors"))]
+    files += [path for path in visible((folder / BASE_ADAPTER).glob("*")) if path.is_file()]
     return fingerprint_of_files(files)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,17 +18,33 @@ from mlx_afm.adapters import (
 )
 from mlx_afm.checkpoints.arrays import to_mlx
 from mlx_afm.checkpoints.hub import resolve
-from mlx_afm.checkpoints.model_folder import BASE_ADAPTER, load_model, read_config, read_toolkit_config
+from mlx_afm.checkpoints.model_folder import BASE_ADAPTER, kept_settings, load_model, read_config, read_toolkit_config
+from mlx_afm.errors import ConfigError, FormatError
 from mlx_afm.model import Model
+from mlx_afm.text.system_prompt import (
+    SYSTEM_PROMPTS,
+    SystemPrompts,
+    default_system_prompt,
+    parse_system_prompt,
+    parse_system_prompts,
+    system_prompt_notice,
+)
 from mlx_afm.text.tokenizer import AFMTokenizer
 
 TOKENIZER = "tokenizer.model"
+
+
+def ignore(text: str) -> None:
+    """Takes a notice and does nothing."""
 
 
 def load(
     path: str | Path, adapter_path: str | Path | None = None, *, lazy: bool = False
 ) -> tuple[Model, AFMTokenizer | None]:
     """The model of an MLX folder and its tokenizer (None if the folder has none).
+
+    If the adapter, or a folder into which one was fused, names the one system prompt that it was trained with, prompts
+    without a system message get this one (`tokenizer.system_prompt`).
 
     Args:
         path: an MLX model folder, from `mlx-afm convert`, or the hub id of one.
@@ -44,13 +61,74 @@ def load(
     adapter = base_adapter(folder) if adapter_path is None else open_adapter(folder, Path(adapter_path))
     if adapter is not None and (adapter_path is not None or not is_zero(adapter)):
         attach(model, adapter, where=adapter_path or folder / BASE_ADAPTER)
-    return model, load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is not None:
+        trained_with = system_prompts_of(folder, None if adapter_path is None else adapter)
+        tokenizer.system_prompt = default_system_prompt(trained_with)
+    return model, tokenizer
+
+
+def load_for_answers(
+    path: str | Path,
+    adapter_path: Path | None,
+    system: str | None = None,
+    on_notice: Callable[[str], None] = ignore,
+) -> tuple[Model, AFMTokenizer]:
+    """Model and tokenizer to answer with, and the system prompt of the answers decided.
+
+    Args:
+        path, adapter_path: see `load`.
+        system: system prompt of conversations without a system message; "" for no system turn, None for what `load`
+            finds.
+        on_notice: told if the adapter leaves the choice open.
+
+    Raises:
+        ConfigError: a folder without tokenizer; and see `load`.
+    """
+    model, tokenizer = load(path, adapter_path)
+    if tokenizer is None:
+        raise ConfigError("the model folder has no tokenizer", advice="Convert again with tokenizer.model in place.")
+    if system is not None:
+        tokenizer.system_prompt = parse_system_prompt(system)
+        return model, tokenizer
+    folder = resolve(path)
+    adapter = None if adapter_path is None else open_adapter(folder, adapter_path)
+    notice = system_prompt_notice(system_prompts_of(folder, adapter), adapter_path or folder)
+    if notice is not None:
+        on_notice(notice)
+    return model, tokenizer
+
+
+def system_prompts_of(folder: Path, adapter: Adapter | None) -> SystemPrompts:
+    """The system prompts that an adapter was trained with; if it names none, those of what was fused into the folder.
+
+    Raises:
+        FormatError: the folder's `config.json` names them in another form.
+    """
+    if adapter is not None and adapter.system_prompts:
+        return adapter.system_prompts
+    try:
+        return parse_system_prompts(kept_settings(folder).get(SYSTEM_PROMPTS))
+    except ConfigError as error:
+        raise FormatError(str(error), where=folder / "config.json") from error
 
 
 def load_tokenizer(folder: Path) -> AFMTokenizer | None:
-    """The tokenizer of a model folder, or None if it has none."""
+    """The tokenizer of a model folder, or None if it has none.
+
+    Raises:
+        ConfigError: it has more pieces than the model has tokens. FormatError: no tokenizer.
+    """
     file = folder / TOKENIZER
-    return AFMTokenizer.from_file(file) if file.is_file() else None
+    tokenizer = AFMTokenizer.from_file(file) if file.is_file() else None
+    if tokenizer is not None and (folder / "config.json").is_file():
+        rows = read_config(folder).vocab_size
+        if tokenizer.vocab_size > rows:
+            advice = "Use the tokenizer.model that came with the model."
+            expected, found = f"at most the {rows} tokens of the model", f"{tokenizer.vocab_size} pieces"
+            what = "the tokenizer is another model's"
+            raise ConfigError(what, where=file, expected=expected, found=found, advice=advice)
+    return tokenizer
 
 
 def open_adapter(folder: Path, path: Path) -> Adapter:

@@ -18,7 +18,9 @@ from mlx_afm.checkpoints.model_folder import load_model, read_config
 from mlx_afm.data import DataConfig, TokenTable, default_cache, find_splits, read_tokens
 from mlx_afm.data.sources import Files
 from mlx_afm.errors import ConfigError, FormatError
+from mlx_afm.files import visible
 from mlx_afm.formats.fmadapter import require_adapter_name
+from mlx_afm.text.system_prompt import default_system_prompt, trained_system_prompts
 from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.training import Callback, DataOrder, DataRead, Hooks, Notice, TrainConfig, evaluate_data, join_ranks
 from mlx_afm.training import train as run_training
@@ -26,7 +28,7 @@ from mlx_afm.training.hooks import ignore
 from mlx_afm.training.step import Loss, batch_loss
 from mlx_afm.workflows.estimate import as_event, layouts_of_data, machine_memory, plan_of_folder, require_memory
 from mlx_afm.workflows.lineage import BASE_SOURCE, fingerprint_of_model
-from mlx_afm.workflows.load import TOKENIZER, load, load_tokenizer
+from mlx_afm.workflows.load import TOKENIZER, load, load_tokenizer, open_adapter, system_prompts_of
 from mlx_afm.workflows.lora_run import Run, notices
 from mlx_afm.workflows.lora_start import start_adapter
 from mlx_afm.workflows.reports import require_reports
@@ -182,7 +184,9 @@ def train(
     with ExitStack() as stack:
         hooks = Hooks(should_stop=should_stop)
         if ranks.leads:
-            run = Run(job, model, tokenizer, form, course, total_steps)
+            system_prompts = trained_system_prompts((example.ids for example in data["train"]), tokenizer)
+            tokenizer.system_prompt = default_system_prompt(system_prompts)  # of the sample prompts
+            run = Run(job, model, tokenizer, form, course, total_steps, system_prompts)
             hooks = replace(stack.enter_context(run.hooks(saved, on_event)), should_stop=should_stop)
         state = run_training(
             model, data["train"], valid, job.train, hooks, resume=snapshot, ranks=ranks, loss_of=objective.load()
@@ -218,7 +222,7 @@ def _course(job: LoRAJob, data: Mapping[str, TokenTable], objective: Objective) 
     if job.resume_adapter_file is not None:
         path = job.resume_adapter_file
         names = [path / CONFIG, path / WEIGHTS] if path.is_dir() and path.suffix != ".fmadapter" else path.rglob("*")
-        files = [path] if path.is_file() else [file for file in sorted(names) if file.is_file()]
+        files = [path] if path.is_file() else [file for file in visible(names) if file.is_file()]
         sources["adapter to start from"] = fingerprint_of_files(files)
     return course_of(job.train, job.lora, sources)
 
@@ -237,10 +241,26 @@ def score(
     batch_size: int = 4,
     reading: DataConfig | None = None,
     cache: Path | None = None,
+    own_system_prompt: bool = False,
 ) -> Score:
-    """Loss of a model with an adapter on the test split of `data` (or on `data` itself if it is a file)."""
+    """Loss of a model with an adapter on the test split of `data` (or on `data` itself if it is a file).
+
+    Args:
+        model_path: MLX model folder, or the hub id of one.
+        adapter_path: an adapter of any form, or None.
+        data: a folder, or one file.
+        batch_size: examples at once.
+        reading: how to read the data.
+        cache: folder that keeps encoded data; None keeps nothing.
+        own_system_prompt: conversations without a system message get the system prompt that `load` finds, in place
+            of the one of `reading`; always so without `reading`.
+    """
     model_path = resolve(model_path)
     _require_tokenizer(model_path)
+    if reading is None or own_system_prompt:
+        adapter = None if adapter_path is None else open_adapter(model_path, adapter_path)
+        own = default_system_prompt(system_prompts_of(model_path, adapter))
+        reading = replace(reading or DataConfig(), system=own)
     examples = read_tokens(split_files(data, "test"), model_path / TOKENIZER, reading, cache=cache)
     model, _ = load(model_path, adapter_path)
     total, tokens = evaluate_data(model, examples, batch_size)

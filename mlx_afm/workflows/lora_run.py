@@ -18,6 +18,7 @@ from mlx_afm.data import find_splits
 from mlx_afm.files import require_space, sha256_of
 from mlx_afm.generation import generate
 from mlx_afm.model import Model
+from mlx_afm.text.system_prompt import SystemPrompts
 from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.training import Callback, Event, Hooks
 from mlx_afm.workflows.lineage import SOURCES
@@ -41,6 +42,7 @@ class Run:
         tokenizer: for samples.
         form: of the adapter.
         course, total_steps: see `run_state`.
+        system_prompts: of the training data.
     """
 
     job: LoRAJob
@@ -49,6 +51,7 @@ class Run:
     form: LoRAConfig
     course: Course
     total_steps: int
+    system_prompts: SystemPrompts = ()
 
     @contextmanager
     def hooks(self, saved: SavedRun | None, on_event: Callback) -> Iterator[Hooks]:
@@ -60,7 +63,7 @@ class Run:
         job = self.job
         trained_bytes = sum(array.nbytes for _, array in tree_flatten(self.model.trainable_parameters()))
         require_space(job.adapter_path, WRITTEN_TIMES * trained_bytes)
-        settings = {**_settings(job, self.model, self.form), SOURCES: self.course["from"]}
+        settings = {**_settings(job, self.model, self.form, self.system_prompts), SOURCES: self.course["from"]}
         with (
             RunFolder(job.adapter_path, self.model, settings, self.course, self.total_steps) as folder,
             open_reports(job.report_to, job.project_name, job.adapter_path, settings) as reports,
@@ -89,11 +92,11 @@ def notices(job: LoRAJob, saved: SavedRun | None, total_steps: int) -> Iterator[
         yield f"nothing left to do: the run in {job.adapter_path} is finished (step {saved.step})"
 
 
-def _settings(job: LoRAJob, model: Model, form: LoRAConfig) -> dict[str, Any]:
+def _settings(job: LoRAJob, model: Model, form: LoRAConfig, system_prompts: SystemPrompts) -> dict[str, Any]:
     """Content of `adapter_config.json`: the adapter's form, and how it was made."""
     adapter = read_toolkit_config(job.model).adapter
     return {
-        **to_adapter_json(form, model.args, adapter.name if adapter else DEFAULT_ADAPTER),
+        **to_adapter_json(form, model.args, adapter.name if adapter else DEFAULT_ADAPTER, system_prompts),
         "model": str(job.model),
         "data": _hashes(job.data),
         "trained_targets": list(job.lora.targets),

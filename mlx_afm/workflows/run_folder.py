@@ -24,7 +24,7 @@ from mlx_afm.adapters import adapter_weights
 from mlx_afm.adapters.store import CONFIG, WEIGHTS, write_adapter_weights
 from mlx_afm.checkpoints.arrays import from_mlx
 from mlx_afm.errors import ConfigError, FormatError
-from mlx_afm.files import read_json, write_json
+from mlx_afm.files import read_json, to_json, write_json
 from mlx_afm.model import Model
 from mlx_afm.training import Event, Snapshot, is_recorded, to_record
 from mlx_afm.workflows.run_state import STATE, Course, SavedRun, read_run, read_state, write_state
@@ -99,7 +99,7 @@ class RunFolder:
     def record(self, event: Event) -> None:
         """Appends an event to `metrics.jsonl`, at once."""
         if self._metrics is not None and is_recorded(event):
-            self._metrics.write((json.dumps(to_record(event)) + "\n").encode())
+            self._metrics.write((to_json(to_record(event), ascii_only=True) + "\n").encode())
             self._metrics.flush()
 
 

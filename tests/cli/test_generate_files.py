@@ -52,6 +52,29 @@ def test_the_command_answers_a_file_in_order(cli, model_folder, prompts):
     assert output.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("record", "options"),
+    [
+        ({"prompt": "list the files in docs"}, []),
+        ({"question": "list the files in docs"}, ["--field", "prompt=question"]),
+        ({"question": "list the files in docs"}, ["--field", "prompt=question", "--dialect", "prompt-completion"]),
+        ({"q": "list the files in docs", "a": "no"}, ["--field", "prompt=q", "--field", "completion=a"]),
+        ({"q": "list the files in docs"}, ["--field", "prompt=q", "--field", "completion=a"]),
+        ({"instruction": "list the files in docs"}, []),
+        ({"task": "list the files in docs"}, ["--field", "instruction=task"]),
+    ],
+    ids=str,
+)
+def test_columns_of_prompts_that_have_other_names(record, options, cli, model_folder, say, tmp_path):
+    (tmp_path / "q.jsonl").write_text(json.dumps(record) + "\n")
+    output = tmp_path / "a.jsonl"
+    ran = cli(
+        "generate", "--model", model_folder, "--prompt", tmp_path / "q.jsonl", "--output", output, "-m", 8, *options
+    )
+    assert ran.code == 0, ran.err
+    assert answers_in(output)[0]["answer"] == say(prompt="list the files in docs")["text"]
+
+
 def test_lines_that_are_no_prompts_are_refused_together(cli, model_folder, prompts, expect_refusal):
     lines = [
         '{"messages": [{"role": "user", "content": "hello"}]}',

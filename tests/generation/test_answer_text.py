@@ -18,6 +18,7 @@ class Letters:
 
     def __init__(self, pieces):
         self.pieces = pieces
+        self.vocab_size = len(pieces)
 
     def decode(self, ids):
         return b"".join(self.pieces[token] for token in ids).decode("utf-8", "replace")

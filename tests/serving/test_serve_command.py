@@ -1,6 +1,7 @@
 """`mlx-afm serve` as a program: what it prints, and how it ends."""
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -49,6 +50,27 @@ def rest(connection, received):
         received += piece
     connection.close()
     return received
+
+
+def test_hidden_files_among_the_adapters_are_passed_over(model_folder, served_adapters, tmp_path):
+    folder = tmp_path / "adapters"
+    shutil.copytree(served_adapters["small"], folder / "small")
+    shutil.copytree(served_adapters["small"], folder / ".trash")
+    for name in ("._small", "._small.pt", ".small.pt", "._box.fmadapter"):  # as macOS leaves them on other file systems
+        (folder / name).write_bytes(b"\0\5\26\7")
+    (folder / "small" / "._adapters.safetensors").write_bytes(b"\0\5\26\7")
+    with serving("--model", model_folder, "--adapters-dir", folder) as (_, said):
+        assert said["models"] == ["mlx", "small"]
+
+
+def test_the_system_prompt_of_the_command_line(model_folder):
+    value = {"model": "mlx", "messages": [{"role": "user", "content": "list the files"}], "max_tokens": 1}
+    counts = []
+    for options in ([], ["--no-system-prompt"], ["--system-prompt", ""], ["--system-prompt", "Go."]):
+        with serving("--model", model_folder, *options) as (_, said):
+            reply = parse_reply(send(said["url"], request_bytes("POST", CHAT, json.dumps(value).encode())))
+            counts.append(reply.json["usage"]["prompt_tokens"])
+    assert counts[0] > counts[3] > counts[1] == counts[2]
 
 
 def test_told_to_stop_it_finishes_what_is_under_way_and_takes_no_more(model_folder, served_adapters):

@@ -323,7 +323,7 @@ def test_what_prompts_share_is_computed_once(model_folder, served_adapters, clie
         ({"n": 99}, "n: expected a whole number from 1 to 8"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop: expected a string or up to 4"),
         ({"top_logprobs": 3}, "top_logprobs: expected logprobs to be true"),
-        ({"logit_bias": {"9999": 1}}, "logit_bias: expected token ids below 512"),
+        ({"logit_bias": {"9999": 1}}, "logit_bias: keys, token 0: token id outside the vocabulary"),
         ({"tool_choice": "required"}, "tool_choice: expected tools with it"),
         ({"tool_choice": "always", "tools": [TOOL]}, 'tool_choice: expected "auto"'),
         (

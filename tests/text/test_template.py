@@ -4,7 +4,7 @@ import pytest
 
 from mlx_afm.errors import ConfigError, DataError
 from mlx_afm.text.messages import parse_messages
-from mlx_afm.text.template import DEFAULT_SYSTEM, Span, encode, render
+from mlx_afm.text.template import DEFAULT_SYSTEM, Span, encode, encode_text, render
 
 USER = {"role": "user", "content": "hello"}
 ANSWER = {"role": "assistant", "content": "hello world"}
@@ -39,6 +39,14 @@ def test_one_answer_literally(toy):
     #                  </s> <ts> sys <n>  A  conv  .  <te> <ts> user <n> hel lo <te> <ts> asst <n> hel lo world <te>
     assert encoded.ids == [2, 3, 9, 5, 16, 17, 22, 4, 3, 10, 5, 8 + 5, 14, 4, 3, 11, 5, 13, 14, 15, 4]
     assert encoded.trained == [False] * 17 + [True] * 4
+
+
+@pytest.mark.parametrize("text", ["hello world", "", "hello", "hello\nworld " * 9])
+def test_plain_text_has_a_mask_as_long_as_its_ids(toy, text):
+    encoded = encode_text(text, toy)
+    assert encoded.ids == [toy.eos_id, *toy.encode(text), toy.eos_id]
+    assert encoded.trained == [False] + [True] * (len(encoded.ids) - 1)
+    assert encoded.turns == ()
 
 
 def test_default_system_message(toy):

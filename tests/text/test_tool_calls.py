@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mlx_afm.text.messages import parse_messages
 from mlx_afm.text.template import TURN_END, render
-from mlx_afm.text.tool_calls import Parsed, ToolCallParser, parse_tool_calls
+from mlx_afm.text.tool_calls import MarkFilter, Parsed, ToolCallParser, parse_tool_calls
 
 START, END = "<executable_start>", "<executable_end>"
 USER = {"role": "user", "content": "how warm is it in Paris?"}
@@ -138,9 +138,22 @@ def test_marks_without_a_block_stay_text(text):
         (block('[{"name": "a"}]') + " so " + block('[{"name": "b"}]') + "!", " so !", ["a", "b"]),
         (f"{START} ```func " + block('[{"name": "a"}]'), f"{START} ```func ", ["a"]),
         (block("nothing") + block('[{"name": "a"}]'), block("nothing"), ["a"]),
-        (block('[{"name": "a"}]')[: -len(END)], block('[{"name": "a"}]')[: -len(END)], []),
+        (block('[{"name": "a"}]')[: -len(END)], "", ["a"]),
+        (f'so {START} ```function\n[{{"name": "a"}}, {{"name": "b"}}, {{"name": "c", "argum', "so ", ["a", "b"]),
+        (f'{START}``` {{"name": "a", "arguments": {{}}}}', "", ["a"]),
+        (f'{START} ```function\n[{{"name": "a", "arg', f'{START} ```function\n[{{"name": "a", "arg', []),
     ],
-    ids=["spaces", "one call", "two blocks", "begun twice", "after a bad one", "cut"],
+    ids=[
+        "spaces",
+        "one call",
+        "two blocks",
+        "begun twice",
+        "after a bad one",
+        "cut",
+        "two of three",
+        "no list",
+        "none",
+    ],
 )
 def test_the_rules(text, content, names):
     parsed = parse_tool_calls(text)
@@ -180,6 +193,28 @@ def test_text_comes_at_once_and_a_call_with_its_block():
     parsed = parser.feed(f': "now"}}, {{"name": "here"}}]```{END} and')
     assert (parsed.content, [one["id"] for one in parsed.calls]) == (" and", ["first", "second"])
     assert parser.finish() == Parsed("", [])
+
+
+def unmarked(text):
+    """What must be left of a text, all marks taken out until there are none."""
+    while START in text or END in text:
+        text = text.replace(START, "").replace(END, "")
+    return text
+
+
+@pytest.mark.parametrize(
+    "text", [*ANSWERS, f"{START[:6]}{END}{START[6:]} a <{END}exec", f"a < b{END}", "<" * 9 + START]
+)
+def test_no_mark_gets_through_the_filter_however_it_is_cut(text):
+    rng = random.Random(1)
+    for trial in range(200):
+        marks, said, place = MarkFilter(), "", 0
+        while place < len(text):
+            size = 1 if trial == 0 else rng.randint(1, 12)
+            said += marks.push(text[place : place + size])
+            place += size
+        said += marks.finish()
+        assert said == unmarked(text)
 
 
 def test_ids_differ():

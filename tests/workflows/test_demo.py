@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_afm import LoRAJob, TrainConfig, check_fmadapter, score, train
+from mlx_afm import LoRAJob, TrainConfig, check_fmadapter, generate, load, score, train
 from mlx_afm.errors import ConfigError
 from mlx_afm.workflows.demo import ASSETS, run_demo
 from mlx_afm.workflows.loss_curve import loss_curve_svg, read_losses
@@ -31,6 +31,11 @@ def test_the_demo_gains_thirty_points_and_ends_with_a_sound_package(tmp_path):
     assert result.sample_answer_after != result.sample_answer_before
     assert any("«" in text for text in said), "a sample is shown with what is trained"
     assert (result.toolkit_folder / "base-model.pt").is_file()
+    # The README's plain `generate`: without the system prompt that the adapter was trained with.
+    for adapter in (result.adapter_folder, result.package):
+        model, tokenizer = load(result.model_folder, adapter)
+        assert generate(model, tokenizer, result.sample_request).strip() == result.sample_answer_after
+    assert generate(*load(result.fused_folder), result.sample_request).strip() == result.sample_answer_after
 
 
 def test_the_demo_does_not_write_over_anything(tmp_path):
