@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from numbers import Number
 from typing import Any
 
-from mlx_afm.generation.answer_text import LENGTH, STOP, AnswerText
-from mlx_afm.generation.batch import BATCH_SIZE, BatchGenerator, Request
 from mlx_afm.generation.config import GenerateConfig
-from mlx_afm.generation.prompt_cache import PrefixCache
+from mlx_afm.generation.engine import BATCH_SIZE, LENGTH, STOP, Engine, Request, Row
+from mlx_afm.generation.forms import decoder_of
+from mlx_afm.generation.prefix_cache import PrefixCache
 from mlx_afm.generation.prompts import Prompt, require_tokenizer, to_prompt_ids
+from mlx_afm.generation.text_stream import TextStream
 from mlx_afm.model import Model
 from mlx_afm.text.tokenizer import AFMTokenizer
 
@@ -47,41 +48,45 @@ def iter_answers(
         model, tokenizer: from `mlx_afm.load`.
         requests: see `Request`.
         batch_size: answered at once.
-        prefix_cache: see `BatchGenerator`; by default one of its own, so that a common beginning is computed once.
+        prefix_cache: see `Engine`; by default one of its own, so that a common beginning is computed once.
 
     Raises:
-        ConfigError: see `BatchGenerator.insert`; before anything is computed.
+        ConfigError: see `Engine.add`; before anything is computed.
     """
+    held = decoder_of(model)
     prefixes = PrefixCache() if prefix_cache is None else prefix_cache
-    rows = BatchGenerator(model, tokenizer.eos_token_ids, batch_size=batch_size, prefix_cache=prefixes)
-    for request in requests:
-        rows.insert(request)
-    texts: dict[int, _Text] = {}
-    while rows.busy:
-        for step in rows.step():
-            request = requests[step.row]
-            row = texts.setdefault(step.row, _Text(AnswerText(tokenizer, request.config.stop)))
-            row.add(step.token)
-            if step.finish_reason is not None or row.text.stopped:
-                rows.remove(step.row)
-                yield step.row, texts.pop(step.row).answer(len(request.ids))
+    engine = Engine(held.decoder, batch_size=batch_size, prefix_cache=prefixes, routes=held.routes)
+    ends = frozenset(tokenizer.eos_token_ids)
+    numbers, texts = {}, {}
+    for number, request in enumerate(requests):
+        (row,) = engine.add(replace(request, stop_token_ids=ends))
+        numbers[row] = number
+    while engine.busy:
+        for event in engine.step():
+            if event.error is not None:
+                raise event.error
+            row = event.row
+            text = texts.setdefault(row, _Text(TextStream(tokenizer, row.request.config.stop)))
+            text.add(event.token.token)
+            if event.finish_reason is not None or text.stream.stopped:
+                engine.remove([row])
+                yield numbers.pop(row), texts.pop(row).answer(row)
 
 
 class _Text:
-    """What a row has said so far."""
+    """The text of a row so far."""
 
-    def __init__(self, text: AnswerText) -> None:
-        self.text = text
+    def __init__(self, stream: TextStream) -> None:
+        self.stream = stream
         self.pieces: list[str] = []
-        self.tokens: list[int] = []
 
     def add(self, token: int) -> None:
-        self.tokens.append(token)
-        self.pieces.append(self.text.add(token))
+        self.pieces.append(self.stream.add(token).text)
 
-    def answer(self, prompt_tokens: int) -> Answer:
-        self.pieces.append(self.text.end())
-        return Answer("".join(self.pieces), self.tokens, STOP if self.text.stopped else LENGTH, prompt_tokens)
+    def answer(self, row: Row) -> Answer:
+        self.pieces.append(self.stream.finish().text)
+        reason = STOP if self.stream.stopped else LENGTH
+        return Answer("".join(self.pieces), row.tokens, reason, len(row.request.ids))
 
 
 def seeded(config: GenerateConfig, number: int) -> GenerateConfig:

@@ -21,10 +21,12 @@ from mlx_afm.errors import ConfigError
 from mlx_afm.generation.batch_cache import BatchCache
 from mlx_afm.generation.config import GenerateConfig, require_fitting
 from mlx_afm.generation.decode import Decoder
-from mlx_afm.generation.prefix_cache import PrefixCache
-from mlx_afm.generation.sampling import Sampled, Sampler, TokenLogprob, sample
+from mlx_afm.generation.prefix_cache import PrefixCache, prefix_owner
+from mlx_afm.generation.speculation import Speculation
+from mlx_afm.generation.sampling import LogitsProcessor, Sampled, Sampler, TokenLogprob, sample
 from mlx_afm.model import KVCache
 from mlx_afm.model.low_rank import Slots
+from mlx_afm.text.tokenizer import require_token_ids
 
 BATCH_SIZE = 16
 CLEAR_CACHE_INTERVAL = 256  # steps after which freed memory goes back to the system, as in mlx-lm
@@ -39,9 +41,11 @@ class Request:
 
     Attributes:
         ids: the prompt.
-        samplers: one for each answer wanted; they share the prompt's computation.
+        samplers: one for each answer wanted; they share the prompt's computation. Without any there is one, of `config`
+            and `logits_processors`.
         max_tokens: of each answer; None for what `config` and the context leave.
         config: prefill size, cache kind and context; how to sample, where `samplers` are not given.
+        logits_processors: see `Sampler`.
         stop_token_ids: ids that end an answer.
         adapter: a name that the routes know; None for the base.
         prefix_boundaries: lengths of the prompt's beginnings that other prompts may share, ascending. The prompt is
@@ -53,6 +57,7 @@ class Request:
     ids: Sequence[int]
     config: GenerateConfig = field(default_factory=GenerateConfig)
     samplers: Sequence[Sampler] = ()
+    logits_processors: Sequence[LogitsProcessor] = ()
     max_tokens: int | None = None
     stop_token_ids: frozenset[int] = frozenset()
     adapter: str | None = None
@@ -120,6 +125,7 @@ class Engine:
         routes: the slots of some rows' adapters, and of one adapter alone; see `adapters.inference`.
         prompts_first: compute all waiting prompts before the next token, as throughput wants it; else one piece of one
             prompt for each token, so that nobody waits long.
+        speculation: a draft model, whose proposals are verified for all rows in one pass; None decodes plainly.
         keep_answers: store prompt and answer in the prefix cache when a row ends, for the next turn of a conversation.
     """
 
@@ -133,11 +139,13 @@ class Engine:
         routes: Callable[[Sequence[str | None]], Mapping[str, Slots]] = lambda names: {},
         prompts_first: bool = True,
         keep_answers: bool = False,
+        speculation: Speculation | None = None,
     ) -> None:
         if batch_size < 1:
             raise ConfigError("batch_size", expected="at least 1", found=batch_size)
         self.decoder, self.batch_size = decoder, batch_size
         self.prefix_cache, self._owner = prefix_cache, owner
+        self.speculation = speculation
         self._routes_of, self._prompts_first, self._keep_answers = routes, prompts_first, keep_answers
         self._waiting: deque[list[Row]] = deque()
         self._prefills: deque[_Prefill] = deque()
@@ -161,11 +169,12 @@ class Engine:
         """Takes a request; its rows join the batch when there is room.
 
         Raises:
-            ConfigError: an empty prompt, one that fills the context, settings that do not fit the model, or a kind of
-                cache other than that of rows under way.
+            ConfigError: a prompt that is empty, fills the context or has an id outside the vocabulary, settings that do
+                not fit the model, or a kind of cache other than that of rows under way.
         """
         if not request.ids:
             raise ConfigError("an empty prompt")
+        require_token_ids(request.ids, self.decoder.form.model.args.vocab_size, where="prompt")
         config = request.config
         require_fitting(config, self.decoder.form.model)
         for other in self._all_rows():
@@ -174,7 +183,8 @@ class Engine:
                 raise ConfigError("rows of one batch differ in kv_bits", expected=expected, found=config.kv_bits)
         limit = config.answer_tokens(len(request.ids))
         limit = limit if request.max_tokens is None else min(limit, request.max_tokens)
-        rows = [Row(request, sampler, limit) for sampler in request.samplers or (Sampler(config),)]
+        own = Sampler(config, processors=request.logits_processors, prompt=request.ids)
+        rows = [Row(request, sampler, limit) for sampler in request.samplers or (own,)]
         self._waiting.append(rows)
         return rows
 
@@ -241,7 +251,7 @@ class Engine:
         end = min(end, prefill.done + request.config.prefill_step_size)
         tokens = mx.array([list(ids[prefill.done : end])])
         routes = self._routes_of([request.adapter])
-        prefill.done, done = end, prefill.done
+        prefill.done = end
         if end < len(ids):
             self.decoder.prefill(tokens, prefill.caches, routes, logits=False)
             mx.eval([cache.state for cache in prefill.caches])
@@ -257,7 +267,6 @@ class Engine:
         if end < len(ids):
             return []
         self._prefills.remove(prefill)
-        del done
         return self._join(prefill, logits)
 
     def _join(self, prefill: _Prefill, logits_1V: mx.array) -> list[TokenEvent]:
@@ -274,7 +283,7 @@ class Engine:
         return self._drop_faulty()
 
     def _kind(self, request: Request) -> Hashable:
-        return self._owner, request.adapter, request.config.kv_bits
+        return prefix_owner(self._owner, request.adapter, request.config.kv_bits)
 
     # Tokens.
 

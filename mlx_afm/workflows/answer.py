@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mlx_afm.errors import ConfigError
 from mlx_afm.generation import GenerateConfig, iter_answers
-from mlx_afm.generation.batch import BATCH_SIZE
+from mlx_afm.generation.engine import BATCH_SIZE
 from mlx_afm.generation.config import require_fitting
 from mlx_afm.generation.guided import guided_processor, guided_when_asked
 from mlx_afm.generation.jsonl import AnswerFile, PromptRow, read_prompt_rows
