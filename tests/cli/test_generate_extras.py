@@ -111,7 +111,7 @@ def test_a_draft_model_is_for_one_prompt_only(model_folder, cli, tmp_path):
     arguments = ["generate", "--model", model_folder, "-p", tmp_path / "p.jsonl", "--output", tmp_path / "a.jsonl"]
     ran = cli(*arguments, "--draft-model", model_folder)
     assert (ran.code, ran.out) == (2, "")
-    assert "--draft-model goes with one prompt; those of a .jsonl are answered in batches" in ran.err
+    assert "--draft-model: no effect with a --prompt that names a .jsonl" in ran.err
     assert cli(*arguments).code == 0
 
 
