@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_afm.model import backend
 from mlx_afm.model.cpu.layout import lay_out_for_decoding
 from mlx_afm.model.dora import DoRAFusedLinear, DoRALinear, adapted_lengths, dense_weight
-from mlx_afm.model.layers import FeedForward, Linear, RMSNorm
+from mlx_afm.model.layers import FeedForward, FusedLinear, Linear, RMSNorm
 from mlx_afm.model.lora import PARTS, LoRAFusedLinear, LoRALinear
 from mlx_afm.model.low_rank import (
     Adaptable,
@@ -75,7 +75,7 @@ class InferenceModel:
             norm = _shallow(module)
             norm.weight = module.weight.astype(self.dtype)
             return norm
-        if hasattr(module, "q_dims"):
+        if isinstance(module, (FusedLinear, QuantizedFusedLinear)):
             return AdaptedFusedLinear(_shallow(module), self.routing)
         formed = _shallow(module)
         joined = _joined(module) if isinstance(module, FeedForward) and not backend.on_cpu() else None
