@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_afm.adapters import Adapter
-from mlx_afm.errors import AdapterError
+from mlx_afm.errors import AdapterError, AFMError
 from mlx_afm.serving.adapters import LOW_RANK, AdapterSwitch
 from mlx_afm.text.system_prompt import SystemPrompts
-from mlx_afm.workflows.load import open_adapter, system_prompts_of
+from mlx_afm.workflows.load import open_adapter, system_prompts_of, trained_system_prompts_of
 
 
 @dataclass
@@ -121,7 +122,12 @@ class AdapterPool:
     def system_prompts(self, name: str) -> SystemPrompts:
         """Those that a model id was trained with, the base's if there is no such adapter. Any thread may ask."""
         entry = self._entries.get(name)
-        return self._base_prompts if entry is None else entry.system_prompts
+        if entry is None:
+            return self._base_prompts
+        if name not in self._switch:  # its file may be another than last time
+            with suppress(AFMError, OSError):  # `acquire` says what is wrong with it
+                return trained_system_prompts_of(self._folder, entry.path)
+        return entry.system_prompts
 
     @property
     def held_bytes(self) -> int:

@@ -116,11 +116,6 @@ def _plain(message: object, index: int) -> object:
     return {key: value for key, value in message.items() if key not in IDLE_KEYS}
 
 
-def present(value: Any) -> Any:
-    """An object without what is null, which is as good as absent; anything else as it is."""
-    return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
-
-
 def _asked_format(schema: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return response_format(schema["schema"], name=schema["name"], description=schema.get("description"))

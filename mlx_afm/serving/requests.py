@@ -13,10 +13,11 @@ from mlx_afm.generation import GenerateConfig
 from mlx_afm.serving.config import ServeConfig
 from mlx_afm.serving.fields import Fields, kind, shown
 from mlx_afm.serving.jobs import Sampling
-from mlx_afm.serving.prompts import Prompt, chat_prompt, present, text_prompts
+from mlx_afm.serving.prompts import Prompt, chat_prompt, text_prompts
 from mlx_afm.serving.refusal import Refusal
 from mlx_afm.text.template import DEFAULT_SYSTEM
 from mlx_afm.text.tokenizer import AFMTokenizer, require_token_ids
+from mlx_afm.text.values import present
 
 MAX_STOPS, MAX_TOP_LOGPROBS, MAX_TOP_COMPLETION, MAX_SEED = 4, 20, 5, 2**63
 LEAST_TOP_P = 1e-6  # what 0 means: the most likely token alone

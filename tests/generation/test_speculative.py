@@ -15,6 +15,7 @@ import pytest
 import mlx_afm
 from mlx_afm.errors import ConfigError
 from mlx_afm.generation import GenerateConfig, speculative
+from mlx_afm.generation.chat import Chat
 from mlx_afm.generation.speculation import MOST_DRAFT_TOKENS, Speculation, require_pair
 from mlx_afm.generation.speculative import iter_speculative_steps, plain_step_seconds, verify_sampled
 from mlx_afm.generation.steps import iter_steps
@@ -181,6 +182,15 @@ def test_stream_generate_takes_a_draft(model_folder):
     )
     assert [response.from_draft for response in responses[:5]] == [False, True, True, True, False]
     assert alone.speed_up is None
+
+
+def test_a_draft_of_another_vocabulary_is_refused_when_it_is_used(model_folder):
+    model, tokenizer = mlx_afm.load(model_folder)
+    speculation = Speculation(draft=tiny_model(vocab_size=64, **DRAFT_SIZES))
+    with pytest.raises(ConfigError, match=r"another vocabulary .expected 512 tokens, found 64 tokens"):
+        mlx_afm.generate(model, tokenizer, "list the files", max_tokens=4, speculation=speculation)
+    with pytest.raises(ConfigError, match="another vocabulary"):
+        Chat(model=model, tokenizer=tokenizer, speculation=speculation)
 
 
 def test_the_number_of_tokens_follows_what_is_accepted(draft):
