@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import sha256
+from math import prod
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -59,16 +60,16 @@ class AdapterStacks:
         if name in self:
             raise AdapterError("there is an adapter of this name", where=name)
         pairs = _pairs(weights)
-        bucket, size = _bucket(pairs), 0
-        for path, (a, b) in self._matrices(pairs, scale):
-            stacks, stack = self._modules[path].stacks, PairStack if b.shape[0] == 2 else LowRankStack
-            if bucket in stacks:
-                held = stacks[bucket]
-                stacks[bucket] = stack(mx.concatenate([held.lora_a, a]), mx.concatenate([held.lora_b, b]))
-            else:
-                stacks[bucket] = stack(a, b)
-            mx.eval(stacks[bucket].parameters())
-            size += a.nbytes + b.nbytes
+        bucket, size, done = _bucket(pairs), 0, list[str]()
+        try:
+            for path, (a, b) in self._matrices(pairs, scale):
+                size += a.nbytes + b.nbytes
+                self._append(path, bucket, a, b)
+                done.append(path)
+        except BaseException:  # a file that cannot be read to its end leaves nothing behind
+            for path in done:
+                self._drop(path, bucket, len(self._slots.get(bucket, ())))
+            raise
         self._slots.setdefault(bucket, []).append(name)
         self.sizes[name] = size
         return size
@@ -80,19 +81,31 @@ class AdapterStacks:
         bucket = self._bucket_of(name)
         slot = self._slots[bucket].index(name)
         del self._slots[bucket][slot]
-        for module in self._modules.values():
-            if bucket not in module.stacks:
-                continue
-            if not self._slots[bucket]:
-                del module.stacks[bucket]
-                continue
-            held, width = module.stacks[bucket], 2 if isinstance(module, AdaptedGateUp) else 1
-            a = mx.concatenate([held.lora_a[:slot], held.lora_a[slot + 1 :]])
-            b = mx.concatenate([held.lora_b[: width * slot], held.lora_b[width * (slot + 1) :]])
-            module.stacks[bucket] = type(held)(a, b)
-            mx.eval(a, b)
+        for path, module in self._modules.items():
+            if bucket in module.stacks:
+                self._drop(path, bucket, slot)
         if not self._slots[bucket]:
             del self._slots[bucket]
+
+    def size_of(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        """Bytes that `add` would return for an adapter with these shapes, by our names."""
+        ranks = {name.removesuffix(".lora_a"): shape[1] for name, shape in shapes.items() if name.endswith(".lora_a")}
+        values = 0
+        for path, module in self._modules.items():
+            if isinstance(module, AdaptedFusedLinear):
+                parts = [part for part in PARTS if f"{path}.{part}" in ranks]
+                outputs = module.linear.q_dims + 2 * module.linear.kv_dims
+                values += sum(
+                    shapes[f"{path}.{part}.lora_a"][0] * ranks[f"{path}.{part}"] + ranks[f"{path}.{part}"] * outputs
+                    for part in parts
+                )
+            elif isinstance(module, AdaptedGateUp):
+                parent = path.rpartition(".")[0]
+                found = [p for part in ("gate", "up") if (p := f"{parent}.{part}_proj") in ranks]
+                values += 2 * sum(map(prod, _shapes_of(shapes, found[0]))) if found else 0
+            elif path in ranks:
+                values += sum(map(prod, _shapes_of(shapes, path)))
+        return values * self._form.dtype.size
 
     def routes(self, names: Sequence[str | None]) -> dict[Bucket, Slots]:
         """The slots of rows with these adapters; None is the base alone."""
@@ -111,6 +124,27 @@ class AdapterStacks:
             return {}
         bucket = self._bucket_of(name)
         return {bucket: Slots(self._slots[bucket].index(name))}
+
+    def _append(self, path: str, bucket: Bucket, a: mx.array, b: mx.array) -> None:
+        """Puts an adapter's matrices behind those in one module."""
+        stacks, stack = self._modules[path].stacks, PairStack if b.shape[0] == 2 else LowRankStack
+        if bucket in stacks:
+            held = stacks[bucket]
+            a, b = mx.concatenate([held.lora_a, a]), mx.concatenate([held.lora_b, b])
+        mx.eval(a, b)
+        stacks[bucket] = stack(a, b)
+
+    def _drop(self, path: str, bucket: Bucket, slot: int) -> None:
+        """Takes one slot out of the stacks of one module."""
+        module = self._modules[path]
+        held, width = module.stacks[bucket], 2 if isinstance(module, AdaptedGateUp) else 1
+        if held.lora_a.shape[0] == 1:
+            del module.stacks[bucket]
+            return
+        a = mx.concatenate([held.lora_a[:slot], held.lora_a[slot + 1 :]])
+        b = mx.concatenate([held.lora_b[: width * slot], held.lora_b[width * (slot + 1) :]])
+        mx.eval(a, b)
+        module.stacks[bucket] = type(held)(a, b)
 
     def _bucket_of(self, name: str) -> Bucket:
         return next(bucket for bucket, names in self._slots.items() if name in names)
@@ -162,6 +196,10 @@ def _bucket(pairs: Mapping[str, Mapping[str, Callable[[], mx.array]]]) -> Bucket
     """The name of the bucket of adapters with these modules and this rank."""
     rank = next(iter(pairs.values()))["lora_a"]().shape[1]
     return f"rank {rank} {sha256(' '.join(sorted(pairs)).encode()).hexdigest()[:12]}"
+
+
+def _shapes_of(shapes: Mapping[str, Sequence[int]], path: str) -> tuple[Sequence[int], Sequence[int]]:
+    return shapes[f"{path}.lora_a"], shapes[f"{path}.lora_b"]
 
 
 def own_weights(model: Model) -> tuple[Weights, float] | None:

@@ -127,6 +127,10 @@ class Engine:
             prompt for each token, so that nobody waits long.
         speculation: a draft model, whose proposals are verified for all rows in one pass; None decodes plainly.
         keep_answers: store prompt and answer in the prefix cache when a row ends, for the next turn of a conversation.
+
+    Attributes:
+        rows: the answers that decode.
+        overflow: engines of the same decoder that take the answers of a request which find no room here, in this order.
     """
 
     def __init__(
@@ -150,6 +154,7 @@ class Engine:
         self._waiting: deque[list[Row]] = deque()
         self._prefills: deque[_Prefill] = deque()
         self.rows: list[Row] = []
+        self.overflow: Sequence[Engine] = ()
         self._cache: BatchCache | None = None
         self._sampled: Sampled | None = None  # each row's newest token, not given out and not in the cache yet
         self._routes: Mapping[str, Slots] = {}
@@ -197,6 +202,14 @@ class Engine:
         self._prefills = deque(prefill for prefill in self._prefills if prefill.rows)
         self._keep([index for index, row in enumerate(self.rows) if id(row) not in gone])
 
+    def reroute(self) -> None:
+        """Looks up the slots of the rows' adapters again; to be called after adapters were added or removed."""
+        # Idle rows of the storage take the first row's.
+        names = [row.request.adapter for row in self.rows]
+        if self._cache is not None and names:
+            names += [names[0]] * (self._cache.rows - len(names))
+        self._routes = self._routes_of(names)
+
     def step(self) -> list[TokenEvent]:
         """Computes waiting prompts, then gives a token of each row; finished rows leave."""
         events = self._prefill()
@@ -229,7 +242,7 @@ class Engine:
             if not self._prefills:
                 return events
             events += self._read(self._prefills[0])
-            if not self._prompts_first and self.rows:
+            if not self._prompts_first:
                 return events
 
     def _start(self, rows: list[Row]) -> _Prefill:
@@ -259,7 +272,7 @@ class Engine:
         else:
             logits = self.decoder.prefill(tokens, prefill.caches, routes)
             assert logits is not None
-        if self.prefix_cache is not None and (end == len(ids) if request.prefix_boundaries is None else end in boundaries):
+        if self.prefix_cache is not None and _is_kept(request, end):
             self.prefix_cache.store(ids[:end], prefill.caches, self._kind(request))
         if request.on_progress is not None:
             mx.eval([cache.state for cache in prefill.caches])
@@ -270,7 +283,16 @@ class Engine:
         return self._join(prefill, logits)
 
     def _join(self, prefill: _Prefill, logits_1V: mx.array) -> list[TokenEvent]:
-        rows = prefill.rows
+        events, rows = [], prefill.rows
+        for engine in (self, *self.overflow) if self.overflow else ():
+            room = max(engine.batch_size - len(engine.rows), 0)
+            if room and rows:
+                events += engine._take(rows[:room], prefill, logits_1V)
+                rows = rows[room:]
+        return events + self._take(rows, prefill, logits_1V) if rows else events
+
+    def _take(self, rows: list[Row], prefill: _Prefill, logits_1V: mx.array) -> list[TokenEvent]:
+        """Puts rows behind the others, with their first tokens, which are given out with the next step."""
         sampled = sample([row.sampler for row in rows], mx.repeat(logits_1V, len(rows), axis=0), [0] * len(rows))
         if self._cache is None or not self.rows:
             quantized = rows[0].request.config.kv_bits is not None
@@ -279,7 +301,7 @@ class Engine:
             self._cache.append(prefill.caches, prefill.done)
         self._sampled = sampled if self._sampled is None else self._sampled.joined(sampled)
         self.rows = [*self.rows, *rows]
-        self._reroute()
+        self.reroute()
         return self._drop_faulty()
 
     def _kind(self, request: Request) -> Hashable:
@@ -328,7 +350,7 @@ class Engine:
         self.rows = [self.rows[index] for index in indices]
         self._cache.keep(indices)
         self._sampled = self._sampled.rows(indices) if self._sampled is not None and indices else None
-        self._reroute()
+        self.reroute()
 
     def _store_answer(self, index: int) -> None:
         assert self._cache is not None
@@ -338,13 +360,16 @@ class Engine:
         length = min(self._cache.lengths[index], len(ids))
         self.prefix_cache.store(ids[:length], self._cache.extract(index, length), self._kind(row.request))
 
-    def _reroute(self) -> None:
-        """The routes of the rows as they are now; idle rows of the storage take the first row's."""
-        names = [row.request.adapter for row in self.rows]
-        if self._cache is not None and names:
-            names += [names[0]] * (self._cache.rows - len(names))
-        self._routes = self._routes_of(names)
-
     def _all_rows(self) -> list[Row]:
         waiting = [row for rows in self._waiting for row in rows]
         return [*self.rows, *(row for prefill in self._prefills for row in prefill.rows), *waiting]
+
+
+def _is_kept(request: Request, end: int) -> bool:
+    """Whether the first `end` tokens of a prompt are stored: all of them, or those up to the first and the last boundary.
+
+    Prompts of other conversations share the first, and the next turn of this one has the last.
+    """
+    if request.prefix_boundaries is None:
+        return end == len(request.ids)
+    return bool(request.prefix_boundaries) and end in (request.prefix_boundaries[0], request.prefix_boundaries[-1])
