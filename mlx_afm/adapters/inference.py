@@ -5,8 +5,8 @@
     routes = adapters.routes(["poet", None])        row 0 with the adapter, row 1 without
     decoder.step(tokens, cache, routes, ...)
 
-DoRA adapters multiply rows of the base and have no place in a stack: each is an inference model of its own, which shares
-the base's arrays.
+DoRA adapters multiply rows of the base and have no place in a stack: each is an inference model of its own, which
+shares the base's arrays.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ from mlx_afm.errors import AdapterError
 from mlx_afm.model import Model
 from mlx_afm.model.inference import InferenceModel, fused_matrices
 from mlx_afm.model.lora import PARTS, LoRAFusedLinear, LoRALinear
-from mlx_afm.model.low_rank import AdaptedFusedLinear, AdaptedGateUp, Bucket, LowRankStack, PairStack, Slots
+from mlx_afm.model.low_rank import (
+    AdaptedFusedLinear,
+    AdaptedGateUp,
+    Bucket,
+    LowRankStack,
+    MagnitudeLinear,
+    PairStack,
+    Slots,
+)
 
 Weights = Mapping[str, Callable[[], mx.array]]
 
@@ -34,8 +42,8 @@ class AdapterStacks:
     Args:
         form: whose modules hold the stacks.
 
-    Cost: each adapter's matrices once, in the model's dtype; of the fused projection B with zeros between its parts, 2 R
-        (Q + 2 K) values a layer for nothing. `add` and `remove` copy the stacks of one bucket, a module at a time.
+    Cost: each adapter's matrices once, in the model's dtype; of the fused projection B with zeros between its parts,
+        2 R (Q + 2 K) values a layer for nothing. `add` and `remove` copy the stacks of one bucket, a module at a time.
     """
 
     def __init__(self, form: InferenceModel) -> None:
@@ -51,7 +59,7 @@ class AdapterStacks:
         """Puts an adapter beside the others; returns its bytes.
 
         Args:
-            weights: what gives `...lora_a` (D, R) and `...lora_b` (R, O), float32, by our names; each is asked for once.
+            weights: what gives `...lora_a` (D, R) and `...lora_b` (R, O), float32, by our names.
             scale: of B A.
 
         Raises:
@@ -202,8 +210,34 @@ def _shapes_of(shapes: Mapping[str, Sequence[int]], path: str) -> tuple[Sequence
     return shapes[f"{path}.lora_a"], shapes[f"{path}.lora_b"]
 
 
+def dora_size(form: InferenceModel, shapes: Mapping[str, Sequence[int]]) -> int:
+    """Bytes of a DoRA adapter in its inference form, from the shapes of its tensors, by our names."""
+    modules, values, fused = form.adaptable(), 0, set()
+    for name in shapes:
+        path, _, kind = name.rpartition(".")
+        if kind != "lora_a":
+            continue
+        (inputs, rank), (_, outputs) = _shapes_of(shapes, path)
+        parent, _, part = path.rpartition(".")
+        if part in PARTS:
+            linear = modules[parent].linear
+            outputs = linear.q_dims + 2 * linear.kv_dims
+        values += rank * (inputs + outputs) + (0 if parent in fused else outputs)
+        if part in PARTS:
+            fused.add(parent)
+    return values * form.dtype.size
+
+
+def magnitude_bytes(form: InferenceModel) -> int:
+    """Bytes that the DoRA layers of an inference model hold beside the base's arrays, which are computed if need be."""
+    layers = [module for module in form.model.modules() if isinstance(module, MagnitudeLinear)]
+    own = [array for layer in layers for array in (layer.lora_a, layer.lora_b, layer.factor)]
+    mx.eval(own)
+    return sum(array.nbytes for array in own)
+
+
 def own_weights(model: Model) -> tuple[Weights, float] | None:
-    """The LoRA adapter on a model, as `AdapterStacks.add` takes it; None if there is none (or DoRA, or whole weights)."""
+    """The LoRA adapter on a model, as `AdapterStacks.add` takes it; None if there is none (DoRA, whole weights)."""
     layers = [module for module in model.modules() if isinstance(module, (LoRALinear, LoRAFusedLinear))]
     if not layers:
         return None

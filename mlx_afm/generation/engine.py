@@ -22,8 +22,8 @@ from mlx_afm.generation.batch_cache import BatchCache
 from mlx_afm.generation.config import GenerateConfig, require_fitting
 from mlx_afm.generation.decode import Decoder
 from mlx_afm.generation.prefix_cache import PrefixCache, prefix_owner
-from mlx_afm.generation.speculation import Speculation
 from mlx_afm.generation.sampling import LogitsProcessor, Sampled, Sampler, TokenLogprob, sample
+from mlx_afm.generation.speculation import Speculation
 from mlx_afm.model import KVCache
 from mlx_afm.model.low_rank import Slots
 from mlx_afm.text.tokenizer import require_token_ids
@@ -166,6 +166,11 @@ class Engine:
         return bool(self.rows or self._waiting or self._prefills)
 
     @property
+    def reading(self) -> bool:
+        """Whether a prompt is being computed or waits for that."""
+        return bool(self._waiting or self._prefills)
+
+    @property
     def rows_in_use(self) -> int:
         """Rows that decode or whose prompt is being computed."""
         return len(self.rows) + sum(len(prefill.rows) for prefill in self._prefills)
@@ -235,15 +240,18 @@ class Engine:
     def _prefill(self) -> list[TokenEvent]:
         events: list[TokenEvent] = []
         while True:
-            while self._waiting and self.rows_in_use + len(self._waiting[0]) <= max(
-                self.batch_size, len(self._waiting[0])
-            ):
+            while self._waiting and self._has_room(len(self._waiting[0])):
                 self._prefills.append(self._start(self._waiting.popleft()))
             if not self._prefills:
                 return events
             events += self._read(self._prefills[0])
             if not self._prompts_first:
                 return events
+
+    def _has_room(self, rows: int) -> bool:
+        """Whether a request with so many answers can start; one that is larger than all room waits until all is free."""
+        free = sum(max(engine.batch_size - engine.rows_in_use, 0) for engine in (self, *self.overflow))
+        return rows <= free or not self.rows_in_use
 
     def _start(self, rows: list[Row]) -> _Prefill:
         request = rows[0].request
@@ -264,20 +272,19 @@ class Engine:
         end = min(end, prefill.done + request.config.prefill_step_size)
         tokens = mx.array([list(ids[prefill.done : end])])
         routes = self._routes_of([request.adapter])
-        prefill.done = end
+        prefill.done, logits = end, None
         if end < len(ids):
             self.decoder.prefill(tokens, prefill.caches, routes, logits=False)
             mx.eval([cache.state for cache in prefill.caches])
             mx.clear_cache()
         else:
             logits = self.decoder.prefill(tokens, prefill.caches, routes)
-            assert logits is not None
         if self.prefix_cache is not None and _is_kept(request, end):
             self.prefix_cache.store(ids[:end], prefill.caches, self._kind(request))
         if request.on_progress is not None:
             mx.eval([cache.state for cache in prefill.caches])
             request.on_progress(end, len(ids))
-        if end < len(ids):
+        if logits is None:
             return []
         self._prefills.remove(prefill)
         return self._join(prefill, logits)
@@ -366,7 +373,7 @@ class Engine:
 
 
 def _is_kept(request: Request, end: int) -> bool:
-    """Whether the first `end` tokens of a prompt are stored: all of them, or those up to the first and the last boundary.
+    """Whether the first `end` tokens of a prompt are stored: the whole prompt, or up to the first or last boundary.
 
     Prompts of other conversations share the first, and the next turn of this one has the last.
     """

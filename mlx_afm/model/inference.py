@@ -1,7 +1,7 @@
 """The inference form of a model: the same arrays in modules that launch fewer kernels.
 
-Gate and up become one product, adapters are cast to the model's dtype once and their scale is folded into B, and nothing
-is kept for gradients. The model itself stays as it is: it can still be trained, fused and saved exactly.
+Gate and up become one product, adapters are cast to the model's dtype once and their scale is folded into B, and
+nothing is kept for gradients. The model itself stays as it is: it can still be trained, fused and saved exactly.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def _joined(module: FeedForward) -> GateUpLinear | None:
         joined: Linear | QuantizedLinear = gate.with_weight(mx.concatenate([gate.weight, up.weight]))
         names = ["weight"]
     elif isinstance(gate, QuantizedLinear) and isinstance(up, QuantizedLinear) and gate.scheme == up.scheme:
-        arrays = [mx.concatenate(pair) for pair in zip(gate.packed.arrays, up.packed.arrays)]
+        arrays = [mx.concatenate(list(pair)) for pair in zip(gate.packed.arrays, up.packed.arrays)]
         joined = quantized(Linear(1, 1), Packed(gate.scheme, *arrays), gate.dtype)  # type: ignore[assignment]
         names = ["weight", "scales", "biases"][: len(arrays)]
     else:

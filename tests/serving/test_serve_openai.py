@@ -216,7 +216,7 @@ def test_a_fault_of_the_server_is_told_as_one(model_folder, monkeypatch):
         openai.OpenAI(base_url=f"{own.url}/v1", api_key="none", max_retries=0, timeout=60) as client,
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(own.engine, "submit", None)
+            patch.setattr(own.model, "submit", None)
             with pytest.raises(openai.InternalServerError, match="the server could not answer"):
                 client.chat.completions.create(model="base", messages=chat(REQUESTS[0]))
         assert client.chat.completions.create(model="base", messages=chat(REQUESTS[0])).choices
