@@ -249,7 +249,7 @@ class Engine:
                 return events
 
     def _has_room(self, rows: int) -> bool:
-        """Whether a request with so many answers can start; one that is larger than all room waits until all is free."""
+        """Whether a request with so many answers can start; one that is larger than all room waits for all of it."""
         free = sum(max(engine.batch_size - engine.rows_in_use, 0) for engine in (self, *self.overflow))
         return rows <= free or not self.rows_in_use
 

@@ -4,8 +4,8 @@
 
 Rows of the base and of all LoRA adapters share one engine, and so one forward pass a token, up to `batch_size` rows;
 more rows take turns in further engines. A DoRA adapter has a decoder and engines of its own. Everything here runs in
-the thread that owns the model. Requests are admitted in the order in which they came, so none waits for ever because its adapter
-finds no room; one prompt is read at a time.
+the thread that owns the model. Requests are admitted in the order in which they came, so none waits for ever because
+its adapter finds no room; one prompt is read at a time.
 """
 
 from __future__ import annotations

@@ -178,15 +178,15 @@ def test_an_answer_that_cannot_keep_its_form_ends_alone(model_folder, monkeypatc
     """A processor that fails in the middle of an answer takes no other answer of its batch with it."""
     from mlx_afm.serving import plan
 
-    def processor_of(asked, tokenizer):
-        def process(said, logits):
-            if len(said) == 3:
+    def constraint_of(asked, tokenizer):
+        def process(history, logits):
+            if len(history) == len(asked.prompts[0].ids) + 3:
                 raise ValueError("the form is broken")
             return logits
 
         return None if asked.schema is None else lambda: process
 
-    monkeypatch.setattr(plan, "processor_of", processor_of)
+    monkeypatch.setattr(plan, "constraint_of", constraint_of)
     told, form = [], {"type": "json_schema", "json_schema": {"name": "Person", "schema": SCHEMA}}
     with (
         running(model_folder, {}, ServeConfig(port=0, model_id="base"), told.append) as own,
