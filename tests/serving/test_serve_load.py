@@ -142,12 +142,12 @@ def resident_bytes(process):
 
 
 @pytest.mark.slow
-def test_five_hundred_requests(model_folder, served_adapters, alone):
+def test_five_hundred_requests(model_folder, served_adapters, bytes_in_memory, alone):
     """8 clients over 4 adapters against the program: all answers right, and no growth after the warm-up.
 
     There is room for two of the four adapters, so they come and go all the time.
     """
-    limit = 1_700_000
+    limit = sum(sorted(map(bytes_in_memory, served_adapters.values()))[-2:])
     command = [sys.executable, "-m", "mlx_afm", "serve", "--model", model_folder, "--port", "0", "--json"]
     command += [f"--adapter={name}={served_adapters[name]}" for name in ADAPTERS] + [f"--adapter-memory={limit}"]
     with subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True) as process:

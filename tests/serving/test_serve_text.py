@@ -99,32 +99,65 @@ def test_a_character_in_bytes_is_told_whole(bytewise):
     assert "".join(piece.text for piece in cut) == "a \ufffd"  # half of a character at the end
 
 
-@pytest.fixture
-def parrot(model_folder, tokenizer, monkeypatch):
-    """A client of a server whose answers of a given form say `SAYS`."""
-    ids = [*tokenizer.encode("\n" + SAYS)[2:], tokenizer.turn_end_id]
+@pytest.fixture(scope="module")
+def scripted(model_folder):
+    """A client of a server whose answers with a response format are the tokens that a test sets."""
+    script = []
 
     def constraint_of(asked, _):
         start = len(asked.prompts[0].ids)
 
         def process(history, logits):
-            return mx.where(mx.arange(logits.shape[-1]) == ids[len(history) - start], 0.0, -mx.inf)[None]
+            return mx.where(mx.arange(logits.shape[-1]) == script[len(history) - start], 0.0, -mx.inf)[None]
 
         return lambda: process
 
-    monkeypatch.setattr(plan, "constraint_of", constraint_of)
     with (
+        pytest.MonkeyPatch.context() as patch,
         running(model_folder, {}, ServeConfig(port=0, model_id="base")) as server,
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client,
     ):
+        patch.setattr(plan, "constraint_of", constraint_of)
 
-        def ask(**extra):
+        def ask(ids, **extra):
+            script[:] = ids
             form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
             return client.chat.completions.create(
                 model="base", messages=chat(REQUESTS[0]), response_format=form, max_tokens=300, **extra
             )
 
         yield ask
+
+
+@pytest.mark.parametrize(
+    ("stop", "cuts"),
+    [
+        (["bade", "ad"], ["x|ba|de", "x|b|a|d|e", "x|ba|d|e", "x|b|a|de"]),  # "ad" is whole before "bade" is
+        (["box", "o"], ["x|box", "x|b|o|x", "x|bo|x"]),  # "o" is whole before "box" is
+        (["d", "ad"], ["x|b|add", "x|ba|d|d", "x|b|a|d|d"]),  # of both, which "d" completes, the longer counts
+    ],
+    ids=str,
+)
+def test_an_answer_ends_at_the_first_character_that_completes_a_stop_string(scripted, tokenizer, stop, cuts):
+    """However the text is cut into tokens, in a stream and without one."""
+    for cut in cuts:
+        ids = [*map(tokenizer.convert_tokens_to_ids, cut.split("|")), tokenizer.turn_end_id]
+        choice = scripted(ids, stop=stop).choices[0]
+        assert (choice.message.content, choice.finish_reason) == ("xb", "stop"), cut
+        streamed = list(scripted(ids, stop=stop, stream=True))
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == "xb"
+        assert streamed[-1].choices[0].finish_reason == "stop"
+        told = scripted(ids, stop=stop, logprobs=True).choices[0].logprobs.content
+        assert "".join(token.token for token in told).startswith("xb")
+        free = scripted(ids).choices[0]
+        assert free.message.content == cut.replace("|", "")
+
+
+@pytest.fixture
+def parrot(scripted, tokenizer):
+    """A client whose answers with a response format say `SAYS`."""
+    ids = [*tokenizer.encode("\n" + SAYS)[2:], tokenizer.turn_end_id]
+    return lambda **extra: scripted(ids, **extra)
 
 
 def unmarked(text):
