@@ -145,9 +145,7 @@ def test_the_bases_own_adapter_is_the_bases_and_no_others(toolkit_folder, model_
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_a_file_that_cannot_be_read_to_its_end_leaves_the_others_as_they_were(
-    model_folder, tmp_path, monkeypatch, kind
-):
+def test_a_file_that_cannot_be_read_to_its_end_leaves_the_others_alone(model_folder, tmp_path, monkeypatch, kind):
     """The LoRA adapters have one rank and the same projections, so that their matrices share stacks."""
     base = read_config(model_folder)
     for name, form in (("good", "lora"), ("bad", kind)):
