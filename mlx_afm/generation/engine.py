@@ -22,8 +22,8 @@ from mlx_afm.generation.batch_cache import BatchCache
 from mlx_afm.generation.config import GenerateConfig, require_fitting
 from mlx_afm.generation.decode import Decoder
 from mlx_afm.generation.prefix_cache import PrefixCache, prefix_owner
-from mlx_afm.generation.speculation import Speculation
 from mlx_afm.generation.sampling import LogitsProcessor, Sampled, Sampler, TokenLogprob, sample
+from mlx_afm.generation.speculation import Speculation
 from mlx_afm.model import KVCache
 from mlx_afm.model.low_rank import Slots
 from mlx_afm.text.tokenizer import require_token_ids
@@ -127,6 +127,10 @@ class Engine:
             prompt for each token, so that nobody waits long.
         speculation: a draft model, whose proposals are verified for all rows in one pass; None decodes plainly.
         keep_answers: store prompt and answer in the prefix cache when a row ends, for the next turn of a conversation.
+
+    Attributes:
+        rows: the answers that decode.
+        overflow: engines of the same decoder that take the answers of a request which find no room here, in this order.
     """
 
     def __init__(
@@ -150,6 +154,7 @@ class Engine:
         self._waiting: deque[list[Row]] = deque()
         self._prefills: deque[_Prefill] = deque()
         self.rows: list[Row] = []
+        self.overflow: Sequence[Engine] = ()
         self._cache: BatchCache | None = None
         self._sampled: Sampled | None = None  # each row's newest token, not given out and not in the cache yet
         self._routes: Mapping[str, Slots] = {}
@@ -159,6 +164,11 @@ class Engine:
     def busy(self) -> bool:
         """Whether an answer is under way or waiting."""
         return bool(self.rows or self._waiting or self._prefills)
+
+    @property
+    def reading(self) -> bool:
+        """Whether a prompt is being computed or waits for that."""
+        return bool(self._waiting or self._prefills)
 
     @property
     def rows_in_use(self) -> int:
@@ -197,6 +207,14 @@ class Engine:
         self._prefills = deque(prefill for prefill in self._prefills if prefill.rows)
         self._keep([index for index, row in enumerate(self.rows) if id(row) not in gone])
 
+    def reroute(self) -> None:
+        """Looks up the slots of the rows' adapters again; to be called after adapters were added or removed."""
+        # Idle rows of the storage take the first row's.
+        names = [row.request.adapter for row in self.rows]
+        if self._cache is not None and names:
+            names += [names[0]] * (self._cache.rows - len(names))
+        self._routes = self._routes_of(names)
+
     def step(self) -> list[TokenEvent]:
         """Computes waiting prompts, then gives a token of each row; finished rows leave."""
         events = self._prefill()
@@ -222,15 +240,18 @@ class Engine:
     def _prefill(self) -> list[TokenEvent]:
         events: list[TokenEvent] = []
         while True:
-            while self._waiting and self.rows_in_use + len(self._waiting[0]) <= max(
-                self.batch_size, len(self._waiting[0])
-            ):
+            while self._waiting and self._has_room(len(self._waiting[0])):
                 self._prefills.append(self._start(self._waiting.popleft()))
             if not self._prefills:
                 return events
             events += self._read(self._prefills[0])
-            if not self._prompts_first and self.rows:
+            if not self._prompts_first:
                 return events
+
+    def _has_room(self, rows: int) -> bool:
+        """Whether a request with so many answers can start; one that is larger than all room waits for all of it."""
+        free = sum(max(engine.batch_size - engine.rows_in_use, 0) for engine in (self, *self.overflow))
+        return rows <= free or not self.rows_in_use
 
     def _start(self, rows: list[Row]) -> _Prefill:
         request = rows[0].request
@@ -251,26 +272,34 @@ class Engine:
         end = min(end, prefill.done + request.config.prefill_step_size)
         tokens = mx.array([list(ids[prefill.done : end])])
         routes = self._routes_of([request.adapter])
-        prefill.done = end
+        prefill.done, logits = end, None
         if end < len(ids):
             self.decoder.prefill(tokens, prefill.caches, routes, logits=False)
             mx.eval([cache.state for cache in prefill.caches])
             mx.clear_cache()
         else:
             logits = self.decoder.prefill(tokens, prefill.caches, routes)
-            assert logits is not None
-        if self.prefix_cache is not None and (end == len(ids) if request.prefix_boundaries is None else end in boundaries):
+        if self.prefix_cache is not None and _is_kept(request, end):
             self.prefix_cache.store(ids[:end], prefill.caches, self._kind(request))
         if request.on_progress is not None:
             mx.eval([cache.state for cache in prefill.caches])
             request.on_progress(end, len(ids))
-        if end < len(ids):
+        if logits is None:
             return []
         self._prefills.remove(prefill)
         return self._join(prefill, logits)
 
     def _join(self, prefill: _Prefill, logits_1V: mx.array) -> list[TokenEvent]:
-        rows = prefill.rows
+        events, rows = [], prefill.rows
+        for engine in (self, *self.overflow) if self.overflow else ():
+            room = max(engine.batch_size - len(engine.rows), 0)
+            if room and rows:
+                events += engine._take(rows[:room], prefill, logits_1V)
+                rows = rows[room:]
+        return events + self._take(rows, prefill, logits_1V) if rows else events
+
+    def _take(self, rows: list[Row], prefill: _Prefill, logits_1V: mx.array) -> list[TokenEvent]:
+        """Puts rows behind the others, with their first tokens, which are given out with the next step."""
         sampled = sample([row.sampler for row in rows], mx.repeat(logits_1V, len(rows), axis=0), [0] * len(rows))
         if self._cache is None or not self.rows:
             quantized = rows[0].request.config.kv_bits is not None
@@ -279,7 +308,7 @@ class Engine:
             self._cache.append(prefill.caches, prefill.done)
         self._sampled = sampled if self._sampled is None else self._sampled.joined(sampled)
         self.rows = [*self.rows, *rows]
-        self._reroute()
+        self.reroute()
         return self._drop_faulty()
 
     def _kind(self, request: Request) -> Hashable:
@@ -328,7 +357,7 @@ class Engine:
         self.rows = [self.rows[index] for index in indices]
         self._cache.keep(indices)
         self._sampled = self._sampled.rows(indices) if self._sampled is not None and indices else None
-        self._reroute()
+        self.reroute()
 
     def _store_answer(self, index: int) -> None:
         assert self._cache is not None
@@ -338,13 +367,16 @@ class Engine:
         length = min(self._cache.lengths[index], len(ids))
         self.prefix_cache.store(ids[:length], self._cache.extract(index, length), self._kind(row.request))
 
-    def _reroute(self) -> None:
-        """The routes of the rows as they are now; idle rows of the storage take the first row's."""
-        names = [row.request.adapter for row in self.rows]
-        if self._cache is not None and names:
-            names += [names[0]] * (self._cache.rows - len(names))
-        self._routes = self._routes_of(names)
-
     def _all_rows(self) -> list[Row]:
         waiting = [row for rows in self._waiting for row in rows]
         return [*self.rows, *(row for prefill in self._prefills for row in prefill.rows), *waiting]
+
+
+def _is_kept(request: Request, end: int) -> bool:
+    """Whether the first `end` tokens of a prompt are stored: the whole prompt, or up to the first or last boundary.
+
+    Prompts of other conversations share the first, and the next turn of this one has the last.
+    """
+    if request.prefix_boundaries is None:
+        return end == len(request.ids)
+    return bool(request.prefix_boundaries) and end in (request.prefix_boundaries[0], request.prefix_boundaries[-1])

@@ -1,7 +1,7 @@
 """The inference form of a model: the same arrays in modules that launch fewer kernels.
 
-Gate and up become one product, adapters are cast to the model's dtype once and their scale is folded into B, and nothing
-is kept for gradients. The model itself stays as it is: it can still be trained, fused and saved exactly.
+Gate and up become one product, adapters are cast to the model's dtype once and their scale is folded into B, and
+nothing is kept for gradients. The model itself stays as it is: it can still be trained, fused and saved exactly.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class InferenceModel:
 
     Args:
         model: its LoRA adapter, if it has one, is left out: `adapters.inference` adds it. DoRA layers are kept.
+        beside: another inference form of this model, whose joined gate and up weights are used here too, so that they
+            are in memory once.
 
     Attributes:
         model: a `Model` that shares its arrays with the given one. Its modules take adapters, see `low_rank`.
@@ -47,8 +49,10 @@ class InferenceModel:
         on the CPU the layout of `cpu.layout`.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, *, beside: InferenceModel | None = None) -> None:
         lay_out_for_decoding(model)
+        # By the ids of both weights, which are kept here so that no other arrays can have these ids.
+        self._joined: dict[tuple[int, int], tuple[list[mx.array], GateUpLinear]] = beside._joined if beside else {}
         self.routing = Routing()
         self.dtype = model.head.dtype if isinstance(model.head, Quantized) else model.head.weight.dtype
         self.model: Model = self._form(model)
@@ -78,7 +82,7 @@ class InferenceModel:
         if isinstance(module, (FusedLinear, QuantizedFusedLinear)):
             return AdaptedFusedLinear(_shallow(module), self.routing)
         formed = _shallow(module)
-        joined = _joined(module) if isinstance(module, FeedForward) and not backend.on_cpu() else None
+        joined = self._join(module) if isinstance(module, FeedForward) and not backend.on_cpu() else None
         for name, child in module.children().items():
             if joined is not None and name in ("gate_proj", "up_proj"):
                 del formed[name]
@@ -87,6 +91,18 @@ class InferenceModel:
         if joined is not None:
             formed.gate_up_proj = AdaptedGateUp(joined, self.routing)
         return formed
+
+    def _join(self, module: FeedForward) -> GateUpLinear | None:
+        """Gate and up as one projection, joined once for all inference forms beside each other."""
+        pair = [_base(projection).get("weight") for projection in (module.gate_proj, module.up_proj)]
+        held = self._joined.get((id(pair[0]), id(pair[1])))
+        if held is not None:
+            return held[1]
+        joined = _joined(module)
+        if joined is not None:
+            views = [_base(projection).weight for projection in (module.gate_proj, module.up_proj)]
+            self._joined[id(views[0]), id(views[1])] = views, joined
+        return joined
 
     def _with_magnitudes(self, module: Any) -> MagnitudeLinear:
         """A DoRA layer with its magnitudes divided by the lengths of the adapted rows, once."""
@@ -153,7 +169,7 @@ def _joined(module: FeedForward) -> GateUpLinear | None:
         joined: Linear | QuantizedLinear = gate.with_weight(mx.concatenate([gate.weight, up.weight]))
         names = ["weight"]
     elif isinstance(gate, QuantizedLinear) and isinstance(up, QuantizedLinear) and gate.scheme == up.scheme:
-        arrays = [mx.concatenate(pair) for pair in zip(gate.packed.arrays, up.packed.arrays)]
+        arrays = [mx.concatenate(list(pair)) for pair in zip(gate.packed.arrays, up.packed.arrays)]
         joined = quantized(Linear(1, 1), Packed(gate.scheme, *arrays), gate.dtype)  # type: ignore[assignment]
         names = ["weight", "scales", "biases"][: len(arrays)]
     else:
