@@ -1,6 +1,6 @@
 """Building blocks that are the same in both kinds of layers.
 
-Shape suffixes: B batch, L tokens, H heads, E head width, D model width.
+Shape suffixes: B batch, L tokens, H heads, E head width, P pairs of it, D model width.
 """
 
 from __future__ import annotations
@@ -284,7 +284,7 @@ def rotary_frequencies(head_dim: int, theta: float) -> tuple[float, ...]:
 
 
 def rotary_tables(positions_BL: mx.array, config: AFMConfig, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-    """Cosines and sines as `rotate` takes them, each (B, L, 1, E): angles in float32, then cast to `dtype`.
+    """Cosines and sines as `rotate` takes them, each (B, L, 1, P, 2): angles in float32, then cast to `dtype`.
 
     Both values of a pair have its cosine; the first has its sine with the sign changed.
 
@@ -294,14 +294,12 @@ def rotary_tables(positions_BL: mx.array, config: AFMConfig, dtype: mx.Dtype) ->
     frequencies = mx.array(rotary_frequencies(config.head_dim, config.rope_theta))
     angles = positions_BL.astype(mx.float32)[..., None, None, None] * frequencies[:, None]
     cos, sin = mx.cos(angles).astype(dtype), mx.sin(angles).astype(dtype)
-    shape = (*positions_BL.shape, 1, config.head_dim)
-    return mx.repeat(cos, 2, axis=-1).reshape(shape), mx.concatenate([-sin, sin], axis=-1).reshape(shape)
+    return mx.repeat(cos, 2, axis=-1), mx.concatenate([-sin, sin], axis=-1)
 
 
-def rotate(x_BLHE: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    """Turns each interleaved pair (x[2i], x[2i + 1]) by its angle; tables from `rotary_tables`."""
-    swapped = x_BLHE.reshape(*x_BLHE.shape[:-1], -1, 2)[..., ::-1].reshape(x_BLHE.shape)
-    return _turned(x_BLHE, swapped, cos, sin)
+def rotate(x_BLHP2: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    """Turns each interleaved pair of values by its angle; tables from `rotary_tables`."""
+    return _turned(x_BLHP2, x_BLHP2[..., ::-1], cos, sin)  # in this shape the exchanged pairs are a view
 
 
 @backend.one_kernel
