@@ -96,7 +96,7 @@ class InferenceModel:
             norm = _shallow(module)
             norm.weight = module.weight.astype(self.dtype)
             return norm
-        if hasattr(module, "q_dims"):
+        if isinstance(module, (FusedLinear, QuantizedFusedLinear)):
             return AdaptedFusedLinear(_held(module), self.routing, ".".join(path))
         formed = _shallow(module)
         joined = self._join(module) if isinstance(module, FeedForward) and not backend.on_cpu() else None

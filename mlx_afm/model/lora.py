@@ -102,8 +102,9 @@ class LoRALinear(nn.Module):
         return add_low_rank(self.linear(x), x, self.lora_a, self.lora_b, self.scale, self.dropout)
 
     def plus(self, x: mx.array, residual: mx.array) -> mx.array:
-        """residual + the projection of x."""
-        return residual + self(x)
+        """residual + the adapted projection of x."""
+        y = self.linear.plus(x, residual)
+        return add_low_rank(y, x, self.lora_a, self.lora_b, self.scale, self.dropout)
 
     def fuse(self, dequantize: bool = False) -> nn.Module:
         """A plain linear layer with the update added to its weight in float32, rounded once."""
