@@ -14,18 +14,19 @@ import mlx.nn as nn
 
 from mlx_afm.model import backend
 from mlx_afm.model.config import AFMConfig
-from mlx_afm.model.layers import FusedLinear, Linear, RMSNorm, fake_quantize, rotate
+from mlx_afm.model.layers import FusedLinear, Linear, RMSNorm, fake_quantize, rotate, rotate_in_training
 from mlx_afm.model.recompute import recomputed, together
 from mlx_afm.model.views import View, take_rows
 
 
 def _heads(norm: RMSNorm, x_BND: mx.array, view: View, width: int, groups: int) -> mx.array:
     """Queries or keys rotated and normed per head, (G, H, N, E)."""
+    turn = rotate_in_training if norm.training else rotate
     batch, pairs = x_BND.shape[0], (width // 2, 2)
     if x_BND.ndim == 2:  # heads and their only tokens lie in either order
-        return norm(rotate(x_BND.reshape(batch, -1, 1, *pairs), view.cos, view.sin).reshape(batch, -1, 1, width))
+        return norm(turn(x_BND.reshape(batch, -1, 1, *pairs), view.cos, view.sin).reshape(batch, -1, 1, width))
     length = x_BND.shape[1]
-    x_BNHE = rotate(x_BND.reshape(batch, length, -1, *pairs), view.cos, view.sin)
+    x_BNHE = turn(x_BND.reshape(batch, length, -1, *pairs), view.cos, view.sin)
     return norm(x_BNHE.reshape(groups, batch * length // groups, -1, width)).transpose(0, 2, 1, 3)
 
 

@@ -164,8 +164,10 @@ class FeedForward(nn.Module):
             return self.down_proj.plus(silu_times(*self.gate_and_up(norm(x))), x)
         gate, up = recomputed([norm, self.gate_proj, self.up_proj], lambda x: self.gate_and_up(norm(x)), x)
         if backend.on_cpu():
-            return x + recomputed([self.down_proj], lambda silu, up: self.down_proj(silu * up), kept_silu(gate), up)
-        return x + recomputed([self.down_proj], lambda gate, up: self.down_proj(swiglu(gate, up)), gate, up)
+            gate, act = kept_silu(gate), mx.multiply
+        else:
+            act = swiglu
+        return recomputed([self.down_proj], lambda gate, up, x: self.down_proj.plus(act(gate, up), x), gate, up, x)
 
     def gate_and_up(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Both projections of x, each (..., F); one product where the inference form has joined them."""
@@ -300,6 +302,13 @@ def rotary_tables(positions_BL: mx.array, config: AFMConfig, dtype: mx.Dtype) ->
 def rotate(x_BLHP2: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     """Turns each interleaved pair of values by its angle; tables from `rotary_tables`."""
     return _turned(x_BLHP2, x_BLHP2[..., ::-1], cos, sin)  # in this shape the exchanged pairs are a view
+
+
+def rotate_in_training(x_BLHP2: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    """The same; its gradient is turned back in as few operations."""
+    turn = mx.custom_function(lambda x: rotate(x, cos, sin))
+    turn.vjp(lambda _, cotangent, __: cotangent * cos - cotangent[..., ::-1] * sin)
+    return turn(x_BLHP2)  # type: ignore[no-any-return, operator]
 
 
 @backend.one_kernel

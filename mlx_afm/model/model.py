@@ -22,7 +22,7 @@ from mlx_afm.model.cache_int8 import Int8KVCache
 from mlx_afm.model.config import AFMConfig
 from mlx_afm.model.layers import Embedding, FeedForward, RMSNorm
 from mlx_afm.model.recompute import recomputed
-from mlx_afm.model.views import Packing, View, full_view, packed_view, take_rows
+from mlx_afm.model.views import Packing, View, full_view, packed_view
 
 
 class OrdinaryLayer(nn.Module):
