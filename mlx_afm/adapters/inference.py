@@ -16,7 +16,6 @@ from hashlib import sha256
 from math import prod
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from mlx_afm.adapters.attach import adapter_weights
 from mlx_afm.errors import AdapterError
@@ -29,7 +28,6 @@ from mlx_afm.model.low_rank import (
     Bucket,
     LowRankStack,
     MagnitudeLinear,
-    PairStack,
     Slots,
 )
 
@@ -50,6 +48,7 @@ class AdapterStacks:
         self._form = form
         self._modules = form.adaptable()
         self._slots: dict[Bucket, list[str]] = {}
+        self._stacks: dict[Bucket, dict[str, LowRankStack]] = {}
         self.sizes: dict[str, int] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -89,11 +88,10 @@ class AdapterStacks:
         bucket = self._bucket_of(name)
         slot = self._slots[bucket].index(name)
         del self._slots[bucket][slot]
-        for path, module in self._modules.items():
-            if bucket in module.stacks:
-                self._drop(path, bucket, slot)
+        for path in list(self._stacks[bucket]):
+            self._drop(path, bucket, slot)
         if not self._slots[bucket]:
-            del self._slots[bucket]
+            del self._slots[bucket], self._stacks[bucket]
 
     def size_of(self, shapes: Mapping[str, Sequence[int]]) -> int:
         """Bytes that `add` would return for an adapter with these shapes, by our names."""
@@ -122,8 +120,8 @@ class AdapterStacks:
             slots = [held.index(name) if name in held else -1 for name in names]
             if max(slots, default=-1) < 0:
                 continue
-            mask = None if min(slots) >= 0 else mx.array([slot >= 0 for slot in slots])[:, None, None]
-            routes[bucket] = Slots(mx.array([max(slot, 0) for slot in slots], mx.int32), mask)
+            mask = None if min(slots) >= 0 else mx.array([slot >= 0 for slot in slots])
+            routes[bucket] = Slots(self._stacks[bucket], mx.array([max(slot, 0) for slot in slots], mx.int32), mask)
         return routes
 
     def route(self, name: str | None) -> dict[Bucket, Slots]:
@@ -131,28 +129,28 @@ class AdapterStacks:
         if name is None:
             return {}
         bucket = self._bucket_of(name)
-        return {bucket: Slots(self._slots[bucket].index(name))}
+        return {bucket: Slots(self._stacks[bucket], self._slots[bucket].index(name))}
 
     def _append(self, path: str, bucket: Bucket, a: mx.array, b: mx.array) -> None:
         """Puts an adapter's matrices behind those in one module."""
-        stacks, stack = self._modules[path].stacks, PairStack if b.shape[0] == 2 else LowRankStack
-        if bucket in stacks:
-            held = stacks[bucket]
+        stacks = self._stacks.setdefault(bucket, {})
+        if path in stacks:
+            held = stacks[path]
             a, b = mx.concatenate([held.lora_a, a]), mx.concatenate([held.lora_b, b])
         mx.eval(a, b)
-        stacks[bucket] = stack(a, b)
+        stacks[path] = LowRankStack(a, b)
 
     def _drop(self, path: str, bucket: Bucket, slot: int) -> None:
         """Takes one slot out of the stacks of one module."""
-        module = self._modules[path]
-        held, width = module.stacks[bucket], 2 if isinstance(module, AdaptedGateUp) else 1
-        if held.lora_a.shape[0] == 1:
-            del module.stacks[bucket]
+        stacks = self._stacks[bucket]
+        held, width = stacks[path], len(stacks[path].lora_b) // len(stacks[path].lora_a)
+        if len(held.lora_a) == 1:
+            del stacks[path]
             return
         a = mx.concatenate([held.lora_a[:slot], held.lora_a[slot + 1 :]])
         b = mx.concatenate([held.lora_b[: width * slot], held.lora_b[width * (slot + 1) :]])
         mx.eval(a, b)
-        module.stacks[bucket] = type(held)(a, b)
+        stacks[path] = LowRankStack(a, b)
 
     def _bucket_of(self, name: str) -> Bucket:
         return next(bucket for bucket, names in self._slots.items() if name in names)
@@ -242,8 +240,3 @@ def own_weights(model: Model) -> tuple[Weights, float] | None:
     if not layers:
         return None
     return {name: (lambda array=array: array) for name, array in adapter_weights(model).items()}, layers[0].scale
-
-
-def form_arrays(form: InferenceModel) -> int:
-    """Bytes of everything that an inference model holds."""
-    return sum(array.nbytes for _, array in tree_flatten(form.model.parameters()))
