@@ -12,8 +12,8 @@ from mlx_afm.errors import SettingError
 from mlx_afm.files import set_paths
 from mlx_afm.folders import OnNote, ignore_note, lock_folder
 from mlx_afm.generation import GenerateConfig, iter_answers
-from mlx_afm.generation.engine import BATCH_SIZE
 from mlx_afm.generation.config import require_fitting
+from mlx_afm.generation.engine import BATCH_SIZE
 from mlx_afm.generation.guided import guided_processor, guided_when_asked
 from mlx_afm.generation.jsonl import AnswerFile, PromptRow, read_prompt_rows
 from mlx_afm.generation.prompt_cache import fingerprint
