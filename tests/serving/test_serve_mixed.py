@@ -104,8 +104,12 @@ def test_all_adapters_of_a_batch_take_one_pass_a_token(model_folder, ranked, alo
     assert short == [alone(name, REQUESTS[0], max_tokens=40) for name in NAMES]
 
 
-def test_adapters_come_and_go_while_others_decode(model_folder, ranked, alone, call, bytes_in_memory, tmp_path):
-    """Loaded and unloaded beside rows that decode: these get what they get alone."""
+@pytest.mark.parametrize("compiled", ["0", "1"])
+def test_adapters_come_and_go_while_others_decode(
+    model_folder, ranked, call, bytes_in_memory, monkeypatch, tmp_path, compiled
+):
+    """Loaded and unloaded beside rows that decode: these get what they get without them."""
+    monkeypatch.setenv(SWITCH, compiled)
     base = read_config(model_folder)
     for number in range(3):  # of the form of a decoding row's adapter, so that its slots are copied and move
         config = LoRAConfig(rank=16, scale=1.0)
@@ -116,14 +120,11 @@ def test_adapters_come_and_go_while_others_decode(model_folder, ranked, alone, c
     config = ServeConfig(port=0, model_id="base", adapter_bytes=room, admin_roots=(tmp_path,), rows=6)
     served = {"rank4": ranked["rank4"], **guests, "rank16": ranked["rank16"]}
     with running(model_folder, served, config) as server:
-        quiet = ask_together(
-            server.url, [body(name, max_tokens=300, logit_bias=NO_END) for name in ("rank4", "rank16")]
-        )
+        asked = [body(name, max_tokens=300, logit_bias=NO_END) for name in ("rank4", "rank16")]
+        quiet = ask_together(server.url, asked)
         first = call(server.url, "POST", CHAT, body("guest0"))  # before rank16, so that its slot moves when it leaves
         assert first.status == 200
-        opened = [
-            open_stream(server.url, body(name, max_tokens=300, logit_bias=NO_END)) for name in ("rank4", "rank16")
-        ]
+        opened = [open_stream(server.url, value) for value in asked]
         for name in ("guest1", "guest0", "guest2", "guest1"):
             reply = call(server.url, "POST", CHAT, body(name, max_tokens=4))
             assert reply.status == 200
@@ -136,6 +137,7 @@ def test_adapters_come_and_go_while_others_decode(model_folder, ranked, alone, c
         assert gauge(call, server.url, "rows") == 2, "both still decode"
         assert [text_of(*pair) for pair in opened] == quiet
         assert gauge(call, server.url, "adapter_bytes") <= room
+        assert (steps(call, server.url)[1] > 0) == (compiled == "1")
 
 
 def test_choices_beyond_a_batch_take_turns_and_share_the_prompt(model_folder, call):
