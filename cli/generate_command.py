@@ -54,9 +54,6 @@ def command(
             raise click.UsageError("a .jsonl of prompts goes with --output, and not with --prompt-cache-file")
         if reading.transform is not None:
             raise click.UsageError("--transform is for training data")
-        del options["num_draft_tokens"]
-        if options.pop("draft_model") is not None:
-            raise click.UsageError("--draft-model goes with one prompt; those of a .jsonl are answered in batches")
         answer_prompts(Path(prompt), output, batch_size, reading, as_json, **options)
     elif output is not None:
         raise click.UsageError("--output goes with a --prompt that names a .jsonl")

@@ -143,9 +143,7 @@ class Decoder:
         model = self.form.model
         attentions = [layer.self_attn for layer in model.model.layers]
         steps = [(at.quant_key_scale, at.quant_value_scale) if quantized else None for at in attentions]
-        caches = [
-            RowKVCache(k, v, offsets_B, steps=step, visible=visible) for k, v, step in zip(keys, values, steps)
-        ]
+        caches = [RowKVCache(k, v, offsets_B, steps=step, visible=visible) for k, v, step in zip(keys, values, steps)]
         self.form.routing.slots = routes
         try:
             logits = model(tokens_BL, caches)

@@ -66,9 +66,7 @@ def _slot(stack_NXY: mx.array, slot: int) -> mx.array:
 class PairStack(LowRankStack):
     """The matrices of gate and up: A joined, (N, D, 2 R); B one after the other, (2 N, R, O)."""
 
-    def add_to_both(
-        self, gate: mx.array, up: mx.array, x_BLD: mx.array, slots: Slots
-    ) -> tuple[mx.array, mx.array]:
+    def add_to_both(self, gate: mx.array, up: mx.array, x_BLD: mx.array, slots: Slots) -> tuple[mx.array, mx.array]:
         """Gate and up (B, L, O) + their low-rank products of x."""
         batch, length, _ = x_BLD.shape
         rank = self.lora_b.shape[1]
