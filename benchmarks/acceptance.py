@@ -132,7 +132,7 @@ def package(folder: Path) -> dict:
 def expected(folder: Path) -> Path:
     from mlx_afm.formats.torch_file import read_torch
 
-    tensors = {name: np.array(tensor.read()) for name, tensor in read_torch(folder / "adapter-final.pt").items()}
+    tensors = {name: np.array(tensor.read_values()) for name, tensor in read_torch(folder / "adapter-final.pt").items()}
     np.savez(folder / "expected.npz", **tensors)
     return folder / "expected.npz"
 

@@ -65,8 +65,8 @@ def bfloat16_is_rounded(source: Path, folder: Path) -> int:
     for entry in plan_names(checkpoint.config):
         if entry.kind is not Kind.WEIGHT:
             continue
-        wide = checkpoint.tensors[entry.toolkit].read().reshape(-1)
-        narrow = ours[entry.ours].read().reshape(-1)
+        wide = checkpoint.tensors[entry.toolkit].read_values().reshape(-1)
+        narrow = ours[entry.ours].read_stored().reshape(-1)
         for start in range(0, wide.size, BLOCK):
             rows = slice(start, start + BLOCK)
             assert np.array_equal(rounded_to_even(wide[rows]), narrow[rows]), entry.ours

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from .output import json_option, note, show
+from .parameters import PATH, refuse_given
 
 
 @click.group("adapter")
@@ -15,9 +16,9 @@ def command() -> None:
 
 
 @command.command("convert")
-@click.argument("source", type=Path)
-@click.argument("target", type=Path)
-@click.option("--model", type=Path, help="Base model folder, for adapters that do not say what they were made for.")
+@click.argument("source", type=PATH)
+@click.argument("target", type=PATH)
+@click.option("--model", type=PATH, help="Base model folder, for adapters that do not say what they were made for.")
 @click.option("--reduce-rank", is_flag=True, help="To .pt and .fmadapter: approximate a larger rank; see export.")
 @click.option(
     "--zero-untrained", is_flag=True, help="To .pt and .fmadapter: zeros where nothing was trained; see export."
@@ -30,11 +31,13 @@ def convert(source: Path, target: Path, model: Path | None, as_json: bool, **all
     """
     from mlx_afm.workflows.export import convert_adapter
 
+    if target.suffix not in (".pt", ".fmadapter"):
+        refuse_given(("reduce_rank", "zero_untrained"), "on an adapter folder, which holds any adapter as it is")
     show({"adapter": str(convert_adapter(source, target, model_path=model, on_note=note, **allowed))}, as_json)
 
 
 @command.command("repair-manifest")
-@click.argument("manifest", type=Path)
+@click.argument("manifest", type=PATH)
 @json_option
 def repair_manifest(manifest: Path, as_json: bool) -> None:
     """Make "onDemand": null in an asset pack's manifest.json {}, which uploads want (ITMS-91140)."""

@@ -9,24 +9,29 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .output import note
+from .parameters import PATH, refuse_given
 
 if TYPE_CHECKING:
     from mlx_afm.formats.draft_pair import DraftPair
 
 _PACK = [
-    click.option("--asset-pack", is_flag=True, help="Write NAME.manifest.json, and say the xcrun command of the pack."),
-    click.option("--platforms", metavar="LIST", help="Of the pack: some of iOS,macOS,visionOS.  [default: all]"),
+    click.option(
+        "--asset-pack", is_flag=True, help="Write NAME.manifest.json and print the xcrun command that makes the pack."
+    ),
+    click.option(
+        "--platforms", metavar="LIST", help="Platforms of the asset pack: some of iOS,macOS,visionOS.  [default: all]"
+    ),
     click.option("--download-policy", metavar="NAME", help="ON_DEMAND, PREFETCH or ESSENTIAL.  [default: ON_DEMAND]"),
     click.option(
         "--installation-event-type",
         metavar="LIST",
-        help="Of PREFETCH and ESSENTIAL: FIRST_INSTALLTION (so spelled), SUBSEQUENT_UPDATE.  [default: both]",
+        help="For PREFETCH and ESSENTIAL: FIRST_INSTALLTION (Apple's spelling), SUBSEQUENT_UPDATE.  [default: both]",
     ),
 ]
 _DRAFT = [
-    click.option("--draft-checkpoint", type=Path, help="With --toolkit: draft .pt, for speculative decoding."),
+    click.option("--draft-checkpoint", type=PATH, help="With --toolkit: draft .pt, for speculative decoding."),
     click.option(
-        "--ignore-surplus", is_flag=True, help="Leave draft tensors out that the toolkit's spec does not name."
+        "--ignore-surplus", is_flag=True, help="Leave out draft tensors that the toolkit's specification does not name."
     ),
 ]
 
@@ -93,6 +98,7 @@ def open_draft(options: dict[str, Any]) -> DraftPair | None:
     """
     checkpoint, ignore_surplus = options.pop("draft_checkpoint"), options.pop("ignore_surplus")
     if checkpoint is None:
+        refuse_given(("ignore_surplus",), "without --draft-checkpoint")
         return None
     if options.get("toolkit") is None:
         raise click.UsageError("--draft-checkpoint needs --toolkit: the draft pair is made from the toolkit's assets")

@@ -9,16 +9,21 @@ import click
 
 from .generate_options import generate_options
 from .output import json_option
+from .parameters import PATH, named_paths, refuse_given
 from .speculation_options import speculation_options
 from .system_prompt_options import system_prompt_options
 
 
 @click.command("chat")
-@click.option("--model", type=Path, required=True, help="MLX model folder.")
-@click.option("--adapter-path", type=Path, help="Adapter folder, .pt or .fmadapter to begin with.")
-@click.option("--adapter", "named", multiple=True, metavar="NAME=PATH", help="One for /adapter NAME; may be repeated.")
+@click.option("--model", type=PATH, required=True, help="MLX model folder.")
+@click.option("--adapter-path", type=PATH, help="Adapter folder, .pt or .fmadapter to begin with.")
+@click.option(
+    "--adapter", "named", multiple=True, metavar="NAME=PATH", help="Adapter for /adapter NAME; may be repeated."
+)
 @system_prompt_options
-@click.option("--context", type=int, default=4096, show_default=True, help="Conversation and answer together.")
+@click.option(
+    "--context", type=int, default=4096, show_default=True, help="Longest conversation and answer together, in tokens."
+)
 @generate_options
 @speculation_options
 @click.option("--verbose", type=bool, default=False, show_default=True, help="Token counts and speed, on stderr.")
@@ -35,7 +40,7 @@ def command(
     verbose: bool,
     as_json: bool,
 ) -> None:
-    """Talk with a model; /help tells the commands.
+    """Chat with a model; /help lists the commands.
 
     A line is a message. One that ends with a backslash goes on in the next; lines between two of three double quotes
     are one message. Ctrl-C stops an answer. With --json each answer is one object on a line.
@@ -49,7 +54,9 @@ def command(
 
     from .chat_loop import ChatLoop
 
-    source = ChatModel(model, _adapters(named), adapter_path)
+    if draft_model is None:
+        refuse_given(("num_draft_tokens",), "without --draft-model")
+    source = ChatModel(model, named_paths(named), adapter_path)
     tokenizer = require_tokenizer(source.tokenizer)
     speculation = None
     if draft_model is not None:
@@ -62,17 +69,3 @@ def command(
         speculation=speculation,
     )
     ChatLoop(source, chat, as_json=as_json, verbose=verbose).run()
-
-
-def _adapters(named: tuple[str, ...]) -> dict[str, Path]:
-    adapters: dict[str, Path] = {}
-    for text in named:
-        name, equals, path = text.partition("=")
-        if not equals or not name or not path:
-            raise click.UsageError(f"--adapter: expected NAME=PATH, found {text}")
-        if name in adapters:
-            raise click.UsageError(f"--adapter: {name} is there twice")
-        if not Path(path).exists():
-            raise click.UsageError(f"--adapter: no such file or folder: {path}")
-        adapters[name] = Path(path)
-    return adapters

@@ -11,13 +11,14 @@ from types import FrameType
 import click
 
 from mlx_afm.errors import AFMError
+from mlx_afm.files import to_path
 from mlx_afm.generation.chat import Chat, Turn
 from mlx_afm.text.system_prompt import parse_system_prompt
 from mlx_afm.text.template import DEFAULT_SYSTEM
 from mlx_afm.workflows.chat import ChatModel, save_chat
 
 from .chat_input import Messages
-from .output import note, show
+from .output import describe_os_error, note, show
 
 HELP = """\
 /adapter [NAME]   answer with another adapter: one named by --adapter, or a path; none for the model's own
@@ -26,11 +27,11 @@ HELP = """\
 /save FILE        write the conversation to a .jsonl or .json, as training data has it
 /help             this
 /quit             leave; so do Ctrl-D, and Ctrl-C twice
-//text            a message that begins with a stroke
+//text            send the message /text
 A backslash at the end of a line goes on in the next; lines between two \"\"\" are one message."""
 ENDINGS = {
     "length": "the answer reached --max-tokens",
-    "context": "the conversation fills the context: /save it if you like, and /reset",
+    "context": "the conversation has reached the context limit; /save FILE keeps it, /reset starts a new one",
     "stopped": "stopped",
 }
 NONE, DEFAULT = "none", "default"
@@ -66,7 +67,7 @@ class ChatLoop:
             except AFMError as error:
                 note(f"mlx-afm: {error}")
             except OSError as error:
-                note(f"mlx-afm: {error.filename or 'system'}: {error.strerror or error}")
+                note(f"mlx-afm: {describe_os_error(error)}")
 
     def _answer(self, text: str) -> None:
         pieces: list[str] = []
@@ -94,10 +95,10 @@ class ChatLoop:
         if self._as_json:
             show({"text": text, **counts}, self._as_json)
         if turn.finish_reason in ENDINGS:
-            forgotten = "" if turn.kept else "; nothing was said, so the question is forgotten"
+            forgotten = "" if turn.kept else "; there is no answer, so your message is removed from the conversation"
             note(f"({ENDINGS[turn.finish_reason]}{forgotten})")
         if turn.cleaned:
-            note("(the answer spelled out marks of the chat template; they were taken out of the conversation)")
+            note("(the answer contained special tokens as text; they are removed from the conversation)")
         if self._verbose:
             note(f"(prompt {turn.prompt_tokens} tokens, {turn.reused_tokens} known; answer {turn.generation_tokens})")
 
@@ -110,7 +111,7 @@ class ChatLoop:
             "/help": lambda rest: note(HELP),
         }
         if command not in commands:
-            note(f"no such command: {command}; /help tells all")
+            note(f"no such command: {command}; /help lists the commands")
             return
         commands[command](rest)
 
@@ -119,8 +120,9 @@ class ChatLoop:
             self._chat.model = self._source.use(None if name == NONE else name)
             self._chat.forget()
             self._tell_prompts()
-        known = ", ".join([NONE, *self._source.adapters])
-        note(f"(adapter {self._source.active or NONE}" + (")" if name else f"; there are {known})"))
+        note(f"(adapter in use: {self._source.active or NONE})")
+        if not name:
+            note(f"(adapters to choose from: {', '.join([NONE, *self._source.adapters])})")
 
     def _tell_prompts(self) -> None:
         """Warns of an adapter with several system prompts, unless the user chose one."""
@@ -143,9 +145,9 @@ class ChatLoop:
 
     def _save(self, name: str) -> None:
         if not name:
-            note("/save FILE: a .jsonl or .json")
+            note("/save needs a file name that ends in .jsonl or .json")
             return
-        path = Path(name).expanduser()
+        path = to_path(name)
         save_chat(path, self._chat.conversation, overwrite=path.absolute() in self._saved)
         self._saved.add(path.absolute())
         note(f"({len(self._chat.messages)} messages in {path})")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,6 +10,7 @@ import click
 from mlx_afm.files import to_json
 
 from .output import json_option
+from .parameters import PATH, refuse_given
 
 if TYPE_CHECKING:
     from mlx_afm.formats.fmadapter_report import Report
@@ -34,11 +34,11 @@ def show_report(report: Report, as_json: bool) -> None:
 
 
 @click.command("check")
-@click.argument("package", metavar="PATH", type=Path)
+@click.argument("package", metavar="PATH", type=PATH)
 @click.option("--signature", help="Signature the base model must have, or its first digits.")
-@click.option("--expect", type=Path, help="Adapter of any form whose values the package must hold.")
-@click.option("--model", type=Path, help="Base model folder, for an --expect that needs it.")
-@click.option("--toolkit", type=Path, help="Toolkit folder that the draft files must come from.")
+@click.option("--expect", type=PATH, help="Adapter of any form whose values the package must hold.")
+@click.option("--model", type=PATH, help="Base model folder, for an --expect that needs it.")
+@click.option("--toolkit", type=PATH, help="Toolkit folder that the draft files must come from.")
 @click.option("--byte-exact", is_flag=True, help="Metadata that is not the toolkit's text fails.")
 @click.option("--reduce-rank", is_flag=True, help="The package was exported so; see export.")
 @click.option("--zero-untrained", is_flag=True, help="The package was exported so; see export.")
@@ -47,6 +47,8 @@ def command(as_json: bool, **options: Any) -> None:
     """Check a .fmadapter package; exit 3 lists every broken rule."""
     from mlx_afm.workflows.check import CheckConfig, check_package
 
+    if options["expect"] is None:
+        refuse_given(("model", "reduce_rank", "zero_untrained"), "without --expect")
     report = check_package(CheckConfig(**options))
     show_report(report, as_json)
     sys.exit(0 if report.ok else 3)

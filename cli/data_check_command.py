@@ -14,11 +14,13 @@ from mlx_afm.data.config import DataConfig
 from mlx_afm.data.fix import Change, Fixed
 from mlx_afm.data.problems import Problem
 from mlx_afm.data.report import DataReport
+from mlx_afm.data.sources import unread_text
 from mlx_afm.files import to_json
 from mlx_afm.workflows.check_data import check as check_data
 
 from .data_options import data_argument, reading_options
 from .output import json_option, note
+from .parameters import PATH
 from .progress import BytesProgress
 
 WATCHED_BYTES = 20_000_000  # less is done before anyone wonders
@@ -27,9 +29,9 @@ SHOWN = 20  # problems of one kind spelled out; --json has more
 
 @click.command("check")
 @data_argument
-@click.option("--model", type=Path, help="Model folder, for its tokenizer; without it lengths are not checked.")
+@click.option("--model", type=PATH, help="Model folder, for its tokenizer; without it lengths are not checked.")
 @reading_options
-@click.option("--fix", type=Path, metavar="FOLDER", help="Write a copy without the problems, and say what changed.")
+@click.option("--fix", type=PATH, metavar="FOLDER", help="Write a copy without the problems, and say what changed.")
 @json_option
 def check(data: Path, model: Path | None, reading: DataConfig, fix: Path | None, as_json: bool) -> None:
     """Check every line of training data: a folder with train, valid and test files, or one file.
@@ -42,13 +44,15 @@ def check(data: Path, model: Path | None, reading: DataConfig, fix: Path | None,
             if total >= WATCHED_BYTES:
                 progress.handle(done, total)
 
-        report, fixed = check_data(data, reading, model=model, fix=fix, on_progress=handle)
+        report, fixed = check_data(data, reading, model=model, fix=fix, on_progress=handle, on_note=note)
     if as_json:
         values: dict[str, Any] = {**report.to_dict(), **({} if fixed is None else {"fix": fixed.to_dict()})}
         click.echo(to_json(values))
     else:
         for line in [*_report_lines(report), *_verdict_lines(report), *([] if fixed is None else _fixed_lines(fixed))]:
             click.echo(line)
+    if report.unread_files:
+        note(f"{data}: {unread_text([Path(name) for name in report.unread_files])}.")
     if not report.lengths_checked:
         note("Lengths were not checked, nor special tokens that only the tokenizer knows: give --model.")
     sys.exit(0 if report.ok else 3)

@@ -10,13 +10,14 @@ from mlx_afm.data.config import DataConfig
 from mlx_afm.data.dialects import DIALECTS
 from mlx_afm.workflows.rewrite_data import convert as convert_data
 
-from .data_options import record_options
-from .output import json_option, show
+from .data_options import overwrite_option, record_options
+from .output import json_option, note, show
+from .parameters import PATH
 
 
 @click.command("convert")
-@click.argument("source", type=Path)
-@click.argument("target", type=Path)
+@click.argument("source", type=PATH)
+@click.argument("target", type=PATH)
 @click.option("--to", type=click.Choice(DIALECTS), default="messages", show_default=True, help="Dialect to write.")
 @click.option(
     "--columns",
@@ -24,15 +25,18 @@ from .output import json_option, show
     default="",
     help="Columns of a .csv or .tsv file without a line of names, such as prompt,completion.",
 )
+@overwrite_option
 @record_options
 @json_option
-def convert(source: Path, target: Path, to: str, columns: str, reading: DataConfig, as_json: bool) -> None:
+def convert(
+    source: Path, target: Path, to: str, columns: str, overwrite: bool, reading: DataConfig, as_json: bool
+) -> None:
     """Write the data of SOURCE in another dialect.
 
     SOURCE is a file of any form, and TARGET's suffix says what it becomes: .jsonl, .json, .csv or .tsv. Or
     SOURCE is a folder with train, valid and test files, and TARGET one too. What the dialect cannot say is
-    refused with its line, and nothing is written.
+    refused with its line, and nothing is written. --overwrite replaces a file, not a folder.
     """
     names = [name.strip() for name in columns.split(",")] if columns else []
-    written = convert_data(source, target, to, reading, names)
+    written = convert_data(source, target, to, reading, names, overwrite=overwrite, on_note=note)
     show({"dialect": to, "records": sum(written.values()), "files": written}, as_json)

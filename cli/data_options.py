@@ -12,6 +12,7 @@ import click
 from mlx_afm.data.config import CONTEXT_TOKENS, OVERFLOWS, DataConfig
 from mlx_afm.data.dialects import DIALECTS
 
+from .parameters import PATH
 from .system_prompt_options import NONE, one_system_prompt
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -29,18 +30,18 @@ OPTIONS = [
     click.option(
         "--dialect",
         type=click.Choice(["auto", *DIALECTS]),
-        help="Form of the records.  [default: auto, told from each record's keys]",
+        help="Data format.  [default: auto, by the keys of each record]",
     ),
     click.option(
         "--field",
         multiple=True,
         metavar="NAME=COLUMN",
-        help="Read COLUMN where the dialect says NAME, such as prompt=question; may be repeated.",
+        help="Read the column COLUMN as the field NAME, such as prompt=question; may be repeated.",
     ),
     click.option(
         "--transform",
         metavar="MODULE:FUNCTION",
-        help="Called with the messages of each conversation and its index; returns messages.",
+        help="Function that gets the messages and index of each conversation, and returns messages.",
     ),
     click.option(
         "--system-prompt",
@@ -49,8 +50,18 @@ OPTIONS = [
     ),
     NONE,
     click.option("--max-seq-length", type=int, help=f"Longest example, in tokens.  [default: {CONTEXT_TOKENS}]"),
-    click.option("--overflow", type=click.Choice(OVERFLOWS), help="What becomes of a longer one.  [default: error]"),
+    click.option(
+        "--overflow", type=click.Choice(OVERFLOWS), help="What to do with a longer example.  [default: error]"
+    ),
 ]
+
+no_cache_option = click.option(
+    "--no-cache",
+    is_flag=True,
+    default=None,
+    help="Encode the data again and keep no copy. MLX_AFM_CACHE=off does the same for every command.",
+)
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace files that are there already.")
 
 
 def reading_options(function: Command) -> Command:
@@ -106,6 +117,6 @@ def data_argument(function: Command) -> Command:
             raise click.UsageError("give the data once: a folder with train, valid and test files, or one file")
         return function(*args, data=positional or data, **options)
 
-    option = click.option("--data", type=Path, help="The same as DATA.")
-    command: Any = click.argument("positional", type=Path, required=False, metavar="[DATA]")(option(with_data))
+    option = click.option("--data", type=PATH, help="Another way to give DATA.")
+    command: Any = click.argument("positional", type=PATH, required=False, metavar="[DATA]")(option(with_data))
     return command  # type: ignore[no-any-return]

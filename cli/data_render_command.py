@@ -17,6 +17,7 @@ from mlx_afm.workflows.show_data import samples
 
 from .data_options import data_argument, reading_options
 from .output import json_option
+from .parameters import PATH, refuse_given
 
 # What would move a terminal's cursor or change its colours; line breaks and tabs are fine.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -24,7 +25,7 @@ CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u206
 
 @click.command("render")
 @data_argument
-@click.option("--model", type=Path, required=True, help="Model folder, for its tokenizer.")
+@click.option("--model", type=PATH, required=True, help="Model folder, for its tokenizer.")
 @click.option("-n", "--count", type=int, default=Choice.count, show_default=True, help="How many examples.")
 @click.option("--seed", type=int, help="Choose them at random; without it they are the first.")
 @click.option("--line", type=int, help="The example of this line alone.")
@@ -44,6 +45,8 @@ def render(
     as_json: bool,
 ) -> None:
     """Show examples as the model sees them, with what it learns to say highlighted (in «» if not on a terminal)."""
+    if line is not None:
+        refuse_given(("count",), "with --line")
     chosen = samples(data, model, Choice(count, seed, line), reading, split)
     if as_json:
         examples = [sample.to_dict(with_ids=ids) for sample in chosen]

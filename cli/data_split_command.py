@@ -10,13 +10,14 @@ from mlx_afm.data.config import DataConfig
 from mlx_afm.data.split import SplitConfig
 from mlx_afm.workflows.rewrite_data import split as split_data
 
-from .data_options import data_argument, record_options
-from .output import json_option, show
+from .data_options import data_argument, overwrite_option, record_options
+from .output import json_option, note, show
+from .parameters import PATH
 
 
 @click.command("split")
 @data_argument
-@click.option("--out", type=Path, required=True, help="Folder for train.jsonl, valid.jsonl and test.jsonl.")
+@click.option("--out", type=PATH, required=True, help="Folder for train.jsonl, valid.jsonl and test.jsonl.")
 @click.option("--valid", type=float, default=SplitConfig.valid, show_default=True, help="Share to validate on.")
 @click.option("--test", type=float, default=SplitConfig.test, show_default=True, help="Share to test on.")
 @click.option("--seed", type=int, default=SplitConfig.seed, show_default=True, help="Which groups go where.")
@@ -27,6 +28,7 @@ from .output import json_option, show
     show_default=True,
     help="How much two prompts have in common to stay together; 1 groups equal prompts alone.",
 )
+@overwrite_option
 @record_options
 @json_option
 def split(
@@ -36,6 +38,7 @@ def split(
     test: float,
     seed: int,
     threshold: float,
+    overwrite: bool,
     reading: DataConfig,
     as_json: bool,
 ) -> None:
@@ -44,4 +47,4 @@ def split(
     Lines are written as they are, in their order.
     """
     config = SplitConfig(valid=valid, test=test, seed=seed, threshold=threshold)
-    show(split_data(data, out, config, reading).to_dict(), as_json)
+    show(split_data(data, out, config, reading, overwrite=overwrite, on_note=note).to_dict(), as_json)

@@ -14,6 +14,7 @@ from mlx_afm.workflows.show_data import stats as measure
 
 from .data_options import data_argument, reading_options
 from .output import json_option
+from .parameters import PATH, refuse_given
 from .progress import BytesProgress
 
 BAR = 40  # characters of the longest bar
@@ -21,14 +22,15 @@ BAR = 40  # characters of the longest bar
 
 @click.command("stats")
 @data_argument
-@click.option("--model", type=Path, required=True, help="Model folder, for its tokenizer.")
+@click.option("--model", type=PATH, required=True, help="Model folder, for its tokenizer.")
 @reading_options
 @json_option
 def stats(data: Path, model: Path, reading: DataConfig, as_json: bool) -> None:
     """Say how many tokens the data has, whose they are, how long examples are, and what packing saves.
 
-    Examples are measured whole, whatever --overflow would make of them.
+    Examples are measured whole.
     """
+    refuse_given(("overflow",), "here: examples are measured whole")
     with BytesProgress("measuring") as progress:
         splits = measure(data, model, reading, on_progress=progress.handle)
     if as_json:

@@ -8,11 +8,12 @@ from pathlib import Path
 import click
 
 from .output import json_option, note, show
+from .parameters import PATH
 from .progress import show_event
 
 
 @click.command("demo")
-@click.option("--out", type=Path, default=Path("demo-out"), show_default=True, help="Folder for everything it makes.")
+@click.option("--out", type=PATH, default=Path("demo-out"), show_default=True, help="Folder for everything it makes.")
 @json_option
 def command(out: Path, as_json: bool) -> None:
     """Convert, train, score, fuse, generate and export a tiny model, in minutes and without any download."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +11,10 @@ import click
 
 from .lora_options import ESTIMATED
 from .output import json_option, note, show
+from .parameters import PATH, SIZE, refuse_given
 from .settings import Request, request_from
 
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+TABLE_SETS = ("batch_size", "batch_tokens", "max_seq_length", "grad_checkpoint")
 
 
 def _with_options(function: Callable[..., int]) -> Callable[..., int]:
@@ -23,24 +23,16 @@ def _with_options(function: Callable[..., int]) -> Callable[..., int]:
     return function
 
 
-def _size(_: click.Context, __: click.Parameter, text: str | None) -> int | None:
-    """Bytes of 16GB, 16 GiB or a plain number."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE | re.ASCII)
-    if not match:
-        raise click.BadParameter(f"expected a size such as 16GB, found {text!r}")
-    unit = UNITS[match[2].upper()]
-    exponent = list(UNITS).index(match[2].upper())
-    return round(float(match[1]) * (1024**exponent if match[3] else unit))
-
-
 @click.command("estimate")
-@click.option("--model", type=Path, help="MLX model folder.  [default: the 3.18 B parameter model]")
-@click.option("--data", type=Path, help="Training data, for its real lengths.")
-@click.option("--base", help="Weights as if held so: float32, bfloat16, 8-bit, 4-bit, 2-bit.")
-@click.option("--trained-share", type=click.FloatRange(0, 1), help="Of tokens, without --data.  [default: 0.25]")
-@click.option("--memory", callback=_size, help="Of the machine meant, such as 16GB.  [default: this one's]")
+@click.option("--model", type=PATH, help="MLX model folder.  [default: the 3.18 B parameter model]")
+@click.option("--data", type=PATH, help="Training data, whose lengths are used.")
+@click.option("--base", help="Assume these base weights: float32, bfloat16, 8-bit, 4-bit or 2-bit.")
+@click.option(
+    "--trained-share",
+    type=click.FloatRange(0, 1),
+    help="Share of tokens that are trained, without --data.  [default: 0.25]",
+)
+@click.option("--memory", type=SIZE, help="Memory of the machine, such as 16GB.  [default: this one's]")
 @click.option("--table", is_flag=True, help="Largest batches for 8 to 64 GB.")
 @_with_options
 @json_option
@@ -53,12 +45,18 @@ def command(
     as_json: bool,
     **flags: Any,
 ) -> int:
-    """Say how much memory training takes before anything is loaded, and which settings fit.
+    """Estimate the memory of training before anything is loaded, and show which settings fit.
 
-    Takes the options of `lora`. Without --data every example is taken to be as long as --max-seq-length.
+    Takes the options of `lora`; those that do not change memory are only checked. Without --data every example is
+    taken to be as long as --max-seq-length.
     """
     from mlx_afm.workflows import estimate, estimate_table
 
+    if table:
+        reason = "with --table, which has lengths, batches, forms of the base and memories of its own"
+        refuse_given(("data", "base", "trained_share", "memory", *TABLE_SETS), reason)
+    if flags["data"] is not None:
+        refuse_given(("trained_share",), "with --data, whose real share is taken")
     request = request_from(config, flags, required=())
     plan = _plan(request, base, trained_share)
     if memory is not None:

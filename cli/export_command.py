@@ -12,7 +12,9 @@ from mlx_afm.files import to_json
 
 from .asset_pack_options import make_pack, open_draft, pack_settings, require_pack, with_pack_options
 from .check_command import show_report
+from .outcome import chosen_adapter
 from .output import json_option, note
+from .parameters import PATH, refuse_given
 
 
 def parse_creator_defined(values: tuple[str, ...]) -> dict[str, Any]:
@@ -22,7 +24,7 @@ def parse_creator_defined(values: tuple[str, ...]) -> dict[str, Any]:
         click.BadParameter: neither K=V nor a file with a JSON object.
     """
     from mlx_afm.errors import FormatError
-    from mlx_afm.files import read_json
+    from mlx_afm.files import read_json, to_path
 
     merged: dict[str, Any] = {}
     for value in values:
@@ -31,7 +33,7 @@ def parse_creator_defined(values: tuple[str, ...]) -> dict[str, Any]:
             merged[key] = text
             continue
         try:
-            content = read_json(Path(value))
+            content = read_json(to_path(value))
         except FormatError as error:
             raise click.BadParameter(f"neither K=V nor a JSON file: {error}", param_hint="--creator-defined") from error
         if not isinstance(content, dict):
@@ -41,11 +43,12 @@ def parse_creator_defined(values: tuple[str, ...]) -> dict[str, Any]:
 
 
 @click.command("export")
-@click.option("--adapter-path", "adapter", type=Path, required=True, help="Adapter folder, .pt or .fmadapter.")
+@click.option("--adapter-path", "adapter", type=PATH, required=True, help="Adapter folder, .pt or .fmadapter.")
+@click.option("--best", is_flag=True, help="Export the best adapter of the run in --adapter-path, not its last one.")
 @click.option("--name", required=True, help="Letters, digits, underscores; devices refuse hyphens.")
-@click.option("--output-dir", type=Path, default=Path("."), show_default=True, help="Where NAME.fmadapter goes.")
-@click.option("--model", type=Path, help="Base model folder: fills modules that were not trained, compares logits.")
-@click.option("--toolkit", type=Path, help="Toolkit folder: its signature, and the assets of the draft pair.")
+@click.option("--output-dir", type=PATH, default=Path("."), show_default=True, help="Where NAME.fmadapter goes.")
+@click.option("--model", type=PATH, help="Base model folder: fills modules that were not trained, compares logits.")
+@click.option("--toolkit", type=PATH, help="Toolkit folder: its signature, and the assets of the draft pair.")
 @click.option("--author", help="Default: 3P developer, as the toolkit writes.")
 @click.option("--description", help="Free text.")
 @click.option("--license", help="Free text.")
@@ -58,7 +61,9 @@ def parse_creator_defined(values: tuple[str, ...]) -> dict[str, Any]:
 @click.option("--prompt", "prompts", multiple=True, help="To compare on and for the ladder; three by default.")
 @with_pack_options
 @json_option
-def command(as_json: bool, creator_defined: tuple[str, ...], prompts: tuple[str, ...], **options: Any) -> None:
+def command(
+    as_json: bool, best: bool, creator_defined: tuple[str, ...], prompts: tuple[str, ...], **options: Any
+) -> None:
     """Write an adapter as NAME.fmadapter for OS 26.x devices, and check it.
 
     A smaller rank is padded to 32 and another scale folded in, both exactly.
@@ -66,13 +71,20 @@ def command(as_json: bool, creator_defined: tuple[str, ...], prompts: tuple[str,
     from mlx_afm.formats.fmadapter import no_files
     from mlx_afm.workflows.export import ExportConfig, export_package
 
+    if options["model"] is None:
+        refuse_given(("compare", "prompts"), "without --model")
+    elif not options["compare"] and not options["ladder"]:
+        refuse_given(("prompts",), "with --no-compare and without --ladder")
+    if options["signature"] is not None and options["draft_checkpoint"] is None:
+        refuse_given(("toolkit",), "with --signature and without --draft-checkpoint")
+    options["adapter"] = chosen_adapter(options["adapter"], best)
     pack = pack_settings(options)
     require_pack(pack)
     draft = open_draft(options)
     if prompts:
         options["prompts"] = prompts
     config = ExportConfig(**options, creator_defined=parse_creator_defined(creator_defined))
-    exported = export_package(config, no_files if draft is None else draft.write)
+    exported = export_package(config, no_files if draft is None else draft.write, note)
     for text in exported.notes():
         note(text)
     note(f"wrote {exported.package}")

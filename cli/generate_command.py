@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -9,27 +10,43 @@ from typing import Any
 import click
 
 from mlx_afm.data.config import DataConfig
+from mlx_afm.files import to_path
 
 from .data_options import record_options
 from .generate_extras import extra_options, open_extras
 from .generate_options import generate_options
 from .output import json_option, note, read_stdin, show
+from .parameters import PATH, is_given, refuse_given
 from .system_prompt_options import system_prompt_options
+
+OF_ONE_PROMPT = ("prompt_cache_file", "transform", "verbose")
+OF_A_FILE = ("output", "batch_size", "dialect", "field", "transform")
+SAMPLING = ("top_p", "top_k", "min_p", "seed")
 
 
 @click.command("generate")
-@click.option("--model", type=Path, required=True, help="MLX model folder.")
-@click.option("--adapter-path", type=Path, help="Adapter folder, .pt or .fmadapter.")
+@click.option("--model", type=PATH, required=True, help="MLX model folder.")
+@click.option("--adapter-path", type=PATH, help="Adapter folder, .pt or .fmadapter.")
 @click.option(
-    "--prompt", "-p", required=True, help="The user's text; - reads it from stdin; a .jsonl has a conversation a line."
+    "--prompt",
+    "-p",
+    required=True,
+    help="The prompt; - reads it from stdin; a .jsonl file has one conversation a line.",
 )
-@click.option("--output", type=Path, help="Where the answers to a .jsonl go; the same command goes on after a kill.")
-@click.option("--batch-size", type=int, default=16, show_default=True, help="Prompts of a .jsonl answered at once.")
+@click.option(
+    "--output",
+    type=PATH,
+    help="File for the answers to a .jsonl; run the same command again to continue a stopped run.",
+)
+@click.option(
+    "--batch-size", type=int, default=16, show_default=True, help="Prompts of a .jsonl that are answered at once."
+)
 @system_prompt_options
 @click.option(
     "--prompt-cache-file",
-    type=Path,
-    help="Keys and values of the prompt: written if there is no such .safetensors, else used for what is alike.",
+    type=PATH,
+    help="A .safetensors file for keys and values of the prompt: written if it does not exist, else used for "
+    "the tokens that both prompts begin with.",
 )
 @generate_options
 @extra_options
@@ -49,17 +66,48 @@ def command(
     """Answer one prompt, or each conversation of a file."""
     from .generate_file import answer_prompts, names_a_file
 
-    if names_a_file(prompt):
-        if output is None or prompt_cache_file is not None:
-            raise click.UsageError("a .jsonl of prompts goes with --output, and not with --prompt-cache-file")
-        if reading.transform is not None:
-            raise click.UsageError("--transform is for training data")
-        answer_prompts(Path(prompt), output, batch_size, reading, as_json, **options)
-    elif output is not None:
-        raise click.UsageError("--output goes with a --prompt that names a .jsonl")
+    of_file = names_a_file(prompt)
+    _require_sense(of_file, options)
+    if of_file:
+        assert output is not None
+        answer_prompts(to_path(prompt), output, batch_size, reading, as_json, **options)
     else:
         text = read_stdin() if prompt == "-" else prompt
         _answer(text, prompt_cache_file, as_json, verbose, **options)
+
+
+def _require_sense(of_file: bool, options: Mapping[str, Any]) -> None:
+    """Refuses options that do not go together; the error names every model or file that is not there, too.
+
+    Raises:
+        UsageError: options without effect.
+    """
+    try:
+        if of_file and not is_given("output"):
+            raise click.UsageError("a --prompt that names a .jsonl needs --output")
+        if of_file:
+            refuse_given(OF_ONE_PROMPT, "with a --prompt that names a .jsonl")
+        else:
+            refuse_given(OF_A_FILE, "without a --prompt that names a .jsonl")
+        if options["draft_model"] is None:
+            refuse_given(("num_draft_tokens",), "without --draft-model")
+    except click.UsageError as error:
+        missing = [f"--{name.replace('_', '-')}: no such file or folder: {options[name]}" for name in _missing(options)]
+        raise click.UsageError("\n".join([error.message, *missing])) from None
+    if options["config"].temp == 0 and (unused := [f"--{n.replace('_', '-')}" for n in SAMPLING if is_given(n)]):
+        note(f"{', '.join(unused)}: no effect with --temp 0, which takes the most likely token")
+
+
+def _missing(options: Mapping[str, Any]) -> list[str]:
+    """Names of the options whose path is not there; a hub id is no path."""
+    from mlx_afm.checkpoints.hub import REPOSITORY
+
+    paths = {name: options[name] for name in ("model", "adapter_path", "draft_model", "response_format")}
+    return [
+        name
+        for name, path in paths.items()
+        if path is not None and not (path.exists() or REPOSITORY.fullmatch(str(path)))
+    ]
 
 
 def _answer(

@@ -10,13 +10,14 @@ from typing import Any
 import click
 
 from .output import note
+from .parameters import PATH
 from .speculation_options import speculation_options
 
 
 def extra_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options to a command."""
     text = "JSON file of a schema or response format that the answer follows."
-    return speculation_options(click.option("--response-format", type=Path, help=text)(command))
+    return speculation_options(click.option("--response-format", type=PATH, help=text)(command))
 
 
 @dataclass

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_afm.data.config import DataConfig
+from mlx_afm.files import to_path
 from mlx_afm.generation import GenerateConfig
 from mlx_afm.workflows.answer import Answered, AnswerJob, answer_file
 
@@ -16,7 +17,7 @@ from .progress import duration
 
 def names_a_file(prompt: str) -> bool:
     """Whether a prompt is the name of a file of prompts, rather than a text that ends like one."""
-    return prompt.endswith(".jsonl") and (Path(prompt).is_file() or not any(map(str.isspace, prompt)))
+    return prompt.endswith(".jsonl") and (to_path(prompt).is_file() or not any(map(str.isspace, prompt)))
 
 
 def answer_prompts(

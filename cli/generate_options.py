@@ -16,21 +16,31 @@ OPTIONS = [
     click.option("--top-p", type=float, default=1.0, show_default=True, help="Nucleus sampling."),
     click.option("--top-k", type=int, default=0, show_default=True, help="Only the K most likely tokens; 0 for all."),
     click.option(
-        "--min-p", type=float, default=0.0, show_default=True, help="Least probability, relative to the top token."
+        "--min-p",
+        type=float,
+        default=0.0,
+        show_default=True,
+        help="Smallest probability to sample, relative to the most likely token.",
     ),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of the sampler."),
-    click.option("--stop", multiple=True, metavar="TEXT", help="Ends the answer before this text; may be repeated."),
+    click.option(
+        "--seed",
+        type=int,
+        default=0,
+        show_default=True,
+        help="Seed of the sampler; the same seed gives the same answer.",
+    ),
+    click.option("--stop", multiple=True, metavar="TEXT", help="Stop the answer before this text; may be repeated."),
     click.option(
         "--kv-bits",
         type=click.Choice(["8"]),
-        help="Hold keys and values in int8: half the memory of 16 bits, same answer.",
+        help="Keep keys and values in 8 bits: half the memory of 16 bits, the same answer.",
     ),
     click.option(
         "--prefill-step-size",
         type=int,
         default=2048,
         show_default=True,
-        help="Tokens of the prompt computed at once; fewer take less memory.",
+        help="Prompt tokens computed at once; fewer need less memory.",
     ),
 ]
 NAMES = ("max_tokens", "temp", "top_p", "top_k", "min_p", "seed", "stop", "kv_bits", "prefill_step_size")

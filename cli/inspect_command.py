@@ -7,10 +7,11 @@ from pathlib import Path
 import click
 
 from .output import json_option, show
+from .parameters import PATH
 
 
 @click.command("inspect")
-@click.argument("path", type=Path)
+@click.argument("path", type=PATH)
 @json_option
 def command(path: Path, as_json: bool) -> None:
     """Say what a file or folder is, and what is in it; only headers are read."""

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while training: a polite request first, and an order the second time."""
+"""Ctrl-C and SIGTERM while training: the first stops after the current step, the second stops immediately."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class StopRequest:
 
     Attributes:
         signal: what they asked with.
-        saves: whether there is something to save yet; before that the first signal is an order too.
+        saves: whether there is something to save yet; before that the first signal stops immediately.
         silent: whether another process tells what happens; it saves, too.
     """
 
@@ -43,7 +43,7 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
         if not self.silent:
-            note("finishing the step and saving; once more to stop at once")
+            note("stopping after this step, and saving; press again to stop immediately without saving")
 
 
 @contextmanager

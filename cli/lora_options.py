@@ -6,74 +6,102 @@ Training and adapter options have no defaults here: the dataclasses have, below 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
 
 from . import data_options
+from .parameters import PATH
 
 PLACES = [
-    click.option("--model", type=Path, help="MLX model folder."),
-    click.option("--data", type=Path, help="Folder with train/valid/test.jsonl, or one file."),
-    click.option("--adapter-path", type=Path, help="Folder for the adapter.  [default: adapters]"),
-    click.option("--config", "-c", type=Path, help="YAML file with these options; flags win."),
+    click.option("--model", type=PATH, help="MLX model folder."),
+    click.option("--data", type=PATH, help="Folder with train/valid/test.jsonl, or one file."),
+    click.option("--adapter-path", type=PATH, help="Folder for the adapter.  [default: adapters]"),
+    click.option("--config", "-c", type=PATH, help="YAML file with these options; flags win."),
 ]
 JOBS = [
     click.option("--train", is_flag=True, help="Train."),
     click.option("--test", is_flag=True, help="Score the adapter on test.jsonl."),
+    click.option("--best", is_flag=True, help="With --test: score the run's best adapter, not its last one."),
 ]
 RESUME = [
-    click.option("--resume", is_flag=True, help="Train on where the run in --adapter-path was left."),
+    click.option("--resume", is_flag=True, help="Continue the run in --adapter-path."),
+    click.option("--overwrite", is_flag=True, help="Replace a finished run in --adapter-path."),
 ]
 START = [
-    click.option("--resume-adapter-file", type=Path, help="Adapter of any form whose values a new run starts from."),
-    click.option("--name", help="Name of a later package; checked before training."),
+    click.option(
+        "--resume-adapter-file",
+        type=PATH,
+        help="Adapter whose values a new run starts from: folder, .pt or .fmadapter.",
+    ),
+    click.option("--name", help="Name for a package that you export later; checked before training."),
 ]
 DATA = [
     *data_options.OPTIONS,
-    click.option("--no-cache", is_flag=True, default=None, help="Encode the data anew, and keep nothing of it."),
+    data_options.no_cache_option,
 ]
 LENGTH = [
     click.option("--iters", type=int, help="Optimizer steps; default: by epochs."),
     click.option("--epochs", type=int, help="Passes over the data.  [default: 2]"),
     click.option("--batch-size", type=int, help="Examples per step.  [default: 4]"),
-    click.option("--batch-tokens", type=int, help="Instead: rows filled with examples up to so many tokens."),
+    click.option(
+        "--batch-tokens", type=int, help="Instead of --batch-size: pack examples into rows of this many tokens."
+    ),
     click.option("--grad-accumulation-steps", type=int, help="Batches per step.  [default: 1]"),
-    click.option("--grad-checkpoint", is_flag=True, default=None, help="Least memory, about a third more time."),
-    click.option("--ignore-memory", is_flag=True, default=None, help="Train even if the estimated peak is too high."),
+    click.option(
+        "--grad-checkpoint", is_flag=True, default=None, help="Uses the least memory; takes about a third more time."
+    ),
+    click.option(
+        "--ignore-memory",
+        is_flag=True,
+        default=None,
+        help="Train even if the estimated peak memory is above this machine's.",
+    ),
     click.option("--seed", type=int, help="[default: 0]"),
     click.option(
-        "--rank-timeout-seconds", type=float, help="Under mlx.launch: wait for the other processes.  [default: 600]"
+        "--rank-timeout-seconds",
+        type=float,
+        help="Under mlx.launch: how long to wait for the other processes.  [default: 600]",
     ),
 ]
 RATE = [
     click.option("--learning-rate", type=float, help="Peak rate.  [default: 0.001]"),
-    click.option("--warmup", type=float, help="To reach it: share of the steps below 1, else steps.  [default: 0.05]"),
+    click.option(
+        "--warmup", type=float, help="Steps until the peak rate: below 1 a share of all steps.  [default: 0.05]"
+    ),
     click.option("--schedule", type=click.Choice(["cosine", "linear", "constant"]), help="[default: cosine]"),
     click.option(
         "--optimizer",
         type=click.Choice(["adamw", "adam", "sgd", "muon", "adafactor"]),
-        help="Its betas, eps, momentum: optimizer_config in the YAML file.  [default: adamw]",
+        help="Set betas, eps, momentum with optimizer_config in the YAML file.  [default: adamw]",
     ),
     click.option("--weight-decay", type=float, help="[default: 0.01 for adamw and muon, 0 for others]"),
-    click.option("--no-decay", help="Tensors without it, by the end of their names.  [default: norm.weight,.m]"),
-    click.option("--loraplus-ratio", type=float, help="LoRA+: rate of lora_b as a multiple of the rate."),
+    click.option(
+        "--no-decay",
+        help="Tensors without weight decay: the ends of their names, with commas.  [default: norm.weight,.m]",
+    ),
+    click.option(
+        "--loraplus-ratio", type=float, help="LoRA+: learning rate of lora_b, as a multiple of --learning-rate."
+    ),
     click.option("--clip-grad-norm", type=float, help="0 for no limit.  [default: 1.0]"),
     click.option(
-        "--max-skipped-steps", type=int, help="Steps in a row without a finite gradient that end it.  [default: 10]"
+        "--max-skipped-steps",
+        type=int,
+        help="End the run after this many steps in a row without a finite gradient.  [default: 10]",
     ),
 ]
 WATCH = [
     click.option("--steps-per-report", type=int, help="[default: 10]"),
     click.option("--steps-per-eval", type=int, help="0 for once an epoch.  [default: 200]"),
     click.option("--val-batches", type=int, help="-1 for all.  [default: -1]"),
-    click.option("--patience", type=int, help="Evaluations without a new best that end it; 0 for never."),
+    click.option(
+        "--patience", type=int, help="End the run after this many evaluations without a new best; 0 for never."
+    ),
     click.option("--save-every", type=int, help="Steps.  [default: 100]"),
-    click.option("--sample-prompt", multiple=True, help="Answered after each evaluation; may be repeated."),
+    click.option("--sample-prompt", multiple=True, help="A prompt to answer after each evaluation; may be repeated."),
     click.option("--sample-tokens", type=int, help="Longest such answer.  [default: 64]"),
     click.option("--report-to", help="Some of wandb,swanlab,tensorboard, beside metrics.jsonl."),
-    click.option("--project-name", help="Project of these reports.  [default: mlx-afm]"),
+    click.option("--project-name", help="Project name for --report-to.  [default: mlx-afm]"),
 ]
 KIND = [
     click.option("--fine-tune-type", type=click.Choice(["lora", "dora", "full", "qat"]), help="[default: lora]"),
@@ -92,7 +120,7 @@ FORM = [
 
 # What an estimate takes of these: what memory depends on, and what may stand beside it.
 ESTIMATED = [
-    click.option("--config", "-c", type=Path, help="YAML file with options of lora; flags win."),
+    click.option("--config", "-c", type=PATH, help="YAML file with options of lora; flags win."),
     *DATA,
     *LENGTH,
     *RATE,

@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 import sys
-from importlib import import_module
-from typing import Any
 
-import click
+try:  # Ctrl-C may come while these are imported, before `main` can handle it
+    from importlib import import_module
+    from io import TextIOWrapper
+    from typing import Any
 
-from mlx_afm._version import __version__
-from mlx_afm.errors import AFMError
+    import click
+
+    from mlx_afm._version import __version__
+    from mlx_afm.errors import AFMError, SettingError
+    from mlx_afm.spelling import nearest_name
+
+    from .output import describe_os_error
+except KeyboardInterrupt:
+    sys.stderr.write("mlx-afm: interrupted\n")
+    sys.exit(130)
 
 # Command -> what `--help` says of it. Each lives in the module of its name, as `command`.
 COMMANDS = {
     "convert": "Toolkit folder to MLX folder, and back.",
     "lora": "Train a LoRA adapter, or score one.",
-    "recover": "Win back with an adapter what quantisation lost.",
-    "estimate": "Say how much memory training will take, and what fits.",
-    "plot": "Draw loss curves of runs.",
+    "recover": "Train an adapter that recovers what quantization lost.",
+    "estimate": "Estimate the memory of a training run.",
+    "plot": "Draw the loss curves of runs.",
     "fuse": "Merge an adapter into the weights.",
     "generate": "Answer one prompt.",
-    "chat": "Talk with a model.",
-    "serve": "OpenAI-style HTTP: one base, many adapters.",
+    "chat": "Chat with a model.",
+    "serve": "Serve OpenAI's API over HTTP: one base model, many adapters.",
     "export": "Write an adapter as NAME.fmadapter and check it.",
     "adapter": "Convert adapters between their three forms.",
     "check": "Check a .fmadapter package.",
-    "inspect": "Say what a file or folder is, and what is in it.",
+    "inspect": "Describe a file or folder.",
     "data": "Check, measure, show, split and convert training data.",
-    "toolkit": "Apple's toolkit by its own commands and options.",
-    "demo": "The whole line on the bundled tiny model.",
+    "toolkit": "Apple's toolkit, with its own commands and options.",
+    "demo": "Run all steps on the bundled tiny model.",
 }
 
 
@@ -62,16 +71,27 @@ def group() -> None:
     """
 
 
+def _without_far_names(error: click.NoSuchOption) -> click.NoSuchOption:
+    """The error without suggestions that only look like the option: `--test-batches` is not `--val-batches`."""
+    near = [name for name in error.possibilities or () if nearest_name(error.option_name, [name])]
+    return click.NoSuchOption(error.option_name, possibilities=near, ctx=error.ctx)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line and exits."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # names of files may hold bytes that are no text
+            stream.reconfigure(errors="backslashreplace")
     try:
         code: Any = group.main(arguments, standalone_mode=False)
     except AFMError as error:
         click.echo(f"mlx-afm: {error}", err=True)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, SettingError) else 1)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:
+        if isinstance(error, click.NoSuchOption):
+            error = _without_far_names(error)
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
@@ -80,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         sys.exit(0)
     except OSError as error:
-        click.echo(f"mlx-afm: {error.filename or 'system'}: {error.strerror or error}", err=True)
+        click.echo(f"mlx-afm: {describe_os_error(error)}", err=True)
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from mlx_afm.errors import DataError
-from mlx_afm.files import to_json
+from mlx_afm.files import DISK_FULL, to_json
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
@@ -18,6 +18,16 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 def note(text: str) -> None:
     """A line of progress, on stderr."""
     click.echo(text, err=True)
+
+
+def describe_os_error(error: OSError) -> str:
+    """An error of the operating system: the file if there is one, the reason, and what to do about a full disk."""
+    text = error.strerror or str(error) or type(error).__name__
+    if error.errno in DISK_FULL:
+        text += ". Free some space, or choose a folder on another disk, and run the command again"
+    if error.filename is None:
+        return f"the operating system reports: {text}"
+    return f"{error.filename}: {text}"
 
 
 def resume_line() -> str:

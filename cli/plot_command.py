@@ -7,11 +7,12 @@ from pathlib import Path
 import click
 
 from .output import json_option, note, show
+from .parameters import PATH
 
 
 @click.command("plot")
-@click.argument("runs", nargs=-1, required=True, type=Path)
-@click.option("--output", type=Path, help="File to draw into: .svg, or .png, .pdf, .jpg with matplotlib.")
+@click.argument("runs", nargs=-1, required=True, type=PATH)
+@click.option("--output", type=PATH, help="File to draw into: .svg, or .png, .pdf, .jpg with matplotlib.")
 @json_option
 def command(runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
     """Draw the loss curves of one or more runs: adapter folders, or metrics.jsonl files."""

@@ -1,12 +1,13 @@
-"""Options of `mlx-afm convert` that say how to quantise; names are mlx-lm's."""
+"""Options of `mlx-afm convert` that say how to quantize; their names are mlx-lm's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
+
+from .parameters import PATH
 
 MODES = ("affine", "balanced", "mxfp4", "nvfp4", "mxfp8")
 RECIPES = ("apple", "mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
@@ -16,34 +17,37 @@ INIT_NAMES = {"init_adapter": "init", "rank": "rank", "scale": "scale", "init_ro
 CALIBRATION_NAMES = {"calibration_data": "data", "calibration_examples": "examples"}
 
 OPTIONS = (
-    click.option("-q", "--quantize", is_flag=True, help="Put projections and embedding in codes."),
-    click.option("--q-bits", type=int, help="Bits per code, 2 to 8; default: the mode's, 4 for affine."),
-    click.option("--q-group-size", type=int, help="Weights that share a scale; default: the mode's, 64 for affine."),
+    click.option("-q", "--quantize", is_flag=True, help="Quantize projections and embedding."),
+    click.option("--q-bits", type=int, help="Bits per weight, 2 to 8.  [default: 4 for affine]"),
+    click.option("--q-group-size", type=int, help="Weights that share a scale.  [default: 64 for affine]"),
     click.option(
         "--q-mode",
         type=click.Choice(MODES),
-        help="Kind of codes, affine by default. balanced: 2 bits and one scale per output.",
+        help="Quantization mode. balanced: 2 bits and one scale per output.  [default: affine]",
     ),
     click.option(
         "--q-recipe",
         type=click.Choice(RECIPES),
-        help="A mixture instead. apple: balanced projections, 4-bit embedding; mixed_L_H: L bits, H where it hurts.",
+        help="Recipe instead of bits, group size and mode. apple: balanced projections, 4-bit embedding; mixed_L_H: "
+        "L bits, H bits for the most sensitive layers.",
     ),
     click.option(
         "--calibration-data",
-        type=Path,
-        help="With balanced codes: fit their scales to what the model reads in these examples.",
+        type=PATH,
+        help="For balanced: examples that the scales are fitted on.",
     ),
-    click.option("--calibration-examples", type=int, help="So many of them.  [default: 128]"),
+    click.option("--calibration-examples", type=int, help="Number of these examples.  [default: 128]"),
     click.option(
         "--init-adapter",
         type=click.Choice(INITS),
-        help="Write a base adapter of the rounding's error, or of the weights before rounding.",
+        help="Write a base adapter that corrects part of the rounding error: from the error, or from the weights.",
     ),
-    click.option("--rank", type=int, help="Of that adapter.  [default: 16]"),
-    click.option("--scale", type=float, help="Of that adapter; devices apply 0.5.  [default: 0.5]"),
-    click.option("--init-rounds", type=int, help="Rounding and adapter in turn.  [default: 1]"),
-    click.option("-d", "--dequantize", is_flag=True, help="Make a quantised folder dense."),
+    click.option("--rank", type=int, help="Rank of the base adapter.  [default: 32]"),
+    click.option("--scale", type=float, help="Scale of the base adapter; devices apply 0.5.  [default: 0.5]"),
+    click.option(
+        "--init-rounds", type=int, help="Rounds of fitting the weights and the base adapter in turn.  [default: 1]"
+    ),
+    click.option("-d", "--dequantize", is_flag=True, help="Make a quantized folder dense."),
 )
 
 

@@ -9,20 +9,22 @@ import click
 
 from .interrupts import stop_on_signals
 from .lora_options import recovery_options
+from .outcome import note_best, outcome_of
 from .output import json_option, note, resume_line, show
+from .parameters import PATH
 from .progress import show_event
 from .settings import request_from
 
 
 @click.command("recover")
 @recovery_options
-@click.option("--teacher", type=Path, help="Folder of the unquantised model; for --loss distill.")
+@click.option("--teacher", type=PATH, help="Folder of the dense model; for --loss distill.")
 @click.option(
     "--loss",
     type=click.Choice(["distill", "next-token"]),
     default="distill",
     show_default=True,
-    help="Divergence from the teacher's distributions, or the data's next token.",
+    help="What to train on: the teacher's token distributions, or the next token of the data.",
 )
 @click.option(
     "--into-base",
@@ -31,7 +33,7 @@ from .settings import request_from
 )
 @json_option
 def command(config: Path | None, teacher: Path | None, loss: str, into_base: bool, as_json: bool, **flags: Any) -> int:
-    """Train an adapter that wins back what quantisation lost."""
+    """Train an adapter that recovers what quantization lost."""
     from mlx_afm.training import Event, TrainingResumed, TrainingStarted, join_ranks
     from mlx_afm.workflows.recover import RecoverJob, recover
 
@@ -49,13 +51,13 @@ def command(config: Path | None, teacher: Path | None, loss: str, into_base: boo
         return 0  # rank 0 tells, and its exit code counts
     result: dict[str, Any] = {
         "adapter_path": str(run.adapter_path),
-        "steps": done.trained.steps,
-        "best_valid_loss": done.trained.best_loss,
+        **outcome_of(done.trained),
         "base_adapter": None if done.base_adapter is None else str(done.base_adapter),
     }
     if done.trained.interrupted:
         note(f"to go on: {resume_line()}")
         show({**result, "interrupted": True}, as_json)
         return stop.exit_code
+    note_best(done.trained, run.model)
     show(result, as_json)
     return 0

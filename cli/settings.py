@@ -2,63 +2,37 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
 from mlx_afm.adapters import LoRAConfig
-from mlx_afm.errors import ConfigError
+from mlx_afm.adapters.config import WHOLE_WEIGHTS
+from mlx_afm.errors import SettingError
 from mlx_afm.training import TrainConfig
 from mlx_afm.training.config import OPTIMIZERS
 from mlx_afm.workflows.lora import LoRAJob
 
-from .data_options import FIELDS as DATA_FIELDS
 from .data_options import reading_from
+from .settings_file import LORA_KEYS, SWITCHES, TRAIN_KEYS, read_settings
 
-LORA_KEYS = {field.name for field in fields(LoRAConfig)} | {"alpha", "use_rslora"}
-TRAIN_KEYS = {field.name for field in fields(TrainConfig)}
-JOB_KEYS = {"model", "data", "adapter_path", "name", "resume_adapter_file", "project_name", "no_cache", *DATA_FIELDS}
-JOB_KEYS |= {"sample_prompt", "sample_tokens", "report_to", "ignore_memory", "no_system_prompt"}
 JOB_DEFAULTS = ("sample_tokens", "report_to", "project_name", "ignore_memory")
-SAME = (("alpha", "scale"), ("layers", "num_layers"), ("system_prompt", "no_system_prompt"))  # two ways to say it
-DERIVED_KEYS = {"num_layers": "int", "loraplus_ratio": "float"}  # other ways to say layers and rate_factors
-SWITCHES = {"train", "test", "resume"}
-KNOWN = LORA_KEYS | TRAIN_KEYS | JOB_KEYS | SWITCHES | set(DERIVED_KEYS) | {"lora_parameters"}
-# What a file may give for an option, by the type of its field.
-KINDS = {
-    "int": ((int,), "a whole number"),
-    "float": ((int, float), "a number"),
-    "str": ((str,), "text"),
-    "bool": ((bool,), "true or false"),
-    "tuple[str, ...]": ((list, str), "a list of names, or names with commas between"),
-    "texts": ((list, str), "a text, or a list of texts"),
-    "Mapping[str, Any]": ((dict,), "a mapping of settings"),
-    "Mapping[str, float]": ((dict,), "a mapping of settings"),
-}
+EXCLUSIVE = (("alpha", "scale"), ("layers", "num_layers"), ("iters", "epochs"))
+SAME = (*EXCLUSIVE, ("system_prompt", "no_system_prompt"))  # two ways to say it
+LOW_RANK_KEYS = ("rank", "scale", "alpha", "use_rslora", "dropout", "loraplus_ratio")
+NEEDS = {"sample_tokens": "sample_prompt", "project_name": "report_to"}
 LISTS = ("targets", "no_decay", "report_to")
-TYPES = {
-    **dict.fromkeys(JOB_KEYS, "str"),
-    **dict.fromkeys(SWITCHES, "bool"),
-    **{field.name: str(field.type).removesuffix(" | None") for field in (*fields(LoRAConfig), *fields(TrainConfig))},
-    **dict.fromkeys(("max_seq_length", "sample_tokens"), "int"),
-    **DERIVED_KEYS,
-    "alpha": "float",
-    "use_rslora": "bool",
-    **dict.fromkeys(("sample_prompt", "field"), "texts"),
-    **dict.fromkeys(("no_cache", "ignore_memory", "no_system_prompt"), "bool"),
-    "report_to": "tuple[str, ...]",
-}
 
 
 @dataclass(frozen=True)
 class Request:
     """What `mlx-afm lora` is asked to do: train (--resume asks for it too), test or both.
 
-    `adapter_given` says whether there was an adapter path, `system_given` whether there was a system prompt.
+    `adapter_given` says whether there was an adapter path, `system_given` whether there was a system prompt, `best`
+    whether to test the best adapter of the run.
     """
 
     job: LoRAJob
@@ -66,9 +40,14 @@ class Request:
     test: bool
     adapter_given: bool
     system_given: bool
+    best: bool
 
 
-def request_from(file: Path | None, flags: Mapping[str, Any], required: tuple[str, ...] = ("model", "data")) -> Request:
+def request_from(
+    file: Path | None,
+    flags: Mapping[str, Any],
+    required: tuple[str, ...] = ("model", "data"),
+) -> Request:
     """What file and flags ask for together.
 
     Args:
@@ -90,25 +69,24 @@ def request_from(file: Path | None, flags: Mapping[str, Any], required: tuple[st
     if missing:
         raise click.UsageError(f"missing {' and '.join(missing)}")
     _resolve(values)
-    if values.get("iters") is not None and flags.get("epochs") is not None and flags.get("iters") is None:
-        values["iters"] = None  # --epochs on the command line wins over iters in the file
     job = LoRAJob(
-        model=Path(values.get("model", "")),
-        data=Path(values.get("data", "")),
-        adapter_path=Path(values.get("adapter_path", "adapters")),
+        model=values.get("model", Path()),
+        data=values.get("data", Path()),
+        adapter_path=values.get("adapter_path", "adapters"),
         lora=LoRAConfig(**{name: values[name] for name in LORA_KEYS & values.keys()}),
         train=TrainConfig(**{name: values[name] for name in TRAIN_KEYS & values.keys()}),
         name=values.get("name"),
         test=switches["test"],
         resume=switches["resume"],
-        resume_adapter_file=Path(values["resume_adapter_file"]) if "resume_adapter_file" in values else None,
+        overwrite=switches["overwrite"] and not (flags.get("resume") and not flags.get("overwrite")),
+        resume_adapter_file=values.get("resume_adapter_file"),
         sample_prompts=tuple(values.get("sample_prompt", ())),
         reading=reading_from(values),
         **_given(values),
     )
     system_given = values.get("system_prompt") is not None or bool(values.get("no_system_prompt"))
     trains = switches["train"] or switches["resume"]
-    return Request(job, trains, switches["test"], "adapter_path" in values, system_given)
+    return Request(job, trains, switches["test"], "adapter_path" in values, system_given, switches["best"])
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,9 +101,18 @@ def _resolve(values: dict[str, Any]) -> None:
     Raises:
         ConfigError: both ways at once.
     """
-    for one, other in (("alpha", "scale"), ("layers", "num_layers")):
+    for one, other in EXCLUSIVE:
         if one in values and other in values:
-            raise ConfigError(f"{one} and {other} say the same thing", expected="one of them", found="both")
+            raise SettingError(f"{one} and {other} exclude each other", expected="one of them", found="both")
+    if "loraplus_ratio" in values and "lora_b" in values.get("rate_factors", {}):
+        raise SettingError("loraplus_ratio and rate_factors.lora_b exclude each other", found="both")
+    kind = values.get("fine_tune_type")
+    if kind in WHOLE_WEIGHTS and (unused := [name for name in LOW_RANK_KEYS if name in values]):
+        details = [f"{name}: only lora and dora have it" for name in unused]
+        raise SettingError(f"settings without effect when fine_tune_type is {kind}", details=details)
+    for name, needed in NEEDS.items():
+        if name in values and not values.get(needed):
+            raise SettingError(f"{name} has no effect without {needed}", advice=f"Give {needed}, or leave {name} out.")
     for name in LISTS:
         if isinstance(values.get(name), str):
             values[name] = [part.strip() for part in values[name].split(",") if part.strip()]
@@ -135,62 +122,14 @@ def _resolve(values: dict[str, Any]) -> None:
     values |= {name: tuple(values[name]) for name in (*LISTS, "sample_prompt") if name in values}
     if (count := values.pop("num_layers", None)) is not None:
         if count != -1 and count < 1:
-            raise ConfigError("num_layers out of range", expected="at least 1, or -1 for all", found=count)
+            raise SettingError("num_layers out of range", expected="at least 1, or -1 for all", found=count)
         values["layers"] = "all" if count == -1 else f"last-{count}"
     if (ratio := values.pop("loraplus_ratio", None)) is not None:
         values["rate_factors"] = {**values.get("rate_factors", {}), "lora_b": ratio}
     own = values.get("optimizer_config", {})
     if own and set(own) <= set(OPTIMIZERS):  # mlx-lm has the settings of each optimizer by its name
-        values["optimizer_config"] = own.get(values.get("optimizer", TrainConfig().optimizer)) or {}
-    for name in ("optimizer_config", "rate_factors"):
-        if name in values:
-            values[name] = {key: _number(value) for key, value in values[name].items()}
-
-
-def read_settings(file: Path) -> dict[str, Any]:
-    """The options in a YAML file; mlx-lm's `lora_parameters` block is read too.
-
-    Raises:
-        ConfigError: not readable, not a mapping, unknown keys, with the nearest known one, or values of
-            the wrong type.
-    """
-    import yaml
-
-    if not file.is_file():
-        raise ConfigError("no such file", where=file, expected="a YAML file of options")
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark, first = getattr(error, "problem_mark", None), str(error).splitlines()[0]
-        where = file if mark is None else f"{file} line {mark.line + 1}"
-        raise ConfigError(f"not YAML: {getattr(error, 'problem', None) or first}", where=where) from error
-    if not isinstance(values, dict):
-        raise ConfigError("not a mapping of options", where=file, expected="lines such as 'iters: 100'")
-    values = {str(name).replace("-", "_"): value for name, value in values.items() if value is not None}
-    block = values.pop("lora_parameters", {})
-    if not isinstance(block, dict):
-        raise ConfigError("lora_parameters is not a mapping", where=file, expected="rank, scale, dropout", found=block)
-    values |= {str(name): value for name, value in block.items() if value is not None}
-    unknown = [name for name in values if name not in KNOWN]
-    if unknown:
-        near = {name: difflib.get_close_matches(name, KNOWN, n=1) for name in unknown}
-        details = [name + (f": is it {near[name][0]!r}?" if near[name] else "") for name in unknown]
-        raise ConfigError("unknown options", where=file, details=details)
-    values = {name: _number(value) if TYPES[name] == "float" else value for name, value in values.items()}
-    wrong = [name for name, value in values.items() if not _fits(value, TYPES[name])]
-    if wrong:
-        details = [f"{name}: expected {KINDS[TYPES[name]][1]}, found {values[name]!r}" for name in wrong]
-        raise ConfigError("options of the wrong type", where=file, details=details)
-    return values
-
-
-def _number(value: Any) -> Any:
-    """Text such as 1e-3 as the number it is everywhere but in YAML 1.1, which wants 1.0e-3."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-def _fits(value: Any, kind: str) -> bool:
-    return isinstance(value, KINDS[kind][0]) and (kind == "bool" or not isinstance(value, bool))
+        chosen = values.get("optimizer", TrainConfig().optimizer)
+        own = {} if own.get(chosen) is None else own[chosen]
+        if not isinstance(own, dict):
+            raise SettingError("not a mapping of settings", where=f"optimizer_config, {chosen}", found=own)
+        values["optimizer_config"] = own

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
+
+from .parameters import PATH
 
 AUTO = "auto"
 
@@ -23,7 +24,7 @@ def speculation_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options to a command: `draft_model`, and `num_draft_tokens`, None for a number that adapts."""
     help_number = f"Tokens it proposes at a time; {AUTO} follows how many are accepted."
     options = (
-        click.option("--draft-model", type=Path, help="MLX folder of a draft model: same answers, in less time."),
+        click.option("--draft-model", type=PATH, help="MLX folder of a draft model: same answers, in less time."),
         click.option("--num-draft-tokens", default="5", show_default=True, callback=_number, help=help_number),
     )
     for option in reversed(options):

@@ -19,7 +19,7 @@ def command() -> None:
 
     Where a script says `python -m examples.train_adapter` or `python -m export.export_fmadapter`, say
     `mlx-afm toolkit train_adapter` or `mlx-afm toolkit export_fmadapter`. The base model is converted once, into
-    mlx-afm/DTYPE beside the assets, or into $MLX_AFM_TOOLKIT_CACHE.
+    the user's cache folder, or into $MLX_AFM_TOOLKIT_CACHE.
     """
 
 

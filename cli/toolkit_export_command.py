@@ -11,14 +11,15 @@ from mlx_afm.files import to_json
 
 from .check_command import show_report
 from .output import json_option, note
+from .parameters import PATH, refuse_given
 from .toolkit_options import assets_option
 
 
 @click.command("export_fmadapter")
-@click.option("-o", "--output-dir", type=Path, required=True, help="Where NAME.fmadapter goes.")
+@click.option("-o", "--output-dir", type=PATH, required=True, help="Where NAME.fmadapter goes.")
 @click.option("-n", "--adapter-name", required=True, help="Letters, digits, underscores.")
-@click.option("-c", "--checkpoint", type=Path, required=True, help="Adapter; a .pt, or another form.")
-@click.option("-d", "--draft-checkpoint", type=Path, help="Draft .pt: the package gets the draft pair.")
+@click.option("-c", "--checkpoint", type=PATH, required=True, help="Adapter; a .pt, or another form.")
+@click.option("-d", "--draft-checkpoint", type=PATH, help="Draft .pt: the package gets the draft pair.")
 @click.option("--author", default="3P developer", show_default=True, help="Free text.")
 @click.option("--description", default="", help="Free text.")
 @click.option("-v", "--verbose", count=True, help="Say what was done to the adapter.")
@@ -41,6 +42,8 @@ def command(
     from mlx_afm.workflows.export import ExportConfig
     from mlx_afm.workflows.toolkit_export import export_checkpoint
 
+    if verbose:
+        refuse_given(("quiet",), "with --verbose")
     config = ExportConfig(
         adapter=checkpoint,
         name=adapter_name,

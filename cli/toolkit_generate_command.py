@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from .output import json_option, show
+from .parameters import PATH
 from .toolkit_options import assets_option, open_model, precision_option, without_meaning
 
 WITHOUT_MEANING = {
@@ -20,8 +21,8 @@ WITHOUT_MEANING = {
 
 @click.command("generate")
 @click.option("--prompt", required=True, help="A text, or a .jsonl with a list of messages a line.")
-@click.option("--checkpoint", type=Path, help="Adapter; a .pt, or another form.")
-@click.option("--draft-checkpoint", type=Path, help="No effect.")
+@click.option("--checkpoint", type=PATH, help="Adapter; a .pt, or another form.")
+@click.option("--draft-checkpoint", type=PATH, help="No effect.")
 @click.option("--temperature", type=float, default=1.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=int, default=50, show_default=True, help="Only the K most likely tokens.")
 @click.option("--max-new-tokens", type=int, default=50, show_default=True, help="Longest answer.")

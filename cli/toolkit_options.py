@@ -8,10 +8,11 @@ from typing import Any
 import click
 
 from .output import note
+from .parameters import PATH
 
 assets_option = click.option(
     "--assets",
-    type=Path,
+    type=PATH,
     help="The toolkit's assets.  [default: $MLX_AFM_TOOLKIT_ASSETS, else assets in the current folder]",
 )
 precision_option = click.option(
@@ -19,7 +20,7 @@ precision_option = click.option(
     type=click.Choice(["f32", "bf16", "bf16-mixed", "f16-mixed"]),
     default="bf16-mixed",
     show_default=True,
-    help="Of the frozen base; adapters are float32 always.",
+    help="Precision of the frozen base model; adapters are always float32.",
 )
 
 

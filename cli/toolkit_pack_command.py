@@ -8,11 +8,12 @@ import click
 
 from .asset_pack_options import names_of
 from .output import json_option, note, show
+from .parameters import PATH
 
 
 @click.command("produce_asset_pack")
-@click.option("--fmadapter-path", type=Path, required=True, help="The package.")
-@click.option("--output-path", type=Path, default=Path("."), show_default=True, help="A folder, or the .aar itself.")
+@click.option("--fmadapter-path", type=PATH, required=True, help="The package.")
+@click.option("--output-path", type=PATH, default=Path("."), show_default=True, help="A folder, or the .aar itself.")
 @click.option("--platforms", metavar="LIST", help="Some of iOS,macOS,visionOS.  [default: all]")
 @click.option("--download-policy", metavar="NAME", help="ON_DEMAND, PREFETCH or ESSENTIAL.  [default: ON_DEMAND]")
 @click.option("--installation-event-type", metavar="LIST", help="FIRST_INSTALLTION (so spelled), SUBSEQUENT_UPDATE.")

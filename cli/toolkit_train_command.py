@@ -7,8 +7,10 @@ from typing import Any
 
 import click
 
+from .data_options import no_cache_option
 from .interrupts import stop_on_signals
 from .output import json_option, note, show
+from .parameters import PATH
 from .toolkit_options import assets_option, open_model, precision_option, without_meaning
 
 WITHOUT_MEANING = {
@@ -16,9 +18,9 @@ WITHOUT_MEANING = {
     "fixed_sized_sequences": "padding costs time and changes no result",
 }
 OPTIONS = [
-    click.option("--train-data", type=Path, required=True, help="Conversations, one a line."),
-    click.option("--eval-data", type=Path, help="Conversations to evaluate on after each epoch."),
-    click.option("--checkpoint-dir", type=Path, required=True, help="Where the adapter-*.pt go."),
+    click.option("--train-data", type=PATH, required=True, help="Conversations, one a line."),
+    click.option("--eval-data", type=PATH, help="Conversations to evaluate on after each epoch."),
+    click.option("--checkpoint-dir", type=PATH, required=True, help="Where the adapter-*.pt go."),
     click.option("--checkpoint-frequency", type=int, default=1, show_default=True, help="Epochs."),
     click.option("--epochs", type=int, default=2, show_default=True, help="Passes over the data."),
     click.option("-lr", "--learning-rate", type=float, default=1e-3, show_default=True, help="Its peak."),
@@ -35,6 +37,7 @@ OPTIONS = [
     click.option("--loss-update-frequency", type=int, default=3, show_default=True, help="Steps between reports."),
     precision_option,
     assets_option,
+    no_cache_option,
     json_option,
 ]
 
@@ -57,6 +60,8 @@ def command(assets: Path | None, precision: str, as_json: bool, **options: Any) 
     if options["fixed_sized_sequences"] and options["max_sequence_length"] is None:
         raise click.UsageError("--fixed-sized-sequences needs --max-sequence-length")
     without_meaning(options, WITHOUT_MEANING)
+    if options.pop("no_cache"):
+        options["cache"] = None
     ToolkitTraining(model=Path(), **options).require_data()  # rather before a model is converted than after
     settings = ToolkitTraining(model=open_model(assets, precision), **options)
     with stop_on_signals() as stop:

@@ -2,8 +2,10 @@
 
     AFMError
     ├── ConfigError (ValueError)        a model configuration or a setting
+    │   ├── SettingError                a value that a setting does not take; the command line exits with 2
+    │   └── DiskFullError (OSError)     a disk without room for what is written
     ├── FormatError (ValueError)        a file or folder that is not what its name says
-    ├── TensorsError (ValueError)       tensors missing, surplus or of the wrong shape
+    ├── TensorsError (ValueError)       tensors missing, surplus, of the wrong shape or not finite
     ├── DataError (ValueError)          a training record
     ├── AdapterError (ValueError)       an adapter that does not belong to this model
     ├── DistributedError (RuntimeError) the other processes of a run
@@ -60,12 +62,23 @@ class ConfigError(AFMError, ValueError):
     """A model configuration or a setting that cannot be used."""
 
 
+class SettingError(ConfigError):
+    """A value that a setting does not take, or settings that exclude each other.
+
+    The fault is in what the caller wrote, not in a file: the command line exits with 2, as for wrong usage.
+    """
+
+
+class DiskFullError(ConfigError, OSError):
+    """A disk that has no room for what is to be written; nothing half-written is left."""
+
+
 class FormatError(AFMError, ValueError):
     """A file or folder that is damaged, unsafe, or not of the form it claims."""
 
 
 class TensorsError(AFMError, ValueError):
-    """Tensors that are missing, surplus or of the wrong shape; all of them in one error."""
+    """Tensors that are missing, surplus, of the wrong shape or not finite; all of them in one error."""
 
 
 class DataError(AFMError, ValueError):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import math
 import mmap
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -15,47 +17,173 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlx_afm.errors import ConfigError, FormatError
+from mlx_afm.errors import DiskFullError, FormatError, SettingError
 
 WRITE_OUT_BYTES = 1 << 27
+PARTIAL = ".part"  # end of the names of temporary files and folders: `.NAME.xxxxxxxx.part`
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+LFS_START = b"version https://git-lfs.github.com/spec/"  # of a Git LFS pointer: a text of some lines
+LFS_MOST_BYTES = 1024
 REPLACE_ATTEMPTS = 100  # only other processes that write the same folder make more than one necessary
 
 
+def to_path(path: str | os.PathLike[str]) -> Path:
+    """The path, with `~` or `~user` at its beginning replaced by the home folder, as a shell does.
+
+    Every path that a user gives comes through here: options, keys of a YAML file and arguments in Python.
+
+    Raises:
+        SettingError: not a text, an empty text, or a text with a NUL character.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise SettingError("not a path", expected="a str or a Path", found=f"{path!r:.80}")
+    text = os.fspath(path)
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise SettingError("not a path", expected="a text that is not empty, without NUL", found=f"{text!r:.80}")
+    return Path(os.path.expanduser(text))
+
+
+def to_optional_path(path: str | os.PathLike[str] | None) -> Path | None:
+    """The same; None stays None."""
+    return None if path is None else to_path(path)
+
+
+def parse_bytes(text: str) -> int:
+    """The number of bytes that `200MB`, `1.5 GB`, `16G` or `4096` mean; `16GiB` counts in powers of 1024.
+
+    Raises:
+        SettingError: something else.
+    """
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE | re.ASCII)
+    if match is None:
+        raise SettingError("not a size", expected="a number of bytes such as 200MB or 1.5GB", found=f"{text!r:.80}")
+    thousands = 0 if not match[2] else 1 + "KMGT".index(match[2].upper())
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** thousands)
+
+
+def set_paths(settings: object, *names: str) -> None:
+    """Passes attributes of a frozen dataclass through `to_path`; None stays None, and a tuple is a tuple of paths.
+
+    Raises:
+        SettingError: see `to_path`; with the name of the attribute.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        try:
+            paths = tuple(map(to_path, value)) if isinstance(value, (tuple, list)) else to_optional_path(value)
+        except SettingError as error:
+            raise SettingError(error.what, where=name, expected=error.expected, found=error.found) from None
+        object.__setattr__(settings, name, paths)
+
+
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path, wanted_bytes: int | None = None) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is synced and renamed to `path`.
 
-    On any exception the temporary file is removed and `path` is as it was.
+    On any exception the temporary file is removed and `path` is as it was. A link is replaced, not followed.
+
+    Args:
+        path: the file.
+        wanted_bytes: its size, if it is known; an error states it.
+
+    Raises:
+        DiskFullError: the file does not fit on its disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
-    try:
+    with _partial(path, _make_file, wanted_bytes) as partial:
         yield partial
         os.chmod(partial, 0o666 & ~_umask())  # mkstemp makes files private; ours are ordinary ones
         with partial.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, wanted_bytes: int | None = None) -> Iterator[Path]:
     """Yields a temporary folder beside `path`; on success it replaces `path`.
 
     On any exception the temporary folder is removed and `path` is as it was. Of two processes that finish at the
-    same time the later one's folder stays.
+    same time the later one's folder stays. If `path` is a link, the folder that it names is replaced.
+
+    Args:
+        path: the folder.
+        wanted_bytes: size of its files, if it is known; an error states it.
+
+    Raises:
+        DiskFullError: the folder does not fit on its disk.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
-    try:
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _partial(target, _make_folder, wanted_bytes) as partial:
         yield partial
         os.chmod(partial, 0o777 & ~_umask())
-        _replace_folder(partial, path)
+        _replace_folder(partial, target)
+
+
+@contextmanager
+def _partial(path: Path, make: Callable[[Path], Path], wanted_bytes: int | None) -> Iterator[Path]:
+    """A temporary file or folder beside `path`, locked while it is written and removed at the end."""
+    partial, descriptor = _make_locked(path, make)
+    try:
+        yield partial
+    except OSError as error:
+        if isinstance(error, DiskFullError) and wanted_bytes is None:  # of a file in this folder
+            raise DiskFullError(
+                error.what, where=path, expected=error.expected, found=error.found, advice=error.advice
+            ) from error
+        if isinstance(error, DiskFullError) or error.errno in DISK_FULL:
+            raise disk_full(path, wanted_bytes, size_of(partial)) from error
+        raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
+        os.close(descriptor)
+
+
+def _make_locked(path: Path, make: Callable[[Path], Path]) -> tuple[Path, int]:
+    """A new temporary file or folder and a descriptor that holds its lock.
+
+    The lock ends with the process, however the process ends: `folders.remove_stale` takes an unlocked one for dead.
+    """
+    while True:
+        partial = make(path)
+        with suppress(FileNotFoundError):  # another process took it for dead before it was locked
+            descriptor = os.open(partial, os.O_RDONLY)
+            if lock_descriptor(descriptor) is not False and partial.exists():
+                return partial, descriptor
+            os.close(descriptor)
+
+
+def lock_descriptor(descriptor: int) -> bool | None:
+    """Whether the lock of an open file or folder was free and is now held; None if the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else None
+    return True
+
+
+def _make_file(path: Path) -> Path:
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
+    os.close(handle)
+    return Path(name)
+
+
+def _make_folder(path: Path) -> Path:
+    return Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent))
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder with all its content; one that is not there is no error."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
 
 
 def _replace_folder(new: Path, path: Path) -> None:
@@ -77,6 +205,23 @@ def _replace_folder(new: Path, path: Path) -> None:
             shutil.rmtree(aside, ignore_errors=True)
     else:
         raise FileExistsError(errno.EEXIST, "other processes keep writing this folder", str(path))
+
+
+def require_not_lfs_pointer(path: Path) -> None:
+    """Checks that a file that exists is not a Git LFS pointer, which a clone without Git LFS has in its place.
+
+    Raises:
+        FormatError: it is one; with the size that the file itself has.
+    """
+    if path.stat().st_size > LFS_MOST_BYTES:
+        return
+    text = path.read_bytes()
+    if text.startswith(LFS_START):
+        sizes = [line.removeprefix(b"size ") for line in text.splitlines() if line.startswith(b"size ")]
+        expected = f"{int(sizes[0]):,} bytes" if sizes and sizes[0].isdigit() else "the file itself"
+        advice = "Run `git lfs pull` in its folder, or download the file itself."
+        what, found = "a Git LFS pointer, not the file that it stands for", f"{len(text)} bytes"
+        raise FormatError(what, where=path, expected=expected, found=found, advice=advice)
 
 
 def visible(paths: Iterable[Path]) -> list[Path]:
@@ -114,16 +259,42 @@ def require_space(target: Path, wanted_bytes: int) -> None:
     """Checks that a folder about to be written fits on its disk.
 
     Raises:
-        ConfigError: it does not.
+        DiskFullError: it does not.
     """
+    if free_bytes(target) < wanted_bytes:
+        raise disk_full(target, wanted_bytes)
+
+
+def free_bytes(target: Path) -> int:
+    """Free bytes of the disk that a file or folder is on, or will be on."""
     place = target.absolute()
     while not place.exists():
         place = place.parent
-    free_bytes = shutil.disk_usage(place).free
-    if free_bytes < wanted_bytes:
-        expected, found = f"{wanted_bytes / 1e9:.2f} GB free", f"{free_bytes / 1e9:.2f} GB"
-        advice = "Free some space, or choose a target on another disk."
-        raise ConfigError("not enough disk space", where=target, expected=expected, found=found, advice=advice)
+    return shutil.disk_usage(place).free
+
+
+def disk_full(target: Path, wanted_bytes: int | None, written_bytes: int = 0) -> DiskFullError:
+    """The error of a disk without room.
+
+    Args:
+        target: what is written.
+        wanted_bytes: its size; None if it is not known.
+        written_bytes: size of its unfinished part, which is about to be removed.
+    """
+    needed = written_bytes if wanted_bytes is None else wanted_bytes
+    return DiskFullError(
+        "not enough disk space",
+        where=target,
+        expected=f"{'more than ' if wanted_bytes is None else ''}{to_text(needed)} free",
+        found=to_text(free_bytes(target) + written_bytes, like=needed),
+        advice="Free some space, or choose a target on another disk.",
+    )
+
+
+def to_text(count: int, like: int | None = None) -> str:
+    """A number of bytes in GB, or in MB if it is small; `like` is another number that chooses the unit."""
+    unit, size = ("GB", 1e9) if (count if like is None else like) >= 5e7 else ("MB", 1e6)
+    return f"{count / size:.2f} {unit}"
 
 
 def _umask() -> int:
@@ -175,10 +346,11 @@ def read_json(path: Path) -> Any:
     """The value in a UTF-8 JSON file.
 
     Raises:
-        FormatError: no such file, not UTF-8, not JSON; with the place of the fault.
+        FormatError: no such file, a Git LFS pointer, not UTF-8, not JSON; with the place of the fault.
     """
     if not path.is_file():
         raise FormatError("no such file", where=path)
+    require_not_lfs_pointer(path)
     try:
         return json.loads(path.read_bytes().decode("utf-8"))
     except UnicodeDecodeError as error:

@@ -41,13 +41,20 @@ def test_several_processes_replace_one_folder(tmp_path):
 
 def test_what_cannot_be_replaced_stays(tmp_path):
     (tmp_path / "file").write_text("kept")
+    with pytest.raises(OSError, match="director"), atomic_folder(tmp_path / "file"):
+        pass
+    assert (tmp_path / "file").read_text() == "kept"
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_link_to_a_folder_stays_and_the_folder_is_replaced(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "folder")
-    for name in ("file", "link"):
-        with pytest.raises(OSError, match="director"), atomic_folder(tmp_path / name):
-            pass
-    assert (tmp_path / "file").read_text() == "kept"
-    assert names(tmp_path) == ["file", "folder", "link"]
+    with atomic_folder(tmp_path / "link") as partial:
+        (partial / "new").write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert names(tmp_path / "folder") == ["new"]
+    assert names(tmp_path) == ["folder", "link"]
 
 
 def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(tmp_path):

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 # Lowest first; a unit may import those below it.
 LEVELS = (
-    ("_version", "errors", "files", "tree", "assets"),
+    ("_version", "errors", "files", "folders", "spelling", "tree", "assets"),
     ("formats", "quant"),
     ("model", "text"),
     ("adapters", "checkpoints", "data", "interop"),
@@ -29,6 +29,8 @@ LEVEL_OF = {unit: level for level, units in enumerate(LEVELS) for unit in units}
 # (importer, imported) of one level, and why.
 ALLOWED = {
     ("files", "errors"): "the errors it raises",
+    ("folders", "errors"): "the errors it raises",
+    ("folders", "files"): "a temporary file or folder is removed as it is made",
     ("tree", "errors"): "the errors it raises",
     ("memory", "training"): "how large the chunks of the loss are",
     ("adapters", "checkpoints"): "the one table of names holds the adapter's too",
@@ -36,7 +38,7 @@ ALLOWED = {
 UPWARD = {("__main__", "cli"): "`python -m mlx_afm` is the command"}
 
 FORMATS_MAY_IMPORT = {"numpy", "mlx_afm.errors", "mlx_afm.files", "mlx_afm.formats"}
-DEPENDENCIES = {"mlx", "mlx_lm", "numpy", "sentencepiece", "click", "rich", "yaml", "huggingface_hub"}
+DEPENDENCIES = {"filelock", "mlx", "mlx_lm", "numpy", "sentencepiece", "click", "rich", "yaml", "huggingface_hub"}
 OPTIONAL = {
     "datasets",
     "llguidance",

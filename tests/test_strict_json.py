@@ -30,7 +30,6 @@ OWN = {
     "mlx_afm/serving/fields.py": "a fault, shown",
     "mlx_afm/text/hf_chat_template.py": "texts",
     "mlx_afm/text/messages.py": "a fault, shown",
-    "mlx_afm/text/template.py": "what the model reads; checked by `require_json`",
     "mlx_afm/training/distributed.py": "a digest",
     "mlx_afm/workflows/answer.py": "a digest",
     "mlx_afm/workflows/lineage.py": "a digest",

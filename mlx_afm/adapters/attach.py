@@ -165,6 +165,33 @@ def set_adapter_weights(model: Model, weights: Mapping[str, mx.array], *, where:
     model.load_weights([(name, array.astype(mx.float32)) for name, array in weights.items()], strict=False)
 
 
+def restart_dead_components(
+    weights: Mapping[str, mx.array], fresh: Mapping[str, mx.array]
+) -> tuple[dict[str, mx.array], list[str]]:
+    """The adapter's arrays with new values of A where a pair could never learn, and the modules this concerns.
+
+    A component of the rank whose column of A and whose row of B are both zero has zero gradients for ever: each is
+    multiplied by the other. With a random column of A and a row of zeros in B the pair still changes nothing, and it
+    learns.
+
+    Args:
+        weights: `...lora_a` (in, R) and `...lora_b` (R, out) by name; others are passed on.
+        fresh: a start value of each `...lora_a`, same shape.
+
+    Example: A = 0 and B = 0, rank 2, as `export --zero-untrained` writes them -> A = fresh A, B = 0.
+    """
+    dead = {}
+    for name, a_NR in weights.items():
+        if name.endswith(".lora_a"):
+            b_RO = weights[name.removesuffix("lora_a") + "lora_b"]
+            dead[name] = (a_NR == 0).all(axis=0) & (b_RO == 0).all(axis=1)
+    found = {name: mask_R.any() for name, mask_R in dead.items()}
+    mx.eval(found)
+    names = [name for name, any_dead in found.items() if any_dead.item()]
+    changed = {name: mx.where(dead[name], fresh[name], weights[name]) for name in names}
+    return {**weights, **changed}, [name.removesuffix(".lora_a") for name in names]
+
+
 def set_full_weights(model: Model, weights: Mapping[str, mx.array]) -> None:
     """Puts weights of full fine-tuning in place, rounded once to the dtype of those they replace.
 

@@ -8,12 +8,15 @@ from dataclasses import InitVar, dataclass
 from typing import Any
 
 from mlx_afm.adapters.layers import ALL, layer_faults
-from mlx_afm.checkpoints.names import TARGETS
-from mlx_afm.errors import AdapterError, ConfigError
+from mlx_afm.checkpoints.names import PROJECTIONS, QKV, TARGETS, Q
+from mlx_afm.errors import AdapterError, ConfigError, SettingError
 from mlx_afm.model import AFMConfig
 from mlx_afm.text.system_prompt import SYSTEM_PROMPTS, SystemPrompts
 
 DEFAULT_SCALE = 0.5  # of an adapter file that carries none: alpha 16 at rank 32
+# The modules of a layer as mlx-lm's `keys` name them, and the targets on them.
+MODULES = {projection.ours: projection.target for projection in PROJECTIONS}
+_BOTH_Q = {QKV.ours, Q.ours}
 FINE_TUNE_TYPES = ("lora", "dora", "full", "qat")
 WHOLE_WEIGHTS = ("full", "qat")  # no low-rank update: rank, scale and dropout mean nothing
 
@@ -36,7 +39,7 @@ class LoRAConfig:
         use_rslora: `scale` becomes alpha / sqrt(rank), as rank-stabilised LoRA has it.
 
     Raises:
-        ConfigError: settings out of range.
+        SettingError: settings out of range.
     """
 
     rank: int = 32
@@ -73,7 +76,7 @@ class LoRAConfig:
         elif self.fine_tune_type == "qat" and 0 < len({"q", "k", "v"} & set(self.targets)) < 3:
             faults.append("targets: q, k and v are one matrix of codes; qat takes all of them or none")
         if faults:
-            raise ConfigError("the adapter's settings are out of range", details=faults)
+            raise SettingError("the adapter's settings are out of range", details=faults)
 
     def _set_scale(self, alpha: float, use_rslora: bool) -> list[str]:
         if self.scale != DEFAULT_SCALE:
@@ -109,6 +112,8 @@ def to_adapter_json(
 def parse_adapter_json(values: Any, *, where: object) -> tuple[LoRAConfig, AFMConfig | None]:
     """The adapter's form and, if it says so, the sizes of its base.
 
+    Of a configuration that mlx-lm wrote, `num_layers` (the last layers) and `keys` (modules of a layer) are honoured.
+
     Raises:
         AdapterError: not an adapter we know, or settings missing or out of range.
     """
@@ -122,13 +127,54 @@ def parse_adapter_json(values: Any, *, where: object) -> tuple[LoRAConfig, AFMCo
     missing = [name for name in ("rank", "scale") if name not in parameters and kind not in WHOLE_WEIGHTS]
     if missing:
         raise AdapterError(f"lora_parameters without {' and '.join(missing)}", where=where)
+    given_layers = parameters.get("layers")
+    layers = _layers_of(values.get("num_layers"), where) if given_layers is None else given_layers
     targets, base = parameters.get("targets", TARGETS), values.get("base_model")
+    if parameters.get("keys") is not None and "targets" not in parameters:
+        targets, layers = _modules_of(parameters["keys"], layers, where)
     if not isinstance(targets, (list, tuple)) or not isinstance(base, (Mapping, type(None))):
         expected = "targets a list and base_model an object"
         raise AdapterError("not an adapter configuration", where=where, expected=expected)
     try:
         given = {name: parameters[name] for name in ("rank", "scale", "dropout") if name in parameters}
-        config = LoRAConfig(**given, targets=tuple(targets), layers=parameters.get("layers", ALL), fine_tune_type=kind)
+        config = LoRAConfig(**given, targets=tuple(targets), layers=layers, fine_tune_type=kind)
         return config, None if base is None else AFMConfig.from_dict(base)
     except (ConfigError, TypeError) as error:
         raise AdapterError(f"cannot be used: {error}", where=where) from error
+
+
+def _layers_of(num_layers: Any, where: object) -> str:
+    """The layers that mlx-lm's `num_layers` means: the last ones; all if it is absent, 0 or less."""
+    if num_layers is None:
+        return ALL
+    if isinstance(num_layers, bool) or not isinstance(num_layers, int):
+        raise AdapterError("num_layers is not a whole number", where=where, found=repr(num_layers))
+    return f"last-{num_layers}" if num_layers > 0 else ALL
+
+
+def _modules_of(keys: Any, layers: str, where: object) -> tuple[tuple[str, ...], str]:
+    """The targets and layers that mlx-lm's `keys` mean.
+
+    Raises:
+        AdapterError: modules that this model does not have, or a choice that targets and layers cannot say.
+    """
+    known = ", ".join(MODULES)
+    if not isinstance(keys, (list, tuple)) or not keys or not all(isinstance(key, str) for key in keys):
+        raise AdapterError("keys is not a list of module names", where=where, expected=f"some of {known}", found=keys)
+    unknown = [key for key in keys if key not in MODULES]
+    if unknown:
+        what = "keys with modules that the layers of this model do not have"
+        raise AdapterError(what, where=where, expected=f"some of {known}", found=", ".join(unknown))
+    chosen = {target for key in keys for target in MODULES[key]}
+    targets = tuple(target for target in TARGETS if target in chosen)
+    q_modules = _BOTH_Q & set(keys)
+    if len(q_modules) != 1:
+        return targets, layers
+    # Layers that reuse keys and values have q_proj, the others qkv_proj; our target q means both.
+    if set(keys) == q_modules and layers == ALL:
+        return targets, "ordinary" if q_modules == {QKV.ours} else "reuse"
+    advice = "Train again with both of these keys, or without keys."
+    expected = f"{QKV.ours} and {Q.ours}, or neither"
+    raise AdapterError(
+        "keys that mlx-afm cannot load", where=where, expected=expected, found=", ".join(keys), advice=advice
+    )

@@ -203,7 +203,7 @@ def _padded(tensor: LazyTensor, shape: Shape, factor: float) -> LazyTensor:
         values = np.zeros(shape, np.float32)
         rows, columns = tensor.shape
         with np.errstate(over="ignore", invalid="ignore"):  # refused, with its name, where values are checked
-            values[:rows, :columns] = tensor.read() * np.float32(factor)
+            values[:rows, :columns] = tensor.read_values() * np.float32(factor)
         return values
 
     return LazyTensor("float32", shape, read)
@@ -226,7 +226,7 @@ class _Reduced:
         return pair
 
     def _decompose(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        a, b = self.a.read().astype(np.float64), self.b.read().astype(np.float64)
+        a, b = self.a.read_values().astype(np.float64), self.b.read_values().astype(np.float64)
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
             advice = "The training diverged: export an earlier adapter"
             raise AdapterError("values are infinite or not numbers", where=self.name, advice=advice)

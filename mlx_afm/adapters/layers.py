@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from mlx_afm.checkpoints.names import QKV, Kind, plan_names, target_of
-from mlx_afm.errors import ConfigError
+from mlx_afm.errors import SettingError
 from mlx_afm.model import AFMConfig, ToolkitConfig
 
 ALL = "all"
@@ -50,7 +50,7 @@ def chosen_layers(spec: str, base: AFMConfig) -> frozenset[int]:
             found = named[part]
         if not found or found[0] < 0 or found[-1] >= count:
             expected = f"some of 0-{count - 1} ({ordinary} ordinary, {count - ordinary} reuse)"
-            raise ConfigError("the model has no such layers", expected=expected, found=part)
+            raise SettingError("the model has no such layers", expected=expected, found=part)
         chosen |= set(found)
     return frozenset(chosen)
 

@@ -7,8 +7,8 @@ NAME.fmadapter/     the package devices load (fp16; written here, read back exac
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from mlx_afm.adapters.config import DEFAULT_SCALE, LoRAConfig, parse_adapter_json, to_adapter_json
 from mlx_afm.adapters.layers import ALL, chosen_layers, coded_projections, layer_of
 from mlx_afm.checkpoints.arrays import cast
+from mlx_afm.checkpoints.finite import require_finite
 from mlx_afm.checkpoints.names import (
     DEFAULT_ADAPTER,
     Entry,
@@ -28,14 +29,14 @@ from mlx_afm.checkpoints.names import (
     target_of,
 )
 from mlx_afm.errors import AdapterError, ConfigError
-from mlx_afm.files import atomic_folder, read_json, write_json
+from mlx_afm.files import atomic_folder, read_json, to_path, write_json
 from mlx_afm.formats.fmadapter import read_fmadapter
 from mlx_afm.formats.safetensors_file import read_safetensors, write_safetensors
 from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.formats.torch_file import read_torch
 from mlx_afm.model import AdapterSpec, AFMConfig, ToolkitConfig
 from mlx_afm.text.system_prompt import SYSTEM_PROMPTS, SystemPrompts, parse_system_prompts
-from mlx_afm.tree import require_same_tensors
+from mlx_afm.tree import require_same_tensors, require_unwrapped
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 OURS = "mlx_afm"  # the library's key in a package's `creatorDefined`
@@ -73,8 +74,8 @@ class Adapter:
         return self.base
 
 
-def read_adapter(path: Path, base: AFMConfig | None = None, scale: float | None = None) -> Adapter:
-    """Opens an adapter of any form; names and shapes are checked, values stay on disk.
+def read_adapter(path: str | Path, base: AFMConfig | None = None, scale: float | None = None) -> Adapter:
+    """Opens an adapter of any form; names, shapes and values are checked, values stay on disk.
 
     Args:
         path: a folder, a `.pt` or a `.fmadapter`.
@@ -83,8 +84,11 @@ def read_adapter(path: Path, base: AFMConfig | None = None, scale: float | None 
 
     Raises:
         FormatError: no such thing, or damaged. AdapterError: an adapter for another base model, or of
-            another kind. TensorsError: tensors that are not an adapter's, all listed.
+            another kind. TensorsError: tensors that are not an adapter's, or NaN or infinite ones, all listed.
+
+    Cost: reads the file once.
     """
+    path = to_path(path)
     if path.suffix == ".fmadapter":
         adapter = _read_package(path)
     elif path.suffix == ".pt":
@@ -93,7 +97,19 @@ def read_adapter(path: Path, base: AFMConfig | None = None, scale: float | None 
         adapter = _read_folder(path)
     if base is not None:
         _require_fit(adapter, base, path)
+        adapter = replace(adapter, base=adapter.base or base)
+    require_finite(adapter.weights, where=path)
     return adapter
+
+
+def _require_no_lists(names: Iterable[str], path: Path) -> None:
+    """Checks that the fused projection has a pair for each part and not the lists of mlx-lm's own afm7 class."""
+    lists = [name for name in names if name.rpartition(".")[2].isdecimal()]
+    if lists:
+        what = "an adapter of mlx-lm's own afm7 class, whose fused projection has lists of arrays"
+        advice = "Train it with mlx-afm lora, or with mlx-lm on a folder that mlx-afm converted."
+        expected = lists[0].rpartition(".")[0].replace(".lora_", ".q.lora_")
+        raise AdapterError(what, where=path, expected=expected, found=lists[0], advice=advice)
 
 
 def _require_fit(adapter: Adapter, base: AFMConfig, path: Path) -> None:
@@ -109,9 +125,11 @@ def _require_fit(adapter: Adapter, base: AFMConfig, path: Path) -> None:
             advice = "Use it with the model it was trained on."
             raise AdapterError("an adapter for another base model", where=path, advice=advice, details=other)
     found = {name: tensor.shape for name, tensor in adapter.weights.items()}
-    require_same_tensors(
-        adapter_shapes(base, adapter.config), found, where=path, advice="Was it trained for another base model?"
-    )
+    try:
+        shapes = adapter_shapes(base, adapter.config)
+    except ConfigError as error:
+        raise AdapterError(error.what, where=path, expected=error.expected, found=error.found) from error
+    require_same_tensors(shapes, found, where=path, advice="Was it trained for another base model?")
 
 
 def adapter_shapes(base: AFMConfig, config: LoRAConfig) -> dict[str, tuple[int, ...]]:
@@ -150,7 +168,9 @@ def _read_folder(path: Path) -> Adapter:
     values = read_json(path / CONFIG)
     config, base = parse_adapter_json(values, where=path / CONFIG)
     name, prompts = str(values.get("toolkit_name", DEFAULT_ADAPTER)), _system_prompts(values, path / CONFIG)
-    return Adapter(config, base, read_safetensors(path / WEIGHTS), name, prompts)
+    tensors = read_safetensors(path / WEIGHTS)
+    _require_no_lists(tensors, path / WEIGHTS)
+    return Adapter(config, base, tensors, name, prompts)
 
 
 def _system_prompts(values: Any, where: object) -> SystemPrompts:
@@ -168,6 +188,7 @@ def _read_pt(path: Path, base: AFMConfig | None, scale: float) -> Adapter:
     if len(ids) != 1:
         expected = "tensors named ...adapters.ID.... of one adapter"
         raise AdapterError("not a toolkit adapter checkpoint", where=path, expected=expected, found=ids or "none")
+    require_unwrapped(tensors, where=path, start="layers.")
     first = next(iter(tensors.values()))
     config = LoRAConfig(rank=first.shape[-1], scale=scale)
     made_for = base or _apple_base(tensors)
@@ -210,16 +231,18 @@ def _read_package(path: Path) -> Adapter:
     return Adapter(config, base, weights, system_prompts=prompts)
 
 
-def write_adapter_folder(folder: Path, adapter: Adapter) -> None:
+def write_adapter_folder(folder: str | Path, adapter: Adapter) -> None:
     """Writes an MLX adapter folder; an older one is replaced as a whole, or not at all."""
+    folder = to_path(folder)
     values = to_adapter_json(adapter.config, adapter.require_base(), adapter.name, adapter.system_prompts)
     with atomic_folder(folder) as partial:
         write_adapter_weights(partial / WEIGHTS, adapter.weights)
         write_json(partial / CONFIG, values)
 
 
-def write_adapter_weights(path: Path, weights: Mapping[str, LazyTensor]) -> None:
+def write_adapter_weights(path: str | Path, weights: Mapping[str, LazyTensor]) -> None:
     """Writes an `adapters.safetensors` atomically."""
+    path = to_path(path)
     write_safetensors(path, weights, {"format": "mlx"})
 
 
@@ -227,4 +250,4 @@ def is_zero(adapter: Adapter) -> bool:
     """Whether the adapter changes nothing: a LoRA adapter whose every B is zero."""
     if adapter.config.fine_tune_type != "lora":
         return False
-    return not any(np.any(tensor.read()) for name, tensor in adapter.weights.items() if name.endswith(".lora_b"))
+    return not any(np.any(tensor.read_values()) for name, tensor in adapter.weights.items() if name.endswith(".lora_b"))

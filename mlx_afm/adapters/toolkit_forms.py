@@ -13,6 +13,7 @@ from mlx_afm.adapters.layers import ALL, chosen_layers
 from mlx_afm.adapters.store import Adapter, adapter_entries
 from mlx_afm.checkpoints.names import DEFAULT_ADAPTER, TARGETS
 from mlx_afm.errors import AdapterError, ConfigError
+from mlx_afm.files import to_path
 from mlx_afm.formats.fmadapter import AddFiles, Geometry, Metadata, Rounding, no_files, write_fmadapter
 from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.formats.torch_file import write_torch
@@ -55,7 +56,7 @@ def _toolkit_tensors(adapter: Adapter, what: str, name: str, scale: float) -> di
     return {entry.toolkit: adapter.weights[entry.ours] for entry in entries}
 
 
-def write_adapter_pt(path: Path, adapter: Adapter, scale: float = DEFAULT_SCALE) -> None:
+def write_adapter_pt(path: str | Path, adapter: Adapter, scale: float = DEFAULT_SCALE) -> None:
     """Writes the toolkit's `.pt`: its names in its order.
 
     Args:
@@ -66,6 +67,7 @@ def write_adapter_pt(path: Path, adapter: Adapter, scale: float = DEFAULT_SCALE)
     Raises:
         AdapterError: another scale, or projections or layers left out.
     """
+    path = to_path(path)
     write_torch(path, _toolkit_tensors(adapter, "a toolkit .pt", adapter.name, scale))
 
 
@@ -79,7 +81,7 @@ def package_tensors(adapter: Adapter) -> dict[str, LazyTensor]:
 
 
 def write_adapter_package(
-    folder: Path,
+    folder: str | Path,
     adapter: Adapter,
     metadata: Metadata,
     *,
@@ -98,6 +100,7 @@ def write_adapter_package(
         AdapterError: another scale than 0.5, projections or layers left out, or values fp16 cannot hold.
         ConfigError: a name devices refuse.
     """
+    folder = to_path(folder)
     tensors, base = package_tensors(adapter), adapter.require_base()
     try:
         geometry = Geometry(

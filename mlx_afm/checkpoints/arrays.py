@@ -8,7 +8,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_afm.formats.tensors import STORAGE_DTYPES, LazyTensor
+from mlx_afm.formats.tensors import FLOAT_DTYPES as STORED_FLOATS
+from mlx_afm.formats.tensors import STORAGE_DTYPES, LazyTensor, to_values
 
 CACHED_VALUES = 1 << 16
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
@@ -16,7 +17,8 @@ FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
 def to_mlx(tensor: LazyTensor) -> mx.array:
     """The values as an MLX array of the same dtype; one copy (float64 becomes float32: Metal has none)."""
-    return _as_mlx(np.ascontiguousarray(tensor.read()).reshape(tensor.shape), tensor.dtype)  # it makes scalars 1-D
+    stored = np.ascontiguousarray(tensor.read_stored()).reshape(tensor.shape)  # it makes scalars 1-D
+    return _as_mlx(stored, tensor.dtype)
 
 
 def _as_mlx(values: npt.NDArray[Any], dtype: str) -> mx.array:
@@ -35,23 +37,21 @@ def from_mlx(array: mx.array) -> LazyTensor:
 
 def cast(tensor: LazyTensor, dtype: str | None) -> LazyTensor:
     """The tensor in another floating dtype, rounded to nearest even when read; others as they are."""
-    if dtype is None or dtype == tensor.dtype or tensor.dtype not in (*FLOAT_DTYPES, "float64"):
+    if dtype is None or dtype == tensor.dtype or tensor.dtype not in STORED_FLOATS:
         return tensor
 
-    def cast_values(values_N: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return from_float32(to_float32(values_N, tensor.dtype), dtype)
+    def cast_stored(stored_N: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return from_float32(to_float32(stored_N, tensor.dtype), dtype)
 
     def whole() -> npt.NDArray[Any]:
-        return cast_values(np.ascontiguousarray(tensor.read()).reshape(-1)).reshape(tensor.shape)
+        return cast_stored(np.ascontiguousarray(tensor.read_stored()).reshape(-1)).reshape(tensor.shape)
 
-    return LazyTensor(dtype, tensor.shape, whole, lambda: map(cast_values, tensor.blocks()))
+    return LazyTensor(dtype, tensor.shape, whole, lambda: map(cast_stored, tensor.iter_stored()))
 
 
-def to_float32(values_N: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
-    """Values of a floating dtype (bfloat16 as its bit patterns), widened exactly (float64: rounded)."""
-    if dtype == "bfloat16":
-        return (values_N.astype(np.uint32) << 16).view(np.float32)
-    return values_N.astype(np.float32, copy=False)
+def to_float32(stored_N: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
+    """Stored elements of a floating dtype (bfloat16 as its bit patterns), widened exactly (float64: rounded)."""
+    return to_values(stored_N, dtype).astype(np.float32, copy=False)
 
 
 def from_float32(values_N: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[Any]:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from mlx_afm.errors import FormatError
+from mlx_afm.files import to_path
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "base_adapter/*", "toolkit/*"]
@@ -19,7 +20,7 @@ def resolve(path: str | Path) -> Path:
     Raises:
         FormatError: the repository cannot be had.
     """
-    local = Path(path).expanduser()
+    local = to_path(path)
     if local.exists() or not REPOSITORY.fullmatch(str(path)):
         return local
     from huggingface_hub import snapshot_download

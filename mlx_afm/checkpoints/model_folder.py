@@ -19,6 +19,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_afm.checkpoints.arrays import cast
+from mlx_afm.checkpoints.finite import finite_while_read, require_finite, require_finite_arrays
 from mlx_afm.checkpoints.names import Entry, Kind, plan_names
 from mlx_afm.checkpoints.quantized import KEY, schemes_of
 from mlx_afm.checkpoints.toolkit import ToolkitCheckpoint, quantizer_scale, range_of_scale
@@ -37,6 +38,7 @@ from mlx_afm.tree import require_same_tensors
 TOOLKIT_CONFIG = Path("toolkit", "base-model-config.json")
 OBSERVERS = Path("toolkit", "observers.safetensors")
 BASE_ADAPTER = "base_adapter"
+SMALL = (".scales", ".biases")  # of quantized matrices
 NORM = "model.output_norm.weight"  # never quantised: its dtype is the model's
 # What goes along when a folder is fused or cast: the tokenizer, and settings other programs read.
 KEPT_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -93,8 +95,19 @@ def model_tensors(checkpoint: ToolkitCheckpoint, dtype: str | None) -> dict[str,
         if entry.kind is Kind.WEIGHT:
             tensors[entry.ours] = cast(source, dtype)
         elif entry.kind is Kind.RANGE:
-            tensors[entry.ours] = LazyTensor.of(np.array(quantizer_scale(source.read())))
+            tensors[entry.ours] = LazyTensor.of(np.array(quantizer_scale(source.read_values(), where=entry.toolkit)))
     return tensors
+
+
+def observed_ranges(config: ToolkitConfig, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The observers' (min, max) among tensors by the toolkit's names, by the names of the steps that they imply."""
+    entries = [entry for entry in plan_names(config) if entry.kind is Kind.RANGE and entry.toolkit in tensors]
+    return {entry.ours: tensors[entry.toolkit] for entry in entries}
+
+
+def read_observers(folder: Path) -> dict[str, LazyTensor]:
+    """The observers' tensors of a folder by the toolkit's names; none if it never was a toolkit checkpoint."""
+    return read_safetensors(folder / OBSERVERS) if (folder / OBSERVERS).is_file() else {}
 
 
 def write_config(folder: Path, config: AFMConfig, settings: Mapping[str, Any]) -> None:
@@ -133,7 +146,10 @@ def load_model(folder: Path, *, lazy: bool = False) -> Model:
         lazy: leave the weights on disk until they are used.
 
     Raises:
-        FormatError, ConfigError: see `read_config`. TensorsError: weights of another model.
+        FormatError, ConfigError: see `read_config`. TensorsError: weights of another model, or NaN or infinite ones,
+            all named. With `lazy` dense matrices are not checked for that, since they are not read.
+
+    Cost: the check adds one pass over the weights in memory, some percent of the time to read them from disk.
     """
     model, tensors = Model(read_config(folder)), read_shards(folder)
     schemes = schemes_of(_read_config_json(folder), tensors, where=folder / "config.json")
@@ -143,6 +159,8 @@ def load_model(folder: Path, *, lazy: bool = False) -> Model:
     expected = {name: tuple(array.shape) for name, array in tree_flatten(model.parameters())}
     found = {name: tensor.shape for name, tensor in tensors.items()}
     require_same_tensors(expected, found, where=folder)
+    if lazy:
+        require_finite({n: t for n, t in tensors.items() if len(t.shape) < 2 or n.endswith(SMALL)}, where=folder)
     weights: dict[str, mx.array] = {}
     for file in shard_files(folder):
         weights.update(mx.load(str(file)))  # type: ignore[arg-type]
@@ -150,6 +168,7 @@ def load_model(folder: Path, *, lazy: bool = False) -> Model:
     model.eval()
     if not lazy:
         mx.eval(model.parameters())
+        require_finite_arrays(dict(tree_flatten(model.parameters())), where=folder)
     return model
 
 
@@ -170,6 +189,8 @@ def state_dict_of(
         adapter: the base adapter by our names; needed if the toolkit's JSON names one.
         dtype: cast weights to this when they are read; None keeps them.
 
+    Reading a tensor that holds NaN or infinite values raises `TensorsError`.
+
     Raises:
         ConfigError: a quantised folder. TensorsError: it lacks a tensor the configuration asks for.
     """
@@ -177,8 +198,8 @@ def state_dict_of(
         advice = "Make it dense first: mlx-afm convert -d --hf-path FOLDER --mlx-path DENSE"
         raise ConfigError("the toolkit has no quantised weights", where=source, advice=advice)
     config = read_toolkit_config(source)
-    ours = {**read_shards(source), **adapter}
-    observers = read_safetensors(source / OBSERVERS) if (source / OBSERVERS).is_file() else {}
+    ours = finite_while_read({**read_shards(source), **adapter}, where=source)
+    observers = read_observers(source)
     entries = plan_names(config)
     wanted = {e.ours: e.shape for e in entries if e.kind in (Kind.WEIGHT, Kind.ADAPTER)}
     scales: dict[str, tuple[int, ...]] = {e.ours: () for e in entries if e.kind is Kind.RANGE}
@@ -189,9 +210,14 @@ def state_dict_of(
 def write_torch_checkpoint(
     source: Path, target: Path, config: ToolkitConfig, state: Mapping[str, LazyTensor], on_bytes: OnBytes
 ) -> None:
-    """Writes `base-model.pt` and its JSON, the one the folder `source` came with if there is one."""
+    """Writes `base-model.pt` and its JSON, the one the folder `source` came with if there is one.
+
+    Raises:
+        TensorsError: NaN or infinite weights, all named.
+    """
     aliases = {"output_transform.weight": "embedding.weight"}
-    write_torch(target / "base-model.pt", state, aliases=aliases, on_bytes=on_bytes)
+    finite = finite_while_read(state, where=source)
+    write_torch(target / "base-model.pt", finite, aliases=aliases, on_bytes=on_bytes)
     if (source / TOOLKIT_CONFIG).is_file():
         (target / "base-model-config.json").write_bytes((source / TOOLKIT_CONFIG).read_bytes())
     else:
@@ -207,4 +233,4 @@ def _state_value(
         return observers[entry.toolkit]
     if entry.kind is Kind.SAMPLES:  # a folder that never was a toolkit checkpoint: the counter only has to be set
         return LazyTensor.of(np.array(1, np.int64))
-    return LazyTensor.of(range_of_scale(ours[entry.ours].read()))
+    return LazyTensor.of(range_of_scale(ours[entry.ours].read_values(), where=entry.ours))

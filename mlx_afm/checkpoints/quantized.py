@@ -9,7 +9,7 @@ Shape suffixes: O rows (outputs), N columns (inputs).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_afm.checkpoints.arrays import cast, from_float32, to_float32
+from mlx_afm.checkpoints.finite import require_finite
 from mlx_afm.errors import ConfigError
 from mlx_afm.formats.tensors import STORAGE_DTYPES, LazyTensor, read_ahead
 from mlx_afm.model.packed import Packed
@@ -50,16 +51,22 @@ class Quantization:
     Attributes:
         plan: which matrix takes which form.
         tensors: what is to be written, in order.
+        sources: what they are made of.
+        weighted: matrices whose scales were fitted with column weights, by module path.
         on_grid: matrices that lay on a balanced grid and keep their values, by module path; complete once
             the tensors are written.
     """
 
     plan: Plan
     tensors: dict[str, LazyTensor]
+    sources: Tensors
+    weighted: frozenset[str] = frozenset()
     on_grid: set[str] = field(default_factory=set)
 
 
-def quantize_tensors(tensors: Tensors, config: QuantConfig, dtype: str | None) -> Quantization:
+def quantize_tensors(
+    tensors: Tensors, config: QuantConfig, dtype: str | None, *, where: object = "the model to quantize"
+) -> Quantization:
     """The tensors with matrices in codes; nothing but the first rows of each matrix is read yet.
 
     A matrix on the balanced 2-bit grid is packed as it is, whatever the configuration says: any other
@@ -69,6 +76,9 @@ def quantize_tensors(tensors: Tensors, config: QuantConfig, dtype: str | None) -
         tensors: a dense model by our names.
         config: what to do.
         dtype: of everything else, and of affine scales; None keeps the model's.
+        where: for messages.
+
+    Reading a matrix that holds NaN or infinite values raises `TensorsError`, which names all such tensors.
 
     Raises:
         ConfigError: nothing can be quantised, or column weights for no matrix.
@@ -80,12 +90,14 @@ def quantize_tensors(tensors: Tensors, config: QuantConfig, dtype: str | None) -
     plan = plan_schemes(config, shapes)
     schemes = {path: _kept_grid(tensors[f"{path}.weight"]) or scheme for path, scheme in plan.schemes.items()}
     plan = Plan(plan.default, schemes, plan.left_dense)
-    done = Quantization(plan, {})
+    done = Quantization(plan, {}, tensors, frozenset(config.column_weights))
     for name, tensor in tensors.items():
         path, _, last = name.rpartition(".")
         if last == "weight" and path in schemes:
             stored = dtype or tensor.dtype.replace("float64", "float32")
-            job = _Job(path, tensor, schemes[path], stored, config.column_weights.get(path), done.on_grid)
+            weigh = config.column_weights.get(path)
+            check = partial(require_finite, tensors, where=where)
+            job = _Job(path, tensor, schemes[path], stored, weigh, done.on_grid, check)
             done.tensors.update(job.tensors())
         else:
             done.tensors[name] = tensor if name.endswith(STEPS) else cast(tensor, dtype)
@@ -109,16 +121,16 @@ def row_blocks(tensor: LazyTensor, first_rows: int = 0) -> Iterator[npt.NDArray[
     With `first_rows` that many come first and alone (of a tensor that is not computed, at no cost).
     """
     columns = tensor.shape[1]
-    if tensor.stream is None:
-        values_ON = tensor.read()
+    if tensor.stream_stored is None:
+        stored_ON = tensor.read_stored()
         step = max(1, BLOCK_BYTES // 4 // columns)
-        starts = [0, *range(first_rows, len(values_ON), step)] if first_rows else range(0, len(values_ON), step)
-        ends = [*list(starts)[1:], len(values_ON)]
+        starts = [0, *range(first_rows, len(stored_ON), step)] if first_rows else range(0, len(stored_ON), step)
+        ends = [*list(starts)[1:], len(stored_ON)]
         for start, end in zip(starts, ends):
-            yield to_float32(np.ascontiguousarray(values_ON[start:end]), tensor.dtype)
+            yield to_float32(np.ascontiguousarray(stored_ON[start:end]), tensor.dtype)
         return
     kept = np.empty(0, STORAGE_DTYPES[tensor.dtype])
-    for block in tensor.blocks():
+    for block in tensor.iter_stored():
         flat = np.concatenate([kept, block]) if kept.size else block
         whole = flat.size // columns * columns
         kept = flat[whole:]
@@ -130,10 +142,17 @@ class _Job:
     """One matrix on its way to codes."""
 
     def __init__(
-        self, path: str, source: LazyTensor, scheme: Scheme, dtype: str, column_weights: Any, on_grid: set[str]
+        self,
+        path: str,
+        source: LazyTensor,
+        scheme: Scheme,
+        dtype: str,
+        column_weights: Any,
+        on_grid: set[str],
+        check: Callable[[], None],
     ) -> None:
         self.path, self.source, self.scheme, self.dtype = path, source, scheme, dtype
-        self.column_weights, self.on_grid = column_weights, on_grid
+        self.column_weights, self.on_grid, self.check = column_weights, on_grid, check
         self.small: dict[str, list[npt.NDArray[Any]]] = {}
 
     def tensors(self) -> dict[str, LazyTensor]:
@@ -151,7 +170,7 @@ class _Job:
         make = self._balanced if self.scheme.mode == BALANCED else self._by_mlx
         for rows_ON in read_ahead(row_blocks(self.source)):
             if not np.isfinite(rows_ON).all():
-                raise ConfigError("weights that are not finite cannot be quantised", where=f"{self.path}.weight")
+                self.check()
             weight, small, on_grid = make(rows_ON)
             exact = exact and on_grid
             for name, array in small.items():
@@ -198,11 +217,12 @@ def dequantize_tensors(tensors: Tensors, schemes: Mapping[str, Scheme], dtype: s
         if path not in schemes:
             dense[name] = tensor if name.endswith(STEPS) else cast(tensor, dtype)
         elif last == "weight":
-            dense[name] = _dense(tensors, path, schemes[path], dtype)
+            dense[name] = dense_tensor(tensors, path, schemes[path], dtype)
     return dense
 
 
-def _dense(tensors: Tensors, path: str, scheme: Scheme, dtype: str) -> LazyTensor:
+def dense_tensor(tensors: Tensors, path: str, scheme: Scheme, dtype: str) -> LazyTensor:
+    """A quantized matrix made dense in `dtype`, a block of rows at a time, when it is read."""
     codes = tensors[f"{path}.weight"]
     shape = (codes.shape[0], codes.shape[1] * 32 // scheme.bits)
 
@@ -219,10 +239,10 @@ def _dense(tensors: Tensors, path: str, scheme: Scheme, dtype: str) -> LazyTenso
 
 def _readable(tensor: LazyTensor) -> Any:
     """A function that gives some rows as an MLX array, 16-bit floats widened."""
-    values = tensor.read()
+    stored = tensor.read_stored()
 
     def read(rows: slice) -> mx.array:
-        part = np.ascontiguousarray(values[rows])
+        part = np.ascontiguousarray(stored[rows])
         return mx.array(to_float32(part, tensor.dtype) if tensor.dtype in ("bfloat16", "float16") else part)
 
     return read

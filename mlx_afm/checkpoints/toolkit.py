@@ -113,9 +113,9 @@ def read_toolkit_checkpoint(files: ToolkitFiles) -> ToolkitCheckpoint:
 
 
 def _require_same_values(embedding: LazyTensor, head: LazyTensor, name: str, where: Path) -> None:
-    first, second = embedding.read(), head.read()
+    first, second = embedding.read_stored(), head.read_stored()
     same_storage = first.__array_interface__["data"][0] == second.__array_interface__["data"][0]
-    if embedding.dtype != head.dtype or not (same_storage or np.array_equal(first, second)):
+    if embedding.dtype != head.dtype or not (same_storage or embedding.same_stored(head)):
         raise TensorsError(
             f"{name} is not embedding.weight",
             where=where,
@@ -123,8 +123,10 @@ def _require_same_values(embedding: LazyTensor, head: LazyTensor, name: str, whe
         )
 
 
-def quantizer_scale(observer_range: npt.NDArray[Any]) -> np.float32:
+def quantizer_scale(observer_range: npt.NDArray[Any], *, where: object = None) -> np.float32:
     """Step of the fake quantiser that an observer's (min, max) implies, float32.
+
+    Shapes: observer_range (2,), numbers and never bit patterns: see `LazyTensor.read_values`.
 
     Raises:
         ConfigError: the range is empty or not finite, so that the step would not be positive.
@@ -132,13 +134,21 @@ def quantizer_scale(observer_range: npt.NDArray[Any]) -> np.float32:
     low, high = observer_range.astype(np.float32)
     scale = np.maximum(low * np.float32(-1 / 128), high * np.float32(1 / 127))
     if not (np.isfinite(scale) and scale > 0):
-        raise ConfigError("a key or value quantiser without a usable range", found=(float(low), float(high)))
+        what, found = "a key or value quantizer without a usable range", (float(low), float(high))
+        raise ConfigError(what, where=where, expected="a finite minimum and maximum, not both 0", found=found)
     return np.float32(scale)
 
 
-def range_of_scale(scale: Any) -> npt.NDArray[np.float32]:
-    """A (min, max) that implies exactly this step: (-128, at most 127) steps, float32."""
+def range_of_scale(scale: Any, *, where: object = None) -> npt.NDArray[np.float32]:
+    """A (min, max) that implies exactly this step: (-128, at most 127) steps, float32.
+
+    Raises:
+        ConfigError: a step that is not positive or not finite.
+    """
     step = np.float32(scale)
+    if not (np.isfinite(step) and step > 0):
+        what = "a key or value quantizer without a usable step"
+        raise ConfigError(what, where=where, expected="a finite number above 0", found=float(step))
     high = np.float32(127) * step
     while high * np.float32(1 / 127) > step:
         high = np.nextafter(high, np.float32(0))

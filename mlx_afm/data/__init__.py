@@ -11,7 +11,7 @@ from mlx_afm.data.config import DataConfig
 from mlx_afm.data.fix import Fixed, fix_data
 from mlx_afm.data.plan import plan_batches, plan_in_order, plan_packed, require_fitting
 from mlx_afm.data.prefixes import Prefixes, find_prefixes
-from mlx_afm.data.read import default_cache, read_examples, read_tokens
+from mlx_afm.data.read import cache_folder, default_cache, read_examples, read_tokens
 from mlx_afm.data.records import Example
 from mlx_afm.data.report import DataReport
 from mlx_afm.data.sources import find_splits
@@ -26,6 +26,7 @@ __all__ = [
     "Prefixes",
     "TokenTable",
     "Tokens",
+    "cache_folder",
     "check_data",
     "default_cache",
     "find_prefixes",

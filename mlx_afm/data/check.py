@@ -22,6 +22,7 @@ from mlx_afm.data.report import CheckedFile, DataReport, ProblemList
 from mlx_afm.data.sources import SPLITS, Files, file_faults
 from mlx_afm.data.workers import prepare_all
 from mlx_afm.errors import FormatError
+from mlx_afm.files import to_optional_path
 
 OnProgress = Callable[[int, int], None]
 HELD_OUT = (("valid", "train"), ("test", "train"), ("test", "valid"))  # what is scored, and what it must not share with
@@ -30,7 +31,7 @@ HELD_OUT = (("valid", "train"), ("test", "train"), ("test", "valid"))  # what is
 def check_data(
     splits: Mapping[str, Files],
     config: DataConfig | None = None,
-    tokenizer_file: Path | None = None,
+    tokenizer_file: str | Path | None = None,
     *,
     workers: int | None = None,
     on_progress: OnProgress | None = None,
@@ -51,6 +52,7 @@ def check_data(
         MissingDependencyError: a form that needs the `datasets` library.
     Cost: 12 bytes an example, 20 while they are compared, and at most 10,000 problems of a kind.
     """
+    tokenizer_file = to_optional_path(tokenizer_file)
     return survey(splits, config, tokenizer_file, workers=workers, on_progress=on_progress).report
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mlx_afm.data.dialects import DIALECTS
-from mlx_afm.errors import ConfigError
+from mlx_afm.data.dialects import DIALECTS, FIELD_NAMES
+from mlx_afm.errors import SettingError
+from mlx_afm.spelling import nearest_name
 from mlx_afm.text.system_prompt import system_fault
 from mlx_afm.text.template import DEFAULT_SYSTEM
 
@@ -29,7 +30,7 @@ class DataConfig:
             `truncate-answer` cuts its end off, as the toolkit does.
 
     Raises:
-        ConfigError: settings out of range; all in one error.
+        SettingError: settings out of range; all in one error.
     """
 
     dialect: str = "auto"
@@ -43,13 +44,20 @@ class DataConfig:
         if self.system == "":
             object.__setattr__(self, "system", None)
         if faults := list(self._faults()):
-            raise ConfigError("data settings out of range", details=faults)
+            raise SettingError("data settings out of range", details=faults)
 
     def _faults(self) -> Iterator[str]:
         if self.dialect not in ("auto", *DIALECTS):
             yield f"dialect: expected auto or one of {', '.join(DIALECTS)}, found {self.dialect}"
         if self.overflow not in OVERFLOWS:
             yield f"overflow: expected one of {', '.join(OVERFLOWS)}, found {self.overflow}"
+        for name, column in self.fields:
+            if name not in FIELD_NAMES:
+                near = nearest_name(name, FIELD_NAMES)
+                advice = "" if near is None else f"; is it {near}?"
+                yield f"field: expected one of {', '.join(FIELD_NAMES)} before =, found {name}={column}{advice}"
+        if twice := sorted({name for name, _ in self.fields if [n for n, _ in self.fields].count(name) > 1}):
+            yield f"field: expected each name once, found {', '.join(twice)} more than once"
         if self.max_tokens < 2:
             yield f"max_tokens: expected at least 2, found {self.max_tokens}"
         if self.transform is not None and not all(self.transform.partition(":")):

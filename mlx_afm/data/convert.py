@@ -22,7 +22,7 @@ from mlx_afm.data.records import Example, RecordReader
 from mlx_afm.data.rows import Row
 from mlx_afm.data.sources import Files, iter_rows
 from mlx_afm.data.split import require_other_files
-from mlx_afm.errors import ConfigError, DataError
+from mlx_afm.errors import DataError, SettingError
 from mlx_afm.files import atomic_file
 from mlx_afm.text.messages import to_dict
 from mlx_afm.tree import shorten
@@ -55,7 +55,8 @@ def convert_data(
     problems: list[Problem] = []
     with atomic_file(target) as partial:
         with partial.open("w", encoding="utf-8", newline="") as handle:
-            records = _records(files, dialect, reading, columns, problems)
+            in_table = target.suffix in TABLES
+            records = _records(files, dialect, reading, columns, problems, in_table=in_table)
             count = _WRITERS[target.suffix](handle, records, target)
         if problems or not count:
             raise _refusal(files, problems)
@@ -64,21 +65,21 @@ def convert_data(
 
 def _require_target(files: Files, target: Path, dialect: str) -> None:
     if dialect not in DIALECTS:
-        raise ConfigError("no such dialect", expected=f"one of {', '.join(DIALECTS)}", found=dialect)
+        raise SettingError("no such dialect", expected=f"one of {', '.join(DIALECTS)}", found=dialect)
     if target.suffix in TABLES and dialect not in FLAT:
         advice = "Write .jsonl, or choose another dialect."
         found = f"{dialect} for {target.name}"
-        raise ConfigError("a table holds flat records only", expected=", ".join(FLAT), found=found, advice=advice)
+        raise SettingError("a table holds flat records only", expected=", ".join(FLAT), found=found, advice=advice)
     if target.suffix not in _WRITERS or target.is_dir():
-        raise ConfigError("cannot write this", where=target, expected=f"a file {', '.join(_WRITERS)}")
+        raise SettingError("cannot write this", where=target, expected=f"a file {', '.join(_WRITERS)}")
     require_other_files(files, [target])
 
 
 def _require_columns(files: Files, columns: Sequence[str]) -> None:
     if columns and any(file.suffix not in TABLES for file in files):
-        raise ConfigError("only tables have columns to name", where=files[0], expected=" or ".join(TABLES))
+        raise SettingError("only tables have columns to name", where=files[0], expected=" or ".join(TABLES))
     if len(set(columns)) < len(columns) or not all(columns):
-        raise ConfigError("columns need names, each its own", found=", ".join(columns))
+        raise SettingError("columns need names, each its own", found=", ".join(columns))
 
 
 def _refusal(files: Files, problems: list[Problem]) -> DataError:
@@ -91,14 +92,20 @@ def _refusal(files: Files, problems: list[Problem]) -> DataError:
 
 
 def _records(
-    files: Files, dialect: str, reading: DataConfig, columns: Sequence[str], problems: list[Problem]
+    files: Files,
+    dialect: str,
+    reading: DataConfig,
+    columns: Sequence[str],
+    problems: list[Problem],
+    *,
+    in_table: bool,
 ) -> Iterator[Any]:
     """The records, as long as nothing is wrong; after that, what is wrong with the others."""
     read, index = RecordReader(reading), 0
     for path in files:
         for row in iter_rows(path, columns):
             try:
-                record = _rewritten(read(row, index, f"{path.name} line {row.line}"), dialect)
+                record = _rewritten(read(row, index, f"{path.name} line {row.line}"), dialect, in_table)
                 if not problems:
                     yield record
             except DataError as error:
@@ -109,10 +116,13 @@ def _records(
 _READ_BACK = RecordReader(DataConfig())
 
 
-def _rewritten(example: Example, dialect: str) -> Any:
+def _rewritten(example: Example, dialect: str, in_table: bool) -> Any:
+    """The record of an example; if it is to be a row of a table, its values are the texts of cells."""
     messages = [to_dict(message) for message in example.messages]
     record = write_record(messages, example.tools, example.text, dialect)
-    row = Row(1, json.dumps(record, ensure_ascii=False).encode("utf-8"))
+    if in_table:
+        record = {name: value if isinstance(value, str) else _json(value) for name, value in record.items()}
+    row = Row(1, _json(record).encode("utf-8"), in_table=in_table)
     try:
         same = render_example(_READ_BACK(row, 0, example.where)) == render_example(example)
     except DataError as error:
@@ -148,7 +158,7 @@ def _write_table(handle: TextIO, records: Iterator[Any], target: Path) -> int:
     writer = csv.DictWriter(handle, columns, dialect=dialect, quoting=csv.QUOTE_ALL, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({name: value if isinstance(value, str) else _json(value) for name, value in row.items()})
+        writer.writerow(row)
     return len(rows)
 
 

@@ -57,14 +57,15 @@ def _sharegpt(messages: Messages, tools: Sequence[Any]) -> dict[str, Any]:
 
 def _sharegpt_turn(turn: Mapping[str, Any]) -> dict[str, Any]:
     speaker = {"user": "human", "assistant": "gpt", "tool": "observation"}[turn["role"]]
+    weight = {"weight": turn["weight"]} if "weight" in turn else {}
     if calls := turn.get("tool_calls"):
         if turn["content"]:
             raise cannot_say("sharegpt", "a tool call has no place for words beside it")
         functions = [call["function"] for call in calls]
-        return {"from": "function_call", "value": json.dumps(functions, ensure_ascii=False)}
-    if set(turn) != {"role", "content"} or not isinstance(turn["content"], str):
+        return {"from": "function_call", "value": json.dumps(functions, ensure_ascii=False), **weight}
+    if set(turn) - {"weight"} != {"role", "content"} or not isinstance(turn["content"], str):
         raise cannot_say("sharegpt", "it has no place for response formats, or results that are not text")
-    return {"from": speaker, "value": turn["content"]}
+    return {"from": speaker, "value": turn["content"], **weight}
 
 
 def _pair(dialect: str, answer: str) -> Callable[[Messages, Sequence[Any]], dict[str, Any]]:
@@ -87,7 +88,7 @@ def _pair(dialect: str, answer: str) -> Callable[[Messages, Sequence[Any]], dict
 def _instruction(messages: Messages, tools: Sequence[Any]) -> dict[str, Any]:
     system, turns = _system(messages)
     if tools or set(system) - {"content"} or not _is_plain(turns):
-        raise cannot_say("instruction", "it has no place for tools or response formats")
+        raise cannot_say("instruction", "it has no place for tools, greetings, response formats or weights")
     texts = [turn["content"] for turn in turns]
     head = {"system": system["content"]} if system else {}
     history = [list(pair) for pair in zip(texts[:-2:2], texts[1:-2:2])]

@@ -5,14 +5,16 @@ Shape suffixes: N tokens of all examples, T turns of all examples, B examples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
 
+from mlx_afm.data.tokens import Weights
 from mlx_afm.text.tokenizer import AFMTokenizer
 
 ROLES = ("system", "user", "assistant", "tool", "text")
@@ -28,21 +30,25 @@ class EncodedBlock:
 
     Attributes:
         ids: int32 (N,).
-        trained: bool (N,), see `Encoded`.
+        weights: loss weight of each id, see `Encoded`; bool (N,) if all are 0 or 1, else float32 (N,).
         starts: int64 (B + 1,), where each example starts; the last is N.
         roles: int64 (B, roles), tokens of the turns of each role of `ROLES`, marks included.
         odd: examples whose turns are not those that were rendered; `encode` says why.
     """
 
     ids: npt.NDArray[np.int32]
-    trained: npt.NDArray[np.bool_]
+    weights: Weights
     starts: npt.NDArray[np.int64]
     roles: npt.NDArray[np.int64]
     odd: npt.NDArray[np.bool_]
 
 
 def encode_block(
-    texts: Sequence[str], roles: Sequence[tuple[str, ...]], tokenizer: AFMTokenizer, shared: str = ""
+    texts: Sequence[str],
+    roles: Sequence[tuple[str, ...]],
+    tokenizer: AFMTokenizer,
+    shared: str = "",
+    weights: Mapping[int, tuple[float, ...]] = MappingProxyType({}),
 ) -> EncodedBlock:
     """The tokens of rendered examples, the same as `encode_spans` gives for each.
 
@@ -51,6 +57,7 @@ def encode_block(
         roles: whose its turns are; plain text has none.
         tokenizer: of the model.
         shared: what `SHARED`, with which a text may begin, stands for.
+        weights: loss weight of each turn, for the examples in which an assistant's turn has another than 1.
     """
     turns_B = np.fromiter(map(len, roles), np.int64, len(roles))
     plain = turns_B == 0
@@ -68,6 +75,8 @@ def encode_block(
         odd[:] = True
     for index in np.flatnonzero(plain):
         trained[starts[index] + 1 : starts[index + 1]] = True
+    if weights and not odd.any():
+        return EncodedBlock(ids, _weighted(trained, weights, turns_B, body_T, stop_T), starts, tokens, odd)
     return EncodedBlock(ids, trained, starts, tokens, odd)
 
 
@@ -105,6 +114,22 @@ def _turns(
     wrong = ~((start_T < body_T) & (body_T < stop_T) & (stop_T <= following))
     odd[np.repeat(np.arange(len(turns_B)), turns_B)[wrong]] = True
     return start_T, body_T, stop_T, odd
+
+
+def _weighted(
+    trained: npt.NDArray[np.bool_],
+    weights: Mapping[int, tuple[float, ...]],
+    turns_B: Places,
+    body_T: Places,
+    stop_T: Places,
+) -> npt.NDArray[np.float32]:
+    """Loss weights of all ids, float32 (N,): 1 where trained, but in the examples named by `weights` as it says."""
+    weights_N = trained.astype(np.float32)
+    first_B = np.cumsum(turns_B) - turns_B
+    for example, weights_of_turns in weights.items():
+        for turn, weight in enumerate(weights_of_turns, start=int(first_B[example])):
+            weights_N[body_T[turn] : stop_T[turn]] = weight
+    return weights_N
 
 
 def _trained(count: int, bodies: Places, stops: Places) -> npt.NDArray[np.bool_]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ import numpy.typing as npt
 
 from mlx_afm.data.check import HELD_OUT, OnProgress, Survey, survey
 from mlx_afm.data.config import DataConfig
+from mlx_afm.data.records import as_json_line
 from mlx_afm.data.repeats import find_duplicates, find_overlap
 from mlx_afm.data.report import MAX_KEPT, DataReport
 from mlx_afm.data.sources import SPLITS, Files, file_faults, is_json_lines, iter_rows
 from mlx_afm.errors import ConfigError, DataError, FormatError
-from mlx_afm.files import atomic_folder
+from mlx_afm.files import atomic_folder, to_optional_path, to_path
 
 REASONS = {
     "duplicate": "left out: the same example stands before it",
@@ -77,9 +78,9 @@ class Fixed:
 
 def fix_data(
     splits: dict[str, Files],
-    folder: Path,
+    folder: str | Path,
     config: DataConfig | None = None,
-    tokenizer_file: Path | None = None,
+    tokenizer_file: str | Path | None = None,
     *,
     workers: int | None = None,
     on_progress: OnProgress | None = None,
@@ -96,12 +97,14 @@ def fix_data(
         FormatError: a file cannot be read.
         DataError: no example would remain.
     """
+    folder = to_path(folder)
+    tokenizer_file = to_optional_path(tokenizer_file)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ConfigError("the folder for the fixed copy exists", where=folder, advice="Choose another, or remove it.")
     found = survey(splits, config, tokenizer_file, workers=workers, on_progress=on_progress)
     if found.unreadable:
         raise FormatError("cannot be read, so that there is no copy of it", where=sorted(found.unreadable)[0])
-    copy = _Copy(found)
+    copy = _Copy(found, (config or DataConfig()).fields)
     with atomic_folder(folder) as partial:
         written = [folder / name for name in copy.write_all(partial)]
         if not written:
@@ -116,8 +119,8 @@ def fix_data(
 class _Copy:
     """Writes the files one after the other and notes what changes."""
 
-    def __init__(self, found: Survey) -> None:
-        self.found = found
+    def __init__(self, found: Survey, fields: Sequence[tuple[str, str]]) -> None:
+        self.found, self.fields = found, fields
         self.paths = [path for name in SPLITS for path in found.splits.get(name, ())]
         self.left_out = _left_out(found)
         self.changes: list[Change] = []
@@ -145,7 +148,7 @@ class _Copy:
                 line = row.line
                 kind = left_out.kind_at(line)
                 if kind is None:
-                    handle.write(row.text + b"\n")
+                    handle.write(as_json_line(row, self.fields) + b"\n")
                     written += 1
                 else:
                     self._note(path, line, kind, REASONS.get(kind, f"left out: {kind}"))

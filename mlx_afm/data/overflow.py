@@ -40,7 +40,7 @@ def fit(encoded: Encoded, max_tokens: int, overflow: str) -> Fitted:
     if overflow == "drop":
         return Fitted(None, len(encoded.ids))
     if overflow == "truncate-answer":
-        kept = Encoded(encoded.ids[:max_tokens], encoded.trained[:max_tokens])
+        kept = Encoded(encoded.ids[:max_tokens], encoded.weights[:max_tokens])
         return Fitted(kept, excess) if any(kept.trained) else Fitted(None, len(encoded.ids))
     if overflow == "truncate-prompt":
         kept = _without_middles(encoded, excess)
@@ -59,10 +59,10 @@ def _without_middles(encoded: Encoded, excess: int) -> Encoded:
             first = turn.body + (length - removed) // 2
             cuts.append((first, first + removed))
             excess -= removed
-    ids, trained = list(encoded.ids), list(encoded.trained)
+    ids, weights = list(encoded.ids), list(encoded.weights)
     for first, last in sorted(cuts, reverse=True):
-        del ids[first:last], trained[first:last]
-    return Encoded(ids, trained)
+        del ids[first:last], weights[first:last]
+    return Encoded(ids, weights)
 
 
 def _too_long(encoded: Encoded, max_tokens: int, overflow: str) -> DataError:

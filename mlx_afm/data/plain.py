@@ -22,6 +22,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from mlx_afm.data.config import DataConfig
+from mlx_afm.data.oddities import OTHER_TEMPLATES
 from mlx_afm.data.rows import Row
 from mlx_afm.text.template import NEWLINE, TURN_END, TURN_START
 from mlx_afm.text.words import SHARED
@@ -99,8 +100,9 @@ class PlainReader:
         self._styles = [style for style in _STYLES if possible and style.dialect in dialects]
         self._has_system = config.system is not None
         self._system = f"{_HEADS['system']}{system}{TURN_END}" if self._has_system else ""
-        # The newline's piece too: a text may spell it, but data check says so.
-        self._special = re.compile(b"|".join(re.escape(_standing_in(piece)) for piece in (NEWLINE, *special_pieces)))
+        # The newline's piece and other models' special tokens too: a text may spell them, but data check says so.
+        looked_at = (NEWLINE, *special_pieces, *OTHER_TEMPLATES)
+        self._special = re.compile(b"|".join(re.escape(_standing_in(piece)) for piece in looked_at))
 
     def __call__(self, rows: Sequence[Row]) -> PlainLines | None:
         """The plain lines among the rows; None if there are none, or something asks for a closer look at all."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mlx_afm.data.prefixes import Prefixes, Row
-from mlx_afm.errors import ConfigError, DataError
+from mlx_afm.errors import ConfigError, DataError, SettingError
 
 WINDOW_BATCHES = 32  # examples are sorted by length within this many batches
 WINDOW_ROWS = 16  # rows that are filled at the same time
@@ -27,7 +27,7 @@ def plan_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: i
         ConfigError: batch_size below 1.
     """
     if batch_size < 1:
-        raise ConfigError("batch size below 1", found=batch_size)
+        raise SettingError("batch size below 1", found=batch_size)
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
     window = batch_size * WINDOW_BATCHES

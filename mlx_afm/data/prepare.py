@@ -16,6 +16,7 @@ import numpy.typing as npt
 from mlx_afm.data.config import DataConfig
 from mlx_afm.data.encode import encode_spans
 from mlx_afm.data.encode_block import ROLES, encode_block
+from mlx_afm.data.oddities import unknown_tokens
 from mlx_afm.data.overflow import fit
 from mlx_afm.data.problems import Problem, to_problems
 from mlx_afm.data.records import MARKS
@@ -23,6 +24,7 @@ from mlx_afm.data.render_block import Block as Block
 from mlx_afm.data.render_block import BlockRenderer, RenderedBlock
 from mlx_afm.data.rows import Row
 from mlx_afm.data.sources import Files, iter_rows
+from mlx_afm.data.tokens import Weights
 from mlx_afm.errors import DataError
 from mlx_afm.text.template import NEWLINE, TURN_END, TURN_START, Encoded
 from mlx_afm.text.tokenizer import AFMTokenizer
@@ -46,7 +48,7 @@ class Prepared:
         examples: int64 (examples, columns): of each good example line, tokens, tokens of each role of `ROLES` (marks
             included), trained tokens, fingerprints of the example, of its prompt (without the last answer)
             and of its system turn (0 if there is none); no fingerprints where the tokens are wanted.
-        ids, trained: the tokens of all good examples, one after the other; empty if not wanted.
+        ids, weights: the tokens of all good examples and their loss weights, see `TokenTable`; empty if not wanted.
         lost: (line, tokens removed, whether it was left out) of each example that overflow changed.
     """
 
@@ -56,7 +58,7 @@ class Prepared:
     problems: list[Problem] = field(default_factory=list)
     examples: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, COLUMNS), np.int64))
     ids: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
-    trained: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    weights: Weights = field(default_factory=lambda: np.zeros(0, np.bool_))
     lost: list[tuple[int, int, bool]] = field(default_factory=list)
 
 
@@ -93,16 +95,19 @@ class Preparer:
         if self.tokenizer is None:
             self._fill(prepared, rendered, places, np.zeros((len(places), 2 + len(ROLES)), np.int64))
             return prepared
-        encoded = encode_block(rendered.texts, rendered.roles, self.tokenizer, rendered.shared)
+        encoded = encode_block(rendered.texts, rendered.roles, self.tokenizer, rendered.shared, rendered.weights)
         lengths = np.diff(encoded.starts)
         closer = encoded.odd | (lengths > self.config.max_tokens)
         if closer.any():
             self._one_by_one(prepared, rendered)
             return prepared
-        targets = np.diff(np.concatenate([[0], np.cumsum(encoded.trained)])[encoded.starts])
+        targets = np.diff(np.concatenate([[0], np.cumsum(encoded.weights > 0)])[encoded.starts])
+        if not self.want_tokens:
+            unknown = np.cumsum(np.concatenate([[0], encoded.ids == self.tokenizer.unk_id]))[encoded.starts]
+            self._warn_of_unknown(prepared, rendered, np.flatnonzero(np.diff(unknown)).tolist())
         self._fill(prepared, rendered, places, np.column_stack([lengths, encoded.roles, targets]))
         if self.want_tokens:
-            prepared.ids, prepared.trained = encoded.ids, encoded.trained
+            prepared.ids, prepared.weights = encoded.ids, encoded.weights
         return prepared
 
     def _one_by_one(self, prepared: Prepared, rendered: RenderedBlock) -> None:
@@ -124,10 +129,21 @@ class Preparer:
                 kept.append(place)
                 parts.append(fitted.encoded)
                 counts.append((len(fitted.encoded.ids), *_tokens_of_roles(whole), sum(fitted.encoded.trained)))
+        if not self.want_tokens:
+            unknown = [place for place, part in zip(kept, parts) if self.tokenizer.unk_id in part.ids]
+            self._warn_of_unknown(prepared, rendered, unknown)
         self._fill(prepared, rendered, kept, np.array(counts, np.int64).reshape(len(counts), 2 + len(ROLES)))
         if self.want_tokens:
             prepared.ids = np.array([token for part in parts for token in part.ids], np.int32)
-            prepared.trained = np.array([one for part in parts for one in part.trained], np.bool_)
+            weights = np.array([one for part in parts for one in part.weights], np.float32)
+            prepared.weights = weights if rendered.weights else weights > 0
+
+    def _warn_of_unknown(self, prepared: Prepared, rendered: RenderedBlock, places: Sequence[int]) -> None:
+        """Adds a warning for each of these rows, whose tokens have unknown ones among them."""
+        assert self.tokenizer is not None
+        for place in places:
+            row = rendered.rows[place]
+            prepared.problems.append(unknown_tokens(rendered.whole_text(place), self.tokenizer, row, prepared.name))
 
     def _fill(
         self, prepared: Prepared, rendered: RenderedBlock, places: Sequence[int], counts: npt.NDArray[np.int64]
@@ -136,7 +152,7 @@ class Preparer:
         lines = np.array([rendered.rows[place].line for place in places], np.int64)
         prints = np.zeros((len(places), 3), np.int64)
         if places and not self.want_tokens:
-            prints[:] = [_fingerprints(rendered.whole_text(place), rendered.roles[place]) for place in places]
+            prints[:] = [_fingerprints(rendered, place) for place in places]
         prepared.examples = np.column_stack([lines, counts, prints])
 
 
@@ -148,8 +164,12 @@ def _tokens_of_roles(encoded: Encoded) -> list[int]:
     return roles
 
 
-def _fingerprints(text: str, roles: Sequence[str]) -> tuple[int, int, int]:
-    """64 bits each of the whole example, of what comes before its last answer, and of its system turn."""
+def _fingerprints(rendered: RenderedBlock, place: int) -> tuple[int, int, int]:
+    """64 bits each of the whole example, of what comes before its last answer, and of its system turn.
+
+    Weights do not count: a held-out example is one, however much the same text is trained.
+    """
+    text, roles = rendered.whole_text(place), rendered.roles[place]
     head = f"{TURN_START} {roles[-1]}{NEWLINE}" if roles else ""
     answer = text.rfind(head) + len(head) if roles else 0
     has_system = roles[:1] == ("system",)

@@ -9,7 +9,15 @@ from typing import Any
 from mlx_afm.errors import DataError
 
 # What training does not refuse; every other kind is an error.
-WARNINGS = ("duplicate", "newline-mark", "replacement-character", "empty-prompt")
+WARNINGS = (
+    "duplicate",
+    "newline-mark",
+    "replacement-character",
+    "empty-prompt",
+    "unknown-token",
+    "arguments-not-json",
+    "other-template",
+)
 
 MAX_MESSAGE = 1000  # characters
 

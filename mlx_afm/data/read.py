@@ -23,21 +23,23 @@ from mlx_afm.data.sources import Files, file_faults, iter_rows
 from mlx_afm.data.tokens import TokenTable
 from mlx_afm.data.workers import prepare_all
 from mlx_afm.errors import DataError, FormatError
-from mlx_afm.files import atomic_folder, read_json, sha256_of, write_json
+from mlx_afm.files import atomic_folder, read_json, sha256_of, to_optional_path, to_path, write_json
 from mlx_afm.tree import shorten
 
-ARRAYS = ("ids", "trained", "starts", "places")
+ARRAYS = ("ids", "weights", "starts", "places")
 META = "meta.json"
-ENCODING = 2  # raise it when the same line becomes other tokens
+ENCODING = 3  # raise it when the same line becomes other tokens
 KEPT_DAYS = 30
+CACHE_VARIABLE, CACHE_OFF = "MLX_AFM_CACHE", "off"  # with this value nothing encoded is kept
+PRIVATE = 0o700  # encoded data can be decoded again: it is for nobody else's eyes
 
 
 def read_tokens(
     files: Files,
-    tokenizer_file: Path,
+    tokenizer_file: str | Path,
     config: DataConfig | None = None,
     *,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     workers: int | None = None,
 ) -> TokenTable:
     """All examples of a split, encoded.
@@ -56,6 +58,8 @@ def read_tokens(
         ConfigError: no such transform.
     Cost: with the cache, the second time takes as long as reading the files once to compare them.
     """
+    tokenizer_file = to_path(tokenizer_file)
+    cache = to_optional_path(cache)
     config = config or DataConfig()
     entry = None if cache is None else _entry(cache, files, tokenizer_file, config)
     cached = None if entry is None else _load(entry, files)
@@ -115,7 +119,7 @@ def _table(parts: Sequence[Prepared], files: Files) -> TokenTable:
     return TokenTable(
         files=tuple(file.name for file in files),
         ids=np.concatenate([part.ids for part in parts] or [np.zeros(0, np.int32)]),
-        trained=np.concatenate([part.trained for part in parts] or [np.zeros(0, np.bool_)]),
+        weights=np.concatenate([part.weights for part in parts] or [np.zeros(0, np.bool_)]),
         starts=np.concatenate([[0], np.cumsum(examples[:, 1])]).astype(np.int64),
         places=np.stack([file_of.astype(np.int64), examples[:, 0]], axis=1),
         removed_tokens=sum(removed for _, removed, _ in lost),
@@ -123,11 +127,16 @@ def _table(parts: Sequence[Prepared], files: Files) -> TokenTable:
     )
 
 
-def default_cache() -> Path:
-    """Where encoded data is kept: `$MLX_AFM_CACHE`, else `mlx-afm` in the user's cache folder."""
-    chosen = os.environ.get("MLX_AFM_CACHE")
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(chosen) if chosen else home / "mlx-afm"
+def default_cache() -> Path | None:
+    """The folder that keeps encoded data: `cache_folder`. None, so that nothing is kept, if $MLX_AFM_CACHE is `off`."""
+    return None if os.environ.get(CACHE_VARIABLE) == CACHE_OFF else cache_folder()
+
+
+def cache_folder() -> Path:
+    """The library's cache folder: `$MLX_AFM_CACHE` unless it is `off`, else `mlx-afm` in the user's cache folder."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    home = to_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return to_path(chosen) if chosen and chosen != CACHE_OFF else home / "mlx-afm"
 
 
 def _entry(cache: Path, files: Files, tokenizer_file: Path, config: DataConfig) -> Path | None:
@@ -154,9 +163,11 @@ def _load(entry: Path, files: Files) -> TokenTable | None:
 
 
 def _store(entry: Path, table: TokenTable) -> None:
-    """Writes an entry whole or not at all, and clears away those unused for a month."""
+    """Writes an entry whole or not at all, and deletes those unused for a month. Only the user can read any of them."""
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
+        entry.parent.parent.mkdir(PRIVATE, parents=True, exist_ok=True)
+        entry.parent.mkdir(PRIVATE, exist_ok=True)
+        entry.parent.chmod(PRIVATE)  # earlier releases left it open to all
         for old in entry.parent.iterdir():  # also what a killed process left half-written
             with suppress(FileNotFoundError):
                 used = (old / META if (old / META).exists() else old).stat().st_mtime
@@ -168,5 +179,6 @@ def _store(entry: Path, table: TokenTable) -> None:
             for name in ARRAYS:
                 np.save(folder / f"{name}.npy", getattr(table, name))
             write_json(folder / META, {"removed_tokens": table.removed_tokens, "dropped": table.dropped})
+        entry.chmod(PRIVATE)
     except OSError:
         return  # a cache that cannot be written is no reason not to train

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_afm.data.config import DataConfig
-from mlx_afm.data.dialects import Conversation, read_record
+from mlx_afm.data.dialects import Conversation, parse_cells, read_record
 from mlx_afm.data.json_text import parse_json
 from mlx_afm.data.rows import Row, not_utf8
-from mlx_afm.errors import ConfigError, DataError
+from mlx_afm.errors import DataError, SettingError
+from mlx_afm.files import to_json
 from mlx_afm.text.messages import Message, parse_messages, parse_tools, refuse_special, require_trainable
 from mlx_afm.text.template import EXECUTABLE_END, EXECUTABLE_START, TURN_END, TURN_START
 
@@ -71,7 +72,8 @@ class RecordReader:
         """
         if row.fault is not None:
             raise row.fault
-        conversation = read_record(_parse_row(row.text), self.config.dialect, self.config.fields)
+        value = _parse_row(row.text)
+        conversation = read_record(value, self.config.dialect, self.config.fields, in_table=row.in_table)
         if conversation.text is not None:
             refuse_special(Message("user", conversation.text), self.special_pieces, None)
             return Example((), (), where, conversation.text, conversation.dialect)
@@ -90,6 +92,14 @@ class RecordReader:
         return Example(messages, tools, where, None, conversation.dialect)
 
 
+def as_json_line(row: Row, fields: Sequence[tuple[str, str]] = ()) -> bytes:
+    """A row without a fault as a line of JSON: its own bytes, or of a row of a table its record with lists for JSON."""
+    if not row.in_table:
+        return row.text
+    record = parse_json(row.text.decode("utf-8"))
+    return to_json(parse_cells(record, fields)).encode("utf-8", "surrogatepass")
+
+
 def find_transform(name: str) -> Transform:
     """The function `module:function`; modules of the current folder are found too.
 
@@ -103,9 +113,9 @@ def find_transform(name: str) -> Transform:
     try:
         transform = getattr(import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ConfigError("no such transform", where=name, expected="module:function", found=error) from error
+        raise SettingError("no such transform", where=name, expected="module:function", found=error) from error
     if not callable(transform):
-        raise ConfigError("the transform is no function", where=name, found=type(transform).__name__)
+        raise SettingError("the transform is no function", where=name, found=type(transform).__name__)
     return transform  # type: ignore[no-any-return]
 
 

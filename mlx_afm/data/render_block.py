@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 from mlx_afm.data.config import DataConfig
 from mlx_afm.data.encode import render_example
+from mlx_afm.data.oddities import iter_oddities
 from mlx_afm.data.plain import PlainLines, PlainReader
 from mlx_afm.data.problems import Problem, to_problems
-from mlx_afm.data.records import Example, RecordReader
+from mlx_afm.data.records import RecordReader
 from mlx_afm.data.rows import Row
 from mlx_afm.errors import DataError
-from mlx_afm.text.template import NEWLINE, Span
+from mlx_afm.text.template import Span
 from mlx_afm.text.words import SHARED
 
 
@@ -45,6 +46,7 @@ class RenderedBlock:
         roles: whose the turns are; plain text has none.
         shared: what many of the texts begin with.
         spans: those of the rows that were read one by one, by their place in `rows`.
+        weights: loss weight of each turn, for the rows in which an assistant's turn has another than 1.
         problems: what is wrong with the other rows, and what is odd about these.
     """
 
@@ -53,6 +55,7 @@ class RenderedBlock:
     roles: list[tuple[str, ...]] = field(default_factory=list)
     shared: str = ""
     spans: dict[int, tuple[Span, ...]] = field(default_factory=dict)
+    weights: dict[int, tuple[float, ...]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
     def add_plain(self, rows: list[Row], plain: PlainLines, start: int, stop: int) -> None:
@@ -120,32 +123,14 @@ class BlockRenderer:
         except DataError as error:
             rendered.problems += to_problems(error, block.name, row.line)
             return
-        rendered.problems += _warnings(example, row, block.name)
+        text = "".join([span.text for span in spans])
+        rendered.problems += iter_oddities(example, text, row, block.name)
+        if any(message.weight is not None for message in example.messages):
+            rendered.weights[len(rendered.rows)] = tuple([span.weight for span in spans[1::2]])
         rendered.spans[len(rendered.rows)] = spans
-        rendered.add(row, "".join([span.text for span in spans]), tuple([span.role for span in spans[1::2]]))
+        rendered.add(row, text, tuple([span.role for span in spans[1::2]]))
 
 
 @lru_cache(maxsize=8)
 def _base_name(path: str) -> str:
     return Path(path).name
-
-
-_NEWLINE, _REPLACEMENT = NEWLINE.encode(), "\ufffd".encode()
-
-
-def _warnings(example: Example, row: Row, file: str) -> Iterator[Problem]:
-    """What is odd about a good example."""
-    if _NEWLINE in row.text:
-        message = f"a text spells {NEWLINE!r}, which the model reads as a newline"
-        yield Problem(file, row.line, "newline-mark", message, _column(row.text, NEWLINE))
-    if _REPLACEMENT in row.text or (b"\\u" in row.text and b"\\ufffd" in row.text.lower()):
-        message = "a text holds the replacement character U+FFFD: something was lost where the data was made"
-        yield Problem(file, row.line, "replacement-character", message, _column(row.text, "\ufffd"))
-    for index, message_ in enumerate(example.messages):
-        if message_.role == "user" and not str(message_.content).strip():
-            yield Problem(file, row.line, "empty-prompt", f"message {index}: an empty request")
-
-
-def _column(text: bytes, piece: str) -> int | None:
-    place = text.decode("utf-8").find(piece)
-    return None if place < 0 else place + 1

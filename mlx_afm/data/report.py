@@ -49,6 +49,7 @@ class DataReport:
         lengths_checked: whether there was a tokenizer, without which lengths and the special tokens
             that only it knows are not checked.
         max_tokens: the longest example allowed.
+        unread_files: what else lies in the folder and looks like data.
     """
 
     files: tuple[CheckedFile, ...]
@@ -56,6 +57,7 @@ class DataReport:
     counts: dict[str, int]
     lengths_checked: bool
     max_tokens: int
+    unread_files: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -84,6 +86,7 @@ class DataReport:
             "problems_left_out": sum(self.counts.values()) - len(self.problems),
             **{name: sum(getattr(file, name) for file in self.files) for name in totals},
             "files": [asdict(file) for file in self.files],
+            "unread_files": list(self.unread_files),
             "lengths_checked": self.lengths_checked,
             "max_tokens": self.max_tokens,
         }

@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO
 
@@ -23,11 +24,13 @@ class Row(NamedTuple):
         line: its line, counted from 1 (its number, in a form without lines).
         text: JSON in UTF-8; empty if there is a fault.
         fault: why there is no text.
+        in_table: it is a row of a table, whose cells may hold lists as JSON text.
     """
 
     line: int
     text: bytes
     fault: DataError | None = None
+    in_table: bool = False
 
 
 def encoding_of(path: Path) -> str:
@@ -54,12 +57,34 @@ def require_file(path: Path) -> None:
 
 
 def json_line_rows(handle: BinaryIO, path: Path) -> Iterator[Row]:
-    """The records of a file that has one a line; blank lines are skipped."""
-    for number, line in enumerate(_lines(handle, encoding_of(path)), start=1):
-        if isinstance(line, int):
-            yield Row(number, b"", _huge(line))
-        elif line and not line.isspace():
-            yield Row(number, line.rstrip(b"\r"))
+    """The records of a file that has one a line; blank lines are skipped.
+
+    A file whose first record goes over several lines is one fault, not one a line.
+    """
+    lines = enumerate(_lines(handle, encoding_of(path)), start=1)
+    filled = ((number, line) for number, line in lines if isinstance(line, int) or (line and not line.isspace()))
+    start = list(islice(filled, 2))
+    if (fault := _over_lines([line for _, line in start])) is not None:
+        yield Row(start[0][0], b"", fault)
+        return
+    for number, line in chain(start, filled):
+        yield Row(number, b"", _huge(line)) if isinstance(line, int) else Row(number, line.rstrip(b"\r"))
+
+
+def _over_lines(lines: Sequence[bytes | int]) -> DataError | None:
+    """The fault of a file that begins with these lines, if its first record does not end on the line it begins on."""
+    if len(lines) < 2 or isinstance(lines[0], int) or isinstance(lines[1], int):
+        return None
+    first, second = lines[0].strip(), lines[1].strip()
+    if not first.startswith((b"{", b"[")) or not first.endswith((b"{", b"[", b",")) or not second:
+        return None
+    if first == b"[":
+        what, advice = "a JSON array over several lines", "Name the file .json, or write each record on one line"
+    elif second.startswith(b'"' if first.endswith(b"{") else (b'"', b"{", b"[")) and not second.endswith((b"}", b"]")):
+        what, advice = "a record over several lines", "Write each record on one line, such as with jq -c ."
+    else:
+        return None  # a damaged first line, perhaps: the second one looks whole
+    return DataError(what, kind="over-lines", expected="one record a line in this form of file", advice=advice)
 
 
 def _lines(handle: BinaryIO, encoding: str) -> Iterator[bytes | int]:
@@ -176,7 +201,11 @@ def csv_rows(handle: BinaryIO, path: Path, columns: Sequence[str] = ()) -> Itera
 
 
 def _table_rows(text: TextIO, dialect: str, columns: list[str]) -> Iterator[Row]:
-    reader = csv.reader(text, dialect=dialect, strict=True)
+    first = text.readline()
+    if (fault := _separator_fault(first, dialect, columns)) is not None:
+        yield Row(1, b"", fault)
+        return
+    reader = csv.reader(chain([first] if first else [], text), dialect=dialect, strict=True)
     line = 1
     try:
         for values in reader:
@@ -193,6 +222,24 @@ def _table_rows(text: TextIO, dialect: str, columns: list[str]) -> Iterator[Row]
     except csv.Error as error:
         advice = "What follows in this file could not be read"
         yield Row(line, b"", DataError(f"not CSV: {error}", kind="bad-csv", advice=advice))
+
+
+def _separator_fault(first: str, dialect: str, columns: list[str]) -> DataError | None:
+    """What is wrong with a first line of several columns that another character separates than the file's form says."""
+    expected, others = ("\t", ",;|") if dialect == "excel-tab" else (",", ";\t|")
+    bare = re.sub('"[^"]*"', "", first)
+    used = [character for character in others if character in bare]
+    if expected in bare or not used or len(columns) == 1:
+        return None
+    names = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a vertical bar"}
+    form = ".csv" if expected == "," else ".tsv"
+    return DataError(
+        "the columns are separated by another character",
+        kind="wrong-columns",
+        expected=f"{names[expected]} in a {form} file",
+        found=names[used[0]],
+        advice="Save a table with tabs as .tsv and one with commas as .csv",
+    )
 
 
 def _csv_fault(values: list[str], columns: list[str]) -> DataError | None:
@@ -228,7 +275,8 @@ def dataset_rows(path: Path) -> Iterator[Row]:
 
 
 def _row(line: int, record: Any) -> Row:
-    return Row(line, json.dumps(record, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass"))
+    text = json.dumps(record, ensure_ascii=False, default=str)
+    return Row(line, text.encode("utf-8", "surrogatepass"), in_table=True)
 
 
 def _without_nulls(value: Any) -> Any:

@@ -17,7 +17,7 @@ from mlx_afm.data.problems import to_problems
 from mlx_afm.data.records import RecordReader
 from mlx_afm.data.rows import Row
 from mlx_afm.data.sources import Files, iter_rows
-from mlx_afm.errors import ConfigError, DataError
+from mlx_afm.errors import DataError, SettingError
 from mlx_afm.text.template import Encoded
 from mlx_afm.text.tokenizer import AFMTokenizer
 
@@ -32,9 +32,13 @@ class Choice:
 
     def __post_init__(self) -> None:
         if self.count < 1:
-            raise ConfigError("nothing to show", expected="at least 1 example", found=self.count)
+            raise SettingError("nothing to show", expected="at least 1 example", found=self.count)
+        if self.line is not None and self.line < 1:
+            raise SettingError("line out of range", expected="at least 1", found=self.line)
+        if self.seed is not None and self.seed < 0:
+            raise SettingError("seed out of range", expected="at least 0", found=self.seed)
         if self.line is not None and self.seed is not None:
-            raise ConfigError("a line and a seed are two ways to choose", advice="Give one of them.")
+            raise SettingError("a line and a seed are two ways to choose", advice="Give one of them.")
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ import numpy.typing as npt
 from mlx_afm.data.config import DataConfig
 from mlx_afm.data.near import THRESHOLD, group_near, normalise
 from mlx_afm.data.problems import Problem, to_problems
-from mlx_afm.data.records import Example, RecordReader
+from mlx_afm.data.records import Example, RecordReader, as_json_line
 from mlx_afm.data.rows import Row
 from mlx_afm.data.sources import SPLITS, Files, iter_rows
-from mlx_afm.errors import ConfigError, DataError
+from mlx_afm.errors import ConfigError, DataError, SettingError
 from mlx_afm.files import atomic_file
 from mlx_afm.tree import shorten
 
@@ -52,12 +52,17 @@ class SplitConfig:
         if self.seed < 0:
             faults.append(f"seed: expected at least 0, found {self.seed}")
         if faults:
-            raise ConfigError("settings of the split out of range", details=faults)
+            raise SettingError("settings of the split out of range", details=faults)
 
     @property
     def shares(self) -> tuple[tuple[str, float], ...]:
         """Share of each held-out side."""
         return ("valid", self.valid), ("test", self.test)
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """Names of the splits that are written."""
+        return ("train", *(name for name, share in self.shares if share > 0))
 
 
 @dataclass(frozen=True)
@@ -101,16 +106,17 @@ def split_data(
     Cost: the files are read twice; memory see `group_near`.
     """
     config = config or SplitConfig()
-    names = ["train", *(name for name, share in config.shares if share > 0)]
+    names = config.sides
     targets = {name: folder / f"{name}.jsonl" for name in names}
     require_other_files(files, targets.values())
-    prompts = [_prompt(example) for example in _examples(files, reading or DataConfig())]
+    reading = reading or DataConfig()
+    prompts = [_prompt(example) for example in _examples(files, reading)]
     groups = group_examples(prompts, config.threshold)
     sides = assign(groups, config, where=files[0])
     with ExitStack() as stack:
         partial = {name: stack.enter_context(atomic_file(path)) for name, path in targets.items()}
         handles = {name: stack.enter_context(path.open("wb")) for name, path in partial.items()}
-        _write(files, sides, handles)
+        _write(files, sides, handles, reading.fields)
         for handle in handles.values():
             handle.close()
     sizes = np.bincount(groups)
@@ -150,8 +156,7 @@ def assign(groups: Ints, config: SplitConfig, *, where: object) -> Ints:
                 side_of[group] = SPLITS.index(name)
                 room -= int(sizes[group])
     sides = side_of[np.searchsorted(present, groups)]
-    needed = ["train", *(name for name, share in config.shares if share > 0)]
-    if empty := [name for name in needed if not (sides == SPLITS.index(name)).any()]:
+    if empty := [name for name in config.sides if not (sides == SPLITS.index(name)).any()]:
         found = f"{len(groups):,} examples in {len(present):,} groups of near prompts, the largest of {sizes.max():,}"
         advice = "Choose larger shares, or a higher threshold"
         raise DataError(f"too few groups: {empty[0]} would be empty", where=where, found=found, advice=advice)
@@ -184,6 +189,6 @@ def _rows(files: Files) -> Iterator[tuple[Path, Row]]:
     return ((path, row) for path in files for row in iter_rows(path))
 
 
-def _write(files: Files, sides: Ints, handles: Mapping[str, BinaryIO]) -> None:
+def _write(files: Files, sides: Ints, handles: Mapping[str, BinaryIO], fields: Sequence[tuple[str, str]]) -> None:
     for (_, row), side in zip(_rows(files), sides.tolist(), strict=True):
-        handles[SPLITS[side]].write(row.text + b"\n")
+        handles[SPLITS[side]].write(as_json_line(row, fields) + b"\n")

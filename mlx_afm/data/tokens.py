@@ -9,6 +9,8 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
+Weights = npt.NDArray[np.bool_] | npt.NDArray[np.float32]
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -44,7 +46,7 @@ class TokenTable(Sequence[Tokens]):
     Attributes:
         files: names of the files they came from.
         ids: int32 (N,), the ids of all examples, one after the other.
-        trained: bool (N,), which of them are targets.
+        weights: of each as a target; bool (N,) if every weight is 0 or 1, else float32 (N,).
         starts: int64 (examples + 1,), where each example starts; the last is N.
         places: int64 (examples, 2), file (index into `files`) and line of each.
         removed_tokens: how many tokens overflow took away.
@@ -53,7 +55,7 @@ class TokenTable(Sequence[Tokens]):
 
     files: tuple[str, ...]
     ids: npt.NDArray[np.int32]
-    trained: npt.NDArray[np.bool_]
+    weights: Weights
     starts: npt.NDArray[np.int64]
     places: npt.NDArray[np.int64]
     removed_tokens: int = 0
@@ -76,11 +78,16 @@ class TokenTable(Sequence[Tokens]):
         piece = slice(self.starts[index], self.starts[index + 1])
         file, line = self.places[index]
         return Tokens(
-            np.asarray(self.ids[piece]), self.trained[piece].astype(np.float32), f"{self.files[file]} line {line}"
+            np.asarray(self.ids[piece]), self.weights[piece].astype(np.float32), f"{self.files[file]} line {line}"
         )
 
     def __iter__(self) -> Iterator[Tokens]:
         return (self[index] for index in range(len(self)))
+
+    @property
+    def trained(self) -> npt.NDArray[np.bool_]:
+        """Which ids are targets, bool (N,)."""
+        return self.weights > 0
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_afm.errors import ConfigError, FormatError
-from mlx_afm.files import read_json, write_json
+from mlx_afm.errors import FormatError, SettingError
+from mlx_afm.files import read_json, set_paths, to_path, write_json
 from mlx_afm.formats.fmadapter_metadata import SUFFIX
 
 PLATFORMS = ("iOS", "macOS", "visionOS")
@@ -61,6 +61,7 @@ class AssetPack:
     events: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        set_paths(self, "package")
         faults = [f"platforms: expected some of {', '.join(PLATFORMS)}, found {name!r}"
                   for name in self.platforms if name not in PLATFORMS]  # fmt: skip
         faults += [f"installation event type: expected some of {', '.join(EVENTS)}, found {name!r}"
@@ -72,7 +73,7 @@ class AssetPack:
         elif self.policy == "ON_DEMAND" and self.events:
             faults.append("installation event type: a pack on demand is downloaded when the app asks, on no event")
         if faults:
-            raise ConfigError("not an asset pack that could be made", where=self.package, details=faults)
+            raise SettingError("not an asset pack that could be made", where=self.package, details=faults)
 
     @property
     def event_names(self) -> list[str]:
@@ -121,12 +122,13 @@ class AssetPack:
         return path
 
 
-def repair_manifest(path: Path) -> bool:
+def repair_manifest(path: str | Path) -> bool:
     """Makes `"onDemand": null` in a manifest `"onDemand": {}`; returns whether there was anything to repair.
 
     Raises:
         FormatError: no manifest of an asset pack.
     """
+    path = to_path(path)
     content = read_json(path)
     policy = content.get("downloadPolicy") if isinstance(content, dict) else None
     if not isinstance(policy, dict) or "assetPackID" not in content:

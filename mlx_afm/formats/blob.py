@@ -34,7 +34,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_afm.errors import FormatError
-from mlx_afm.files import atomic_file
+from mlx_afm.files import atomic_file, require_not_lfs_pointer
 
 ALIGNMENT = 64
 VERSION = 2
@@ -170,8 +170,11 @@ def map_bytes(path: Path) -> Bytes:
     """
     try:
         if path.is_file():
+            require_not_lfs_pointer(path)
             # asarray: a plain view, so that what is computed from it is no memmap of its own.
             return np.asarray(np.memmap(path, np.uint8, "r")) if path.stat().st_size else np.zeros(0, np.uint8)
+    except FormatError:
+        raise
     except (OSError, ValueError) as error:
         raise FormatError(f"cannot be read: {error}", where=path) from error
     raise FormatError("not a regular file" if path.exists() else "no such file", where=path)

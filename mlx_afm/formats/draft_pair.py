@@ -92,7 +92,7 @@ class DraftPair:
         content = np.array(map_bytes(self.template))
         faults = []
         for item in self.spec:
-            values = self.tensors[item.name].read().astype(np.float32, copy=False).reshape(item.shape)
+            values = self.tensors[item.name].read_values().astype(np.float32, copy=False).reshape(item.shape)
             try:
                 blobs = encode(values, item.format, item.name)
             except FormatError as error:

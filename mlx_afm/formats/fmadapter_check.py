@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_afm.errors import AFMError, FormatError
+from mlx_afm.files import to_optional_path
 from mlx_afm.formats.blob import FP16, Blob, blob_file_bytes, map_bytes, walk_blobs
 from mlx_afm.formats.fmadapter import METADATA_FILE, WEIGHTS_FILE, Tensors
 from mlx_afm.formats.fmadapter_check_draft import DRAFT_FILES, check_draft
@@ -40,11 +41,11 @@ __all__ = ["Finding", "Report", "check_fmadapter"]
 
 
 def check_fmadapter(
-    folder: Path,
+    folder: str | Path,
     *,
     expect: Tensors | None = None,
     signature: str | None = None,
-    toolkit: Path | None = None,
+    toolkit: str | Path | None = None,
     byte_exact: bool = False,
 ) -> Report:
     """Checks a package against every rule, with the geometry it states, else Apple's.
@@ -65,8 +66,9 @@ def check_fmadapter(
 
     Cost: the weights are memory-mapped and read once.
     """
+    toolkit = to_optional_path(toolkit)
     found = Findings()
-    folder = Path(os.path.abspath(folder))
+    folder = Path(os.path.abspath(os.path.expanduser(folder)))  # whatever it is: a finding, never an error
     present = _check_files(folder, found)
     geometry = APPLE_GEOMETRY
     if METADATA_FILE in present:

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_afm.errors import ConfigError, FormatError
+from mlx_afm.errors import ConfigError, FormatError, SettingError
 from mlx_afm.formats.fmadapter_plan import APPLE_GEOMETRY, Geometry
 
 SUFFIX = ".fmadapter"
@@ -52,7 +52,7 @@ def require_adapter_name(name: str) -> str:
     if isinstance(name, str) and re.fullmatch(f"[A-Za-z0-9_]{{1,{_LONGEST_NAME}}}", name):
         return name
     similar = re.sub(r"[^A-Za-z0-9]+", "_", str(name)).strip("_")[:_LONGEST_NAME]
-    raise ConfigError(
+    raise SettingError(
         "not a name that devices accept for an adapter",
         where="adapter name",
         expected=f"ASCII letters, digits and underscores, at most {_LONGEST_NAME}",
@@ -96,7 +96,7 @@ class Metadata:
             except UnicodeEncodeError as error:
                 faults.append(f"text that is not Unicode: {error}")
         if faults:
-            raise ConfigError("unusable package metadata", where=self.name, details=faults)
+            raise SettingError("unusable package metadata", where=self.name, details=faults)
 
     @property
     def identifier(self) -> str:

@@ -213,7 +213,7 @@ def stored_values(
     """
     if fault := tensor_fault(tensor, record):
         raise AdapterError("cannot be exported", details=[fault])
-    values = tensor.read() if isinstance(tensor, LazyTensor) else tensor
+    values = tensor.read_values() if isinstance(tensor, LazyTensor) else tensor
     with np.errstate(over="ignore", under="ignore"):
         halves = values.astype("<f2")
     if not np.isfinite(halves).all():

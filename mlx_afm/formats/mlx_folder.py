@@ -6,16 +6,20 @@ One shard is `model.safetensors`; several are `model-00001-of-00007.safetensors`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from mlx_afm.errors import FormatError
-from mlx_afm.files import write_json
+from mlx_afm.files import read_json, write_json
 from mlx_afm.formats.safetensors_file import read_safetensors, write_safetensors
 from mlx_afm.formats.tensors import LazyTensor, OnBytes, ignore_bytes
 
 MAX_SHARD_BYTES = 5 << 30
+MAX_SHARDS = 10_000  # a name that calls for more is not taken for one of a series
+SHOWN = 10  # missing files named
 INDEX = "model.safetensors.index.json"
+_NUMBERED = re.compile(r"model-\d{5}-of-(?P<count>\d{5})\.safetensors", re.ASCII)
 
 
 def plan_shards(sizes: Mapping[str, int], max_shard_bytes: int = MAX_SHARD_BYTES) -> list[list[str]]:
@@ -54,12 +58,45 @@ def shard_files(folder: Path) -> list[Path]:
     """The weight files of a folder, in order.
 
     Raises:
-        FormatError: there are none.
+        FormatError: there are none, or a shard is missing that the index or the names of the others call for.
     """
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise FormatError("no weights", where=folder, expected="model*.safetensors", advice="Is this a model folder?")
+    present = {file.name for file in files}
+    wanted = _indexed_files(folder) | _numbered_files(present)
+    missing = sorted(wanted - present)
+    if missing:
+        expected, found = f"{len(wanted)} files", f"{len(wanted) - len(missing)}"
+        advice = "Copy or download the folder again, all of it."
+        details = missing[:SHOWN] + [f"... and {len(missing) - SHOWN} more"] * (len(missing) > SHOWN)
+        raise FormatError(
+            "weight files are missing", where=folder, expected=expected, found=found, advice=advice, details=details
+        )
     return files
+
+
+def _indexed_files(folder: Path) -> set[str]:
+    """The files that the index names; none without an index."""
+    path = folder / INDEX
+    if not path.is_file():
+        return set()
+    index = read_json(path)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise FormatError("not an index of weights", where=path, expected="weight_map, from tensor to file")
+    return set(weight_map.values())
+
+
+def _numbered_files(names: set[str]) -> set[str]:
+    """All files of the series that some names belong to: model-00002-of-00003 calls for 1 and 3."""
+    counts = {int(match["count"]) for name in names if (match := _NUMBERED.fullmatch(name))}
+    return {
+        f"model-{number:05}-of-{count:05}.safetensors"
+        for count in counts
+        if count <= MAX_SHARDS
+        for number in range(1, count + 1)
+    }
 
 
 def read_shards(folder: Path) -> dict[str, LazyTensor]:

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_afm.errors import FormatError
-from mlx_afm.files import WriteOut, atomic_file, map_file
+from mlx_afm.files import WriteOut, atomic_file, map_file, require_not_lfs_pointer
 from mlx_afm.formats.tensors import STORAGE_DTYPES, LazyTensor, OnBytes, ignore_bytes, read_ahead
 
 MAX_HEADER_BYTES = 100_000_000
@@ -78,6 +78,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def _read_header(handle: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
     """The header, and where the values start."""
+    require_not_lfs_pointer(path)
     prefix = handle.read(8)
     size = path.stat().st_size
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
@@ -145,7 +146,7 @@ def write_safetensors(
         offset += tensor.nbytes
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    with atomic_file(path) as partial_path, partial_path.open("wb") as handle:
+    with atomic_file(path, 8 + len(raw) + offset) as partial_path, partial_path.open("wb") as handle:
         write_out = WriteOut(handle)
         handle.write(struct.pack("<Q", len(raw)))
         handle.write(raw)

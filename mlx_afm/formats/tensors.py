@@ -1,4 +1,8 @@
-"""The one type that travels between file formats: a tensor whose values come on demand."""
+"""The one type that travels between file formats: a tensor whose values come on demand.
+
+NumPy has no bfloat16, so a bfloat16 tensor is stored as uint16 bit patterns. What a tensor stores and what it is worth
+are therefore two methods: `read_stored` and `read_values`. Only values may be computed with.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from mlx_afm.errors import TensorsError
 
 BLOCK_BYTES = 1 << 26  # what one read, cast or write handles at a time
 
-# Name of a dtype -> NumPy dtype of its values. NumPy has no bfloat16: its bit patterns travel as uint16.
+# Name of a dtype -> NumPy dtype of what is stored. NumPy has no bfloat16: its bit patterns travel as uint16.
 STORAGE_DTYPES: dict[str, np.dtype[Any]] = {
     "float64": np.dtype("<f8"),
     "float32": np.dtype("<f4"),
@@ -32,6 +36,16 @@ STORAGE_DTYPES: dict[str, np.dtype[Any]] = {
     "bool": np.dtype("?"),
 }
 
+
+FLOAT_DTYPES = ("float64", "float32", "float16", "bfloat16")
+# Of each float dtype: the unsigned integer of the same width, and the bits that are all set if a value is not finite.
+_EXPONENTS: dict[str, tuple[str, int]] = {
+    "float64": ("<u8", 0x7FF << 52),
+    "float32": ("<u4", 0x7F800000),
+    "float16": ("<u2", 0x7C00),
+    "bfloat16": ("<u2", 0x7F80),
+}
+_CACHED_VALUES = 1 << 16
 
 OnBytes = Callable[[int], None]
 Piece = TypeVar("Piece")
@@ -60,6 +74,33 @@ def read_ahead(pieces: Iterator[Piece]) -> Iterator[Piece]:
             yield piece
 
 
+def to_values(stored: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+    """The numbers that stored elements stand for: bfloat16 bit patterns widened exactly to float32, others as they are.
+
+    Example: uint16 [0x3F80, 0xC000] of dtype "bfloat16" -> float32 [1.0, -2.0].
+    """
+    if dtype != "bfloat16":
+        return stored
+    return (stored.astype(np.uint32) << 16).view(np.float32)
+
+
+def count_nonfinite(stored: npt.NDArray[Any], dtype: str) -> int:
+    """How many stored elements are NaN or infinite.
+
+    Cost: one pass at about the speed of memory, which `np.isfinite` is ten times slower than.
+    """
+    if dtype not in _EXPONENTS:
+        return 0
+    unsigned, exponent = _EXPONENTS[dtype]
+    flat, count = np.ascontiguousarray(stored).reshape(-1).view(unsigned), 0
+    mask = flat.dtype.type(exponent)
+    for start in range(0, flat.size, _CACHED_VALUES):
+        exponents = flat[start : start + _CACHED_VALUES] & mask
+        if exponents.max() == mask:
+            count += int(np.count_nonzero(exponents == mask))
+    return count
+
+
 @dataclass(frozen=True)
 class LazyTensor:
     """A tensor of a file read, or of a file about to be written.
@@ -67,35 +108,49 @@ class LazyTensor:
     Attributes:
         dtype: a key of `STORAGE_DTYPES`.
         shape: sizes; () for a scalar.
-        read: gives the values, of dtype `STORAGE_DTYPES[dtype]` and this shape. For tensors of a
-            file it is a view of the memory map, so calling it costs no memory until the values are
+        read_stored: gives what a file stores, of dtype `STORAGE_DTYPES[dtype]` and this shape: of bfloat16 bit
+            patterns, not numbers. To be copied, cut or compared bit for bit; numbers come from `read_values`. For
+            tensors of a file it is a view of the memory map, so calling it costs no memory until the elements are
             touched. Not necessarily contiguous.
-        stream: gives the same values flat, in row-major order, a block at a time, for tensors that are
-            computed while they are written; None if `read` is cheap.
+        stream_stored: gives the same flat, in row-major order, a block at a time, for tensors that are computed while
+            they are written; None if `read_stored` is cheap.
     """
 
     dtype: str
     shape: tuple[int, ...]
-    read: Callable[[], npt.NDArray[Any]]
-    stream: Callable[[], Iterator[npt.NDArray[Any]]] | None = None
+    read_stored: Callable[[], npt.NDArray[Any]]
+    stream_stored: Callable[[], Iterator[npt.NDArray[Any]]] | None = None
 
     @classmethod
     def of(cls, array: npt.NDArray[Any]) -> LazyTensor:
         """Wraps an array in memory (for bfloat16 use the constructor: NumPy cannot name it)."""
         return cls(array.dtype.name, array.shape, lambda: array)
 
-    def blocks(self) -> Iterator[npt.NDArray[Any]]:
-        """The values flat, in row-major order, at most `BLOCK_BYTES` at a time.
+    def read_values(self) -> npt.NDArray[Any]:
+        """The numbers, of this shape: float32 for bfloat16 (exact), else of dtype `STORAGE_DTYPES[dtype]`.
+
+        Cost: of bfloat16 a copy; else that of `read_stored`.
+        """
+        return to_values(self.read_stored(), self.dtype)
+
+    def iter_stored(self) -> Iterator[npt.NDArray[Any]]:
+        """What `read_stored` gives, flat, in row-major order, at most `BLOCK_BYTES` at a time.
 
         Cost: a copy only of tensors that are not contiguous.
         """
-        if self.stream is not None:
-            yield from self.stream()
+        if self.stream_stored is not None:
+            yield from self.stream_stored()
             return
-        flat = np.ascontiguousarray(self.read()).reshape(-1)
+        flat = np.ascontiguousarray(self.read_stored()).reshape(-1)
         step = BLOCK_BYTES // STORAGE_DTYPES[self.dtype].itemsize
         for start in range(0, flat.size, step):
             yield flat[start : start + step]
+
+    def count_nonfinite(self) -> int:
+        """How many values are NaN or infinite; the tensor is read once, a block at a time."""
+        if self.dtype not in FLOAT_DTYPES:
+            return 0
+        return sum(count_nonfinite(block, self.dtype) for block in self.iter_stored())
 
     def iter_bytes(self, where: object) -> Iterator[memoryview]:
         """The bytes of the values as a file holds them.
@@ -104,7 +159,7 @@ class LazyTensor:
             TensorsError: the values are not of the promised dtype or number.
         """
         written = 0
-        for block in self.blocks():
+        for block in self.iter_stored():
             if block.dtype != STORAGE_DTYPES[self.dtype]:
                 raise TensorsError(
                     "not the promised tensor",
@@ -117,6 +172,13 @@ class LazyTensor:
         if written != self.nbytes:
             expected, found = f"{self.nbytes} bytes", f"{written} bytes"
             raise TensorsError("not the promised tensor", where=where, expected=expected, found=found)
+
+    def same_stored(self, other: LazyTensor) -> bool:
+        """Whether both have the same dtype and shape and store the same bits; NaN is equal to the same NaN."""
+        if (self.dtype, self.shape) != (other.dtype, other.shape):
+            return False
+        pieces = zip(self.iter_bytes("first"), other.iter_bytes("second"), strict=True)
+        return all(one == two for one, two in pieces)
 
     @property
     def size(self) -> int:

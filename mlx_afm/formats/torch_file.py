@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_afm.errors import FormatError, TensorsError
-from mlx_afm.files import WriteOut, atomic_file, map_file
+from mlx_afm.files import WriteOut, atomic_file, map_file, require_not_lfs_pointer
 from mlx_afm.formats.tensors import STORAGE_DTYPES, LazyTensor, OnBytes, ignore_bytes, told
 from mlx_afm.formats.torch_contents import unwrap
 from mlx_afm.formats.torch_legacy import read_legacy
@@ -105,6 +105,7 @@ def _map(path: Path) -> mmap.mmap:
             raise FormatError("no such file", where=path)
         if not path.stat().st_size:
             raise FormatError("file is empty", where=path, expected="a torch checkpoint")
+        require_not_lfs_pointer(path)
         with path.open("rb") as handle:
             return map_file(handle)
     except OSError as error:
@@ -169,7 +170,8 @@ def write_torch(
     specs = {name: _fresh_spec(str(key), tensor) for key, (name, tensor) in enumerate(tensors.items())}
     specs |= {alias: replace(specs[name]) for alias, name in aliases.items()}
     folder = path.stem if path.stem.isascii() and is_plain_name(path.stem) else "archive"
-    with atomic_file(path) as partial_path, partial_path.open("wb") as handle:
+    wanted_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    with atomic_file(path, wanted_bytes) as partial_path, partial_path.open("wb") as handle:
         archive, write_out = ZipWriter(handle), WriteOut(handle)
         _add_bytes(archive, f"{folder}/data.pkl", pickle_state_dict(specs))
         _add_bytes(archive, f"{folder}/.format_version", b"1")

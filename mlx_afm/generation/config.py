@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_afm.data.config import CONTEXT_TOKENS
-from mlx_afm.errors import ConfigError
+from mlx_afm.errors import ConfigError, SettingError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class GenerateConfig:
         context_tokens: the longest prompt and answer together; an answer that reaches it ends there.
 
     Raises:
-        ConfigError: settings out of range.
+        SettingError: settings out of range.
     """
 
     max_tokens: int = 256
@@ -43,7 +43,7 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         faults = list(self._faults())
         if faults:
-            raise ConfigError("generation settings out of range", details=faults)
+            raise SettingError("generation settings out of range", details=faults)
 
     def _faults(self) -> Iterator[str]:
         if self.max_tokens < 1:
@@ -88,4 +88,4 @@ def require_fitting(config: GenerateConfig, model: Any) -> None:
     """Raises ConfigError for settings that this model has no meaning for."""
     if config.top_k >= model.args.vocab_size:
         expected = f"less than the {model.args.vocab_size} tokens there are, or 0 for all"
-        raise ConfigError("top_k is too large", expected=expected, found=config.top_k)
+        raise SettingError("top_k is too large", expected=expected, found=config.top_k)

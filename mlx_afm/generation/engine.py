@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_afm.errors import ConfigError
+from mlx_afm.errors import ConfigError, SettingError
 from mlx_afm.generation.batch_cache import BatchCache
 from mlx_afm.generation.config import require_fitting
 from mlx_afm.generation.decode import Decoder
@@ -77,7 +77,7 @@ class Engine:
         speculation: Speculation | None = None,
     ) -> None:
         if batch_size < 1:
-            raise ConfigError("batch_size", expected="at least 1", found=batch_size)
+            raise SettingError("batch_size", expected="at least 1", found=batch_size)
         self.decoder, self.batch_size = decoder, batch_size
         self.prefix_cache, self._owner = prefix_cache, owner
         self.speculation = speculation

@@ -18,7 +18,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlx_afm.data.dialects import read_record
+from mlx_afm.data.dialects import ANSWERS, read_record
 from mlx_afm.data.json_text import parse_json
 from mlx_afm.data.rows import Row, not_utf8
 from mlx_afm.data.sources import file_faults, iter_rows
@@ -106,7 +106,7 @@ def _prompt(row: Row, dialect: str, fields: Sequence[tuple[str, str]]) -> tuple[
         raise not_utf8(error) from error
     if isinstance(value, dict):
         value = {**value, **_awaited(value, fields)}
-    conversation = read_record(value, dialect, fields)
+    conversation = read_record(value, dialect, fields, in_table=row.in_table)
     if conversation.text is not None:
         raise DataError("plain text asks for no answer", expected="a conversation")
     messages = conversation.messages
@@ -121,10 +121,12 @@ def _prompt(row: Row, dialect: str, fields: Sequence[tuple[str, str]]) -> tuple[
 
 def _awaited(record: Mapping[str, Any], fields: Sequence[tuple[str, str]]) -> dict[str, str]:
     """Empty answers for a record that has a question alone, under its own names or those that `fields` gives it."""
-    names = {*record, *(name for name, column in fields if column in record)}
-    if "prompt" in names and not names & {"completion", "response"}:
-        return {"completion": ""}
-    return {"output": ""} if "instruction" in names and "output" not in names else {}
+    columns = {name: column for name, column in fields if column in record}
+    for question, answers in (("prompt", ANSWERS), ("instruction", ("output",))):
+        if record.get(columns.get(question, question)) is not None:
+            waiting = [columns.get(name, name) for name in answers]
+            return {} if any(record.get(name) is not None for name in waiting) else dict.fromkeys(waiting, "")
+    return {}
 
 
 def run_of(request: Request, fingerprint: str) -> str:

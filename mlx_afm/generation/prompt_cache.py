@@ -21,7 +21,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_afm.checkpoints.arrays import from_mlx, to_mlx
-from mlx_afm.errors import ConfigError, FormatError
+from mlx_afm.errors import ConfigError, FormatError, SettingError
+from mlx_afm.files import to_path
 from mlx_afm.formats.safetensors_file import read_metadata, read_safetensors, write_safetensors
 from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.generation.prefix_cache import PrefixCache, PromptCache, prefix_owner
@@ -49,12 +50,13 @@ def fingerprint(model: Model) -> str:
     return digest.hexdigest()
 
 
-def save_prompt_cache(path: Path, cache: PromptCache, model: Model) -> None:
+def save_prompt_cache(path: str | Path, cache: PromptCache, model: Model) -> None:
     """Writes a prompt's keys and values, whole or not at all.
 
     Raises:
         ConfigError: the file's name ends otherwise than in `.safetensors`.
     """
+    path = to_path(path)
     _require_name(path)
     tensors = {"ids": mx.array(cache.ids, mx.int32)}
     for number, layer in enumerate(cache.layers):
@@ -66,7 +68,7 @@ def save_prompt_cache(path: Path, cache: PromptCache, model: Model) -> None:
     write_safetensors(path, {name: from_mlx(array) for name, array in tensors.items()}, metadata=metadata)
 
 
-def load_prompt_cache(path: Path, model: Model, *, quantized: bool = False) -> PromptCache:
+def load_prompt_cache(path: str | Path, model: Model, *, quantized: bool = False) -> PromptCache:
     """A prompt's keys and values from a file.
 
     Args:
@@ -78,6 +80,7 @@ def load_prompt_cache(path: Path, model: Model, *, quantized: bool = False) -> P
         FormatError: no such file, or none of this form.
         ConfigError: of another model or adapter, or of the other kind of cache.
     """
+    path = to_path(path)
     _require_name(path)
     metadata, tensors = read_metadata(path), read_safetensors(path)
     if metadata.get("format") != FORMAT:
@@ -87,7 +90,7 @@ def load_prompt_cache(path: Path, model: Model, *, quantized: bool = False) -> P
     advice = "It is of use with the model and adapter it was made with alone; remove it, or name another file."
     if metadata.get("fingerprint") != fingerprint(model):
         raise ConfigError("a prompt cache of another model or adapter", where=path, advice=advice)
-    ids = _checked_ids(tensors["ids"].read(), model, path)
+    ids = _checked_ids(tensors["ids"].read_values(), model, path)
     layers = model.make_cache(quantized=quantized)
     for number, layer in enumerate(layers):
         keys, values = (_held(path, model, tensors, f"{name}.{number}", len(ids)) for name in ("keys", "values"))
@@ -99,12 +102,13 @@ def load_prompt_cache(path: Path, model: Model, *, quantized: bool = False) -> P
 
 
 @contextmanager
-def prompt_cache_file(path: Path, model: Model, *, kv_bits: int | None = None) -> Iterator[PrefixCache]:
+def prompt_cache_file(path: str | Path, model: Model, *, kv_bits: int | None = None) -> Iterator[PrefixCache]:
     """A prefix cache that begins with what a file holds; without the file, the last prompt is left in it.
 
     Raises:
         FormatError, ConfigError: see `load_prompt_cache`.
     """
+    path = to_path(path)
     _require_name(path)
     kind, known, prefixes = prefix_owner(kv_bits=kv_bits), path.exists(), PrefixCache()
     if known:
@@ -132,4 +136,4 @@ def _held(path: Path, model: Model, tensors: Mapping[str, LazyTensor], name: str
 
 def _require_name(path: Path) -> None:
     if path.suffix != ".safetensors":
-        raise ConfigError("the name of a prompt cache", where=path, expected=".safetensors at its end")
+        raise SettingError("the name of a prompt cache", where=path, expected=".safetensors at its end")

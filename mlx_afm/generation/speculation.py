@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_afm.errors import ConfigError
+from mlx_afm.errors import ConfigError, SettingError
 from mlx_afm.generation.decode import Decoder
 from mlx_afm.generation.draft_length import LENGTHS, DraftLength
 from mlx_afm.generation.forms import ModelDecoder, decoder_of
@@ -51,7 +51,7 @@ class Speculation:
 
     def __post_init__(self) -> None:
         if self.num_draft_tokens is not None and self.num_draft_tokens < 1:
-            raise ConfigError("num_draft_tokens out of range", expected="at least 1", found=self.num_draft_tokens)
+            raise SettingError("num_draft_tokens out of range", expected="at least 1", found=self.num_draft_tokens)
 
     @property
     def acceptance_rate(self) -> float | None:

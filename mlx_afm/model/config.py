@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from mlx_afm.errors import ConfigError
+from mlx_afm.spelling import nearest_name
 
 MODEL_TYPE = "afm7"  # mlx-lm's name of the architecture
 # Far above any model of this kind; a damaged file must not make us plan for billions of layers.
@@ -125,8 +125,8 @@ class AFMConfig:
         missing = [name for name in names if name not in values and name not in optional]
         if missing:
             # rope_theta too: mlx-lm's own default, 50000, is not the model's.
-            near = {name: difflib.get_close_matches(name, values, n=1) for name in missing}
-            details = [name + (f" (is it {near[name][0]!r}?)" if near[name] else "") for name in missing]
+            near = {name: nearest_name(name, values) for name in missing}
+            details = [name + (f" (is it {near[name]!r}?)" if near[name] else "") for name in missing]
             raise ConfigError("keys are missing in config.json", details=details)
         return cls(**{name: values[name] for name in names if name in values})
 

@@ -7,7 +7,6 @@ and kept with the original text; whatever would change it and is not supported h
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 from mlx_afm.errors import ConfigError
 from mlx_afm.model.config import AFMConfig
+from mlx_afm.spelling import nearest_name
 
 TYPE_KEY = "__tamm_type__"
 # Toolkit field -> AFMConfig field; the names agree.
@@ -134,8 +134,8 @@ def _require_known(document: Mapping[str, Any], where: object) -> None:
     faults = []
     for name in document:
         if name not in KNOWN_FIELDS:
-            near = difflib.get_close_matches(name, KNOWN_FIELDS, n=1)
-            faults.append(f"{name}: unknown field" + (f"; is it {near[0]!r}?" if near else ""))
+            near = nearest_name(name, KNOWN_FIELDS)
+            faults.append(f"{name}: unknown field" + (f"; is it {near!r}?" if near else ""))
         elif name in ZERO_FIELDS and document[name]:
             faults.append(f"{name}: only 0 is supported, found {document[name]}")
     if faults:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mlx_afm.errors import ConfigError
+from mlx_afm.errors import ConfigError, SettingError
 from mlx_afm.quant.scheme import BALANCED, GROUP_SIZES, Scheme
 
 Shapes = Mapping[str, tuple[int, int]]  # module path -> (rows, columns)
@@ -77,7 +77,7 @@ class QuantConfig:
             scale then minimises the error of the outputs rather than of the weights.
 
     Raises:
-        ConfigError: settings out of range, or a recipe with settings that it fixes itself.
+        SettingError: settings out of range, or a recipe with settings that it fixes itself.
     """
 
     mode: str | None = None
@@ -92,10 +92,11 @@ class QuantConfig:
             _ = self.scheme
             return
         if self.recipe not in RECIPES:
-            raise ConfigError("unknown recipe", expected=" or ".join(RECIPES), found=self.recipe)
+            raise SettingError("unknown recipe", expected=" or ".join(RECIPES), found=self.recipe)
         given = [name for name in ("mode", "bits", "group_size", "predicate") if getattr(self, name) is not None]
         if given:
-            raise ConfigError(f"recipe {self.recipe} says that itself", found=", ".join(given))
+            advice = "Give the recipe, or these settings, not both."
+            raise SettingError(f"recipe {self.recipe} already sets {', '.join(given)}", advice=advice)
 
     @property
     def scheme(self) -> Scheme:

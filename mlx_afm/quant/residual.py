@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlx_afm.errors import ConfigError
+from mlx_afm.errors import ConfigError, SettingError
 
 Floats = npt.NDArray[np.float32]
 Rounding = Callable[[Floats], Floats]  # a matrix (O, N) to its nearest on a grid
@@ -37,16 +37,16 @@ class InitConfig:
 
     Attributes:
         init: residual-svd (directions of the rounding error) or weight-svd (of the weight, before it is rounded).
-        rank: how many directions.
+        rank: how many directions; by default the rank that `lora` trains, which goes on from this adapter.
         scale: of the adapter; devices apply 0.5.
         rounds: how often directions are taken from the error; more than one alternates with rounding.
 
     Raises:
-        ConfigError: settings out of range.
+        SettingError: settings out of range.
     """
 
     init: str = INITS[0]
-    rank: int = 16
+    rank: int = 32
     scale: float = 0.5
     rounds: int = 1
 
@@ -61,7 +61,7 @@ class InitConfig:
         if not 0 < self.scale < np.inf:
             faults.append(f"scale: expected more than 0, found {self.scale!r}")
         if faults:
-            raise ConfigError("the start value's settings are out of range", details=faults)
+            raise SettingError("the start value's settings are out of range", details=faults)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from mlx_afm.errors import ConfigError
+from mlx_afm.errors import ConfigError, SettingError
 
 BALANCED = "balanced"
 GROUP_SIZES = {"affine": (32, 64, 128), BALANCED: (32, 64, 128), "mxfp4": (32,), "nvfp4": (16,), "mxfp8": (32,)}
@@ -47,7 +47,7 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if self.mode not in DEFAULTS:
-            raise ConfigError("unknown quantisation mode", expected=" or ".join(MODES), found=self.mode)
+            raise SettingError("unknown quantisation mode", expected=" or ".join(MODES), found=self.mode)
         group_size, bits = DEFAULTS[self.mode]
         object.__setattr__(self, "bits", bits if self.bits is None else self.bits)
         object.__setattr__(self, "group_size", group_size if self.group_size is None else self.group_size)
@@ -60,7 +60,7 @@ class Scheme:
             if isinstance(value, bool) or value not in choices
         ]
         if faults:
-            raise ConfigError("quantisation settings out of range", details=faults)
+            raise SettingError("quantisation settings out of range", details=faults)
 
     def fits(self, columns: int) -> bool:
         """Whether a row of that many columns can be cut into groups."""

@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from mlx_afm.errors import AFMError
+from mlx_afm.files import to_path
 from mlx_afm.serving.config import ServeConfig, is_loopback
 from mlx_afm.serving.engine import Engine
 from mlx_afm.serving.fields import Fields, parse_json
@@ -77,7 +78,7 @@ class Admin:
     def _allowed(self, text: str) -> Path:
         """The path, links resolved, if it lies below an allowed folder."""
         try:
-            place = Path(text).resolve()
+            place = to_path(text).resolve()
             allowed = any(root.resolve() in place.parents for root in self._config.admin_roots)
         except (OSError, RuntimeError, ValueError) as error:
             raise Refusal(400, "not a path", param="path") from error

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_afm.data.config import CONTEXT_TOKENS
-from mlx_afm.errors import ConfigError
+from mlx_afm.errors import SettingError
+from mlx_afm.files import set_paths
 from mlx_afm.text.system_prompt import system_fault
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
@@ -46,7 +46,7 @@ class ServeConfig:
         admin_roots: folders below which adapters may be added at run time; none switches that off.
 
     Raises:
-        ConfigError: settings out of range, or open to the network without a key.
+        SettingError: settings out of range, or open to the network without a key.
     """
 
     host: str = "127.0.0.1"
@@ -74,9 +74,10 @@ class ServeConfig:
     admin_roots: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
+        set_paths(self, "admin_roots")
         faults = list(self._faults())
         if faults:
-            raise ConfigError("the server's settings cannot be used", details=faults)
+            raise SettingError("the server's settings cannot be used", details=faults)
 
     def _faults(self) -> Iterator[str]:
         least = {"port": 0, "adapter_bytes": 0, "prefix_bytes": 0, "queue": 0, "grace_seconds": 0}
@@ -99,6 +100,9 @@ class ServeConfig:
             yield f"kv_bits: expected 8 or none, found {self.kv_bits}"
         if self.api_key is not None and (len(self.api_key) < 8 or not re.fullmatch(r"[!-~]+", self.api_key)):
             yield "api_key: expected at least 8 visible ASCII characters"
+        for root in self.admin_roots:
+            if not root.is_dir():
+                yield f"admin_roots: expected folders, found {root}"
         if self.api_key is None and not is_loopback(self.host):
             yield f"host: {self.host} can be reached by others; expected an api_key with it (--api-key)"
 
@@ -111,15 +115,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def parse_bytes(text: str) -> int:
-    """The number of bytes that `200MB`, `1.5 GiB` or `4096` mean.
-
-    Raises:
-        ConfigError: something else.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in UNITS:
-        raise ConfigError("not a number of bytes", expected="such as 200MB, 1.5GB or 512MiB", found=repr(text))
-    return int(float(match[1]) * UNITS[match[2].upper()])

@@ -17,6 +17,7 @@ from mlx_afm.adapters import is_zero
 from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.checkpoints.model_folder import BASE_ADAPTER, load_model, read_config
 from mlx_afm.errors import ConfigError
+from mlx_afm.files import to_path
 from mlx_afm.model.cpu.layout import lay_out_for_decoding
 from mlx_afm.serving.adapters import AdapterSwitch
 from mlx_afm.serving.config import ServeConfig
@@ -51,7 +52,7 @@ class Engine:
     ) -> None:
         self.config, self._metrics, self._log = config, metrics, log
         self.folder = resolve(model)
-        self.model_id = config.model_id or (self.folder.resolve().name if Path(model).exists() else str(model))
+        self.model_id = config.model_id or (self.folder.resolve().name if to_path(model).exists() else str(model))
         read_config(self.folder)  # says what is wrong with a folder that is no model's
         self.tokenizer = _require_tokenizer(self.folder)
         self._arrivals: deque[Job] = deque()

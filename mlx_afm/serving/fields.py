@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from difflib import get_close_matches
 from typing import Any
 
 from mlx_afm.serving.refusal import Refusal
+from mlx_afm.spelling import nearest_name
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
@@ -51,8 +51,8 @@ class Fields:
         self._values, self._faults = values, list[tuple[str, str]]()
         for name in values:
             if name not in known:
-                near = get_close_matches(name, known, 1)
-                self.fault(name[:80], f"not a field of this request{f'; did you mean {near[0]}?' if near else ''}")
+                near = nearest_name(name, known)
+                self.fault(name[:80], f"not a field of this request{f'; did you mean {near}?' if near else ''}")
 
     def fault(self, name: str, what: str) -> None:
         """Notes a fault of a field."""

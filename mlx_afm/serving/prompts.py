@@ -13,6 +13,7 @@ from mlx_afm.text.response_format import response_format
 from mlx_afm.text.system_prompt import with_system_prompt
 from mlx_afm.text.template import DEFAULT_SYSTEM, Turn, encode, render
 from mlx_afm.text.tokenizer import AFMTokenizer, require_token_ids
+from mlx_afm.text.weights import WEIGHT_KEYS
 
 IDLE_KEYS = ("name", "refusal", "annotations", "audio", "function_call")  # of messages, as clients send them back
 LEAST_CUT_TOKENS = 64  # each piece of a prompt is a call of the model
@@ -41,7 +42,7 @@ def chat_prompt(
     """A conversation's prompt.
 
     Args:
-        messages: OpenAI's; texts may come in parts, and several tool results in a row become one message.
+        messages: OpenAI's, read by `parse_messages` as training data is.
         tools: definitions, written into the system message.
         schema: `json_schema` of the answer; written into the last message unless it has no name.
         tokenizer: the model's.
@@ -53,7 +54,7 @@ def chat_prompt(
     """
     if not isinstance(messages, list) or not messages:
         raise DataError("not a conversation", expected="a list of messages", found=kind(messages))
-    plain = _joined_results([_plain(message, index) for index, message in enumerate(messages)])
+    plain = [_plain(message, index) for index, message in enumerate(messages)]
     if schema is not None and schema.get("name") is not None and isinstance(plain[-1], dict):
         plain[-1] = {**plain[-1], "response_format": _asked_format(schema)}
     parsed = parse_messages(plain, where="messages", special_pieces=tokenizer.special_pieces)
@@ -104,50 +105,20 @@ def _text_ids(prompt: object, tokenizer: AFMTokenizer, vocabulary: int, where: s
 
 
 def _plain(message: object, index: int) -> object:
-    """A message with the keys that the template knows, its parts joined."""
+    """A message without the keys that clients send back and that say nothing to the model."""
     if not isinstance(message, dict):
         return message
-    plain = {key: value for key, value in message.items() if key not in IDLE_KEYS and value is not None}
+    where = f"messages, message {index}"
     if message.get("function_call") is not None or message.get("audio") is not None:
-        raise DataError("function_call and audio are not supported", where=f"messages, message {index}")
-    if plain.get("role") == "developer":
-        plain["role"] = "system"
-    if plain.get("role") in ("tool", "function"):
-        plain.pop("tool_call_id", None)
-    calls = plain.get("tool_calls")
-    if calls == []:
-        del plain["tool_calls"]
-    elif isinstance(calls, list):
-        plain["tool_calls"] = [present(call) for call in calls]
-    if isinstance(plain.get("content"), list) and plain.get("role") != "function":
-        plain["content"] = "".join(_part(part, f"messages, message {index}") for part in plain["content"])
-    return plain
+        raise DataError("function_call and audio are not supported", where=where)
+    if given := [key for key in WEIGHT_KEYS if message.get(key) is not None]:
+        raise DataError(f"{', '.join(given)}: loss weights have no effect here", where=where, advice="Remove them")
+    return {key: value for key, value in message.items() if key not in IDLE_KEYS}
 
 
 def present(value: Any) -> Any:
     """An object without what is null, which is as good as absent; anything else as it is."""
     return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
-
-
-def _part(part: object, where: str) -> str:
-    text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-    if not isinstance(text, str):
-        expected = '{"type": "text", "text": ...}'
-        raise DataError("a part of a message that is not text", where=where, expected=expected, found=kind(part))
-    return text
-
-
-def _joined_results(messages: list[Any]) -> list[Any]:
-    """Several results in a row as one message, a line each: the template has one turn for them."""
-    joined: list[Any] = []
-    for message in messages:
-        before = joined[-1] if joined else None
-        results = [m for m in (before, message) if isinstance(m, dict) and m.get("role") == "tool"]
-        if len(results) == 2 and all(isinstance(m.get("content"), str) for m in results):
-            joined[-1] = {**results[0], "content": f"{results[0]['content']}\n{results[1]['content']}"}
-        else:
-            joined.append(message)
-    return joined
 
 
 def _asked_format(schema: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_afm.errors import AdapterError, ConfigError
-from mlx_afm.files import visible
+from mlx_afm.files import to_path, visible
 from mlx_afm.serving.admin import NAME
 from mlx_afm.serving.config import ServeConfig
 from mlx_afm.serving.engine import Engine
@@ -45,7 +45,7 @@ class Running:
     stop: Callable[[], None]
 
 
-def find_adapters(folder: Path) -> dict[str, Path]:
+def find_adapters(folder: str | Path) -> dict[str, Path]:
     """Adapters in a folder by name: each folder with an `adapter_config.json`, each `.pt` and `.fmadapter`.
 
     Hidden files and folders are passed over.
@@ -53,6 +53,7 @@ def find_adapters(folder: Path) -> dict[str, Path]:
     Raises:
         ConfigError: no such folder, none in it, or two of the same name.
     """
+    folder = to_path(folder)
     if not folder.is_dir():
         raise ConfigError("no such folder", where=folder, expected="a folder of adapters")
     found: dict[str, Path] = {}
@@ -73,7 +74,7 @@ def find_adapters(folder: Path) -> dict[str, Path]:
 @contextmanager
 def running(
     model: str | Path,
-    adapters: Mapping[str, Path] | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
     config: ServeConfig | None = None,
     log: Log | None = None,
 ) -> Iterator[Running]:
@@ -122,7 +123,7 @@ def settle() -> None:
 
 async def serve(
     model: str | Path,
-    adapters: Mapping[str, Path],
+    adapters: Mapping[str, str | Path],
     config: ServeConfig,
     ready: Callable[[Running], object],
     log: Log | None = None,
@@ -175,9 +176,9 @@ def _from_anywhere(loop: asyncio.AbstractEventLoop, action: Callable[[], None]) 
         loop.call_soon_threadsafe(action)
 
 
-def _checked(adapters: Mapping[str, Path]) -> dict[str, Path]:
+def _checked(adapters: Mapping[str, str | Path]) -> dict[str, Path]:
     wrong = [name for name in adapters if not NAME.fullmatch(name)]
     if wrong:
         expected, found = "letters, digits and . _ : - (up to 128)", ", ".join(map(repr, wrong))
         raise AdapterError("an adapter's name cannot be a model id", expected=expected, found=found)
-    return dict(adapters)
+    return {name: to_path(path) for name, path in adapters.items()}

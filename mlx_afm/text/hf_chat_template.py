@@ -1,7 +1,8 @@
 """The chat template in Jinja, for programs that know only Hugging Face folders.
 
-It renders what `template.render` renders, from the same dicts, with one exception that Jinja
-imposes: tool-call arguments given as JSON text are inserted as they are, not parsed and written again.
+It renders what `template.render` renders, from the same dicts, with two exceptions. Tool-call arguments given as
+JSON text are inserted as they are, not parsed and written again, because Jinja cannot parse JSON. Several results of
+tools in a row keep a turn each.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from mlx_afm.text.template import DEFAULT_SYSTEM
 _JINJA = """\
 {{- @EOS@ -}}
 @SYSTEM@{%- for message in messages -%}
-  {%- set role = 'tool' if message['role'] == 'function' else message['role'] -%}
+  {%- set role = {'function': 'tool', 'developer': 'system'}.get(message['role'], message['role']) -%}
   {%- if role == 'system' and not loop.first -%}
     {{- raise_exception('a system message can only be the first') -}}
   {%- endif -%}
@@ -24,7 +25,16 @@ _JINJA = """\
   {%- elif content is mapping -%}
     {{- content | tojson -}}
   {%- elif content is iterable -%}
-    {{- 'new tools: ' + (content | map('tojson') | join('\\n')) -}}
+    {%- set item = content[0] if content and content[0] is mapping else {} -%}
+    {%- set function = item['function'] if item['function'] is mapping else item -%}
+    {%- if item['type'] == 'text' and item['text'] is string -%}
+      {{- content | map(attribute='text') | join('') -}}
+    {%- elif function['name'] is string and 'arguments' not in function and
+             ('function' in item or item['parameters'] is mapping or item['input_schema'] is mapping) -%}
+      {{- 'new tools: ' + (content | map('tojson') | join('\\n')) -}}
+    {%- else -%}
+      {{- content | tojson -}}
+    {%- endif -%}
   {%- endif -%}
   {%- if message['tool_calls'] -%}
     {{- '<executable_start> ```function\\n[' -}}
@@ -55,7 +65,7 @@ _JINJA = """\
 
 
 _SYSTEM = """\
-{%- if messages[0]['role'] != 'system' -%}
+{%- if messages[0]['role'] not in ['system', 'developer'] -%}
   {%- set messages = [{'role': 'system', 'content': @TEXT@}] + messages -%}
 {%- endif -%}
 """

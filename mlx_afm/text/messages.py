@@ -12,33 +12,48 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from mlx_afm.errors import DataError
+from mlx_afm.spelling import nearest_name
+from mlx_afm.text.content import Content, join_results, kind_of, parse_content
 from mlx_afm.text.values import at, is_good_text, parse_arguments, refuse_in, require_json
+from mlx_afm.text.weights import WEIGHT_KEYS, parse_weight
 
 ROLES = ("system", "user", "assistant", "tool")
+_OTHER_NAMES = {"function": "tool", "developer": "system"}
 _KEYS = {
-    "system": ("role", "content", "response_format", "tools"),
-    "user": ("role", "content", "response_format"),
-    "assistant": ("role", "content", "tool_calls"),
-    "tool": ("role", "content", "response_format", "name", "tool_call_id"),  # the last two are not rendered
+    "system": ("role", "content", "response_format", "tools", *WEIGHT_KEYS),
+    "user": ("role", "content", "response_format", *WEIGHT_KEYS),
+    "assistant": ("role", "content", "tool_calls", *WEIGHT_KEYS),
+    # `name` and `tool_call_id` are not rendered
+    "tool": ("role", "content", "response_format", "name", "tool_call_id", *WEIGHT_KEYS),
 }
+_LISTS = ("tool_calls", "tools")  # an empty list means the same as no key
 
 
 class Message(NamedTuple):
     """One checked message.
 
     Attributes:
-        role: `system`, `user`, `assistant` or `tool` (`function` is the same role).
+        role: `system` (also `developer`), `user`, `assistant` or `tool` (also `function`).
         content: text; for a tool also its result as a dict, or new tool definitions as a list.
         tool_calls: calls of an assistant, `{"function": {"name", "arguments"}}` each.
         response_format: the JSON schema that the next answer must follow.
         tools: definitions of tools, on a system message.
+        weight: loss weight of each token of an assistant message, if it is not 1; 0 means that it is not trained.
     """
 
     role: str
-    content: str | dict[str, Any] | list[Any]
+    content: Content
     tool_calls: tuple[dict[str, Any], ...] | None = None
     response_format: dict[str, Any] | None = None
     tools: tuple[dict[str, Any], ...] | None = None
+    weight: float | None = None
+
+    @property
+    def loss_weight(self) -> float:
+        """Loss weight of each token: that of the message for an assistant's, 0 for all others."""
+        if self.role != "assistant":
+            return 0.0
+        return 1.0 if self.weight is None else self.weight
 
 
 def to_dict(message: Message) -> dict[str, Any]:
@@ -47,6 +62,7 @@ def to_dict(message: Message) -> dict[str, Any]:
         "tool_calls": None if message.tool_calls is None else list(message.tool_calls),
         "response_format": message.response_format,
         "tools": None if message.tools is None else list(message.tools),
+        "weight": message.weight,
     }
     present = {name: value for name, value in optional.items() if value is not None}
     return {"role": message.role, "content": message.content, **present}
@@ -54,6 +70,9 @@ def to_dict(message: Message) -> dict[str, Any]:
 
 def parse_messages(value: object, *, where: object, special_pieces: Sequence[str] = ()) -> tuple[Message, ...]:
     """The messages in a list of dicts; the dicts are left as they are.
+
+    A key whose value is null is absent. Content may come in parts (`parse_content`). Several results of tools in a row
+    are one message, a line each.
 
     Args:
         value: what the JSON line or the caller holds.
@@ -66,21 +85,26 @@ def parse_messages(value: object, *, where: object, special_pieces: Sequence[str
     """
     if not isinstance(value, (list, tuple)):
         raise DataError(
-            "not a conversation", kind="no-messages", where=where, expected="a list of messages", found=_kind(value)
+            "not a conversation", kind="no-messages", where=where, expected="a list of messages", found=kind_of(value)
         )
     if (plain := _plain_messages(value, special_pieces)) is not None:
         return plain
     messages: list[Message] = []
+    indices: list[int] = []  # of each message in `value`
     faults: list[DataError] = []
     for index, item in enumerate(value):
         place = at(where, f"message {index}")
         try:
-            messages.append(_parse_message(item, place))
-            refuse_special(messages[-1], special_pieces, place)
+            message = _parse_message(item, place)
+            refuse_special(message, special_pieces, place)
         except DataError as error:
             faults.append(error)
+            continue
+        joined = _joined(messages[-1], message) if messages else None
+        messages[-1:] = [joined] if joined else [*messages[-1:], message]
+        indices += [] if joined else [index]
     if not faults:
-        faults = list(_order_faults([message.role for message in messages], where))
+        faults = list(_order_faults([message.role for message in messages], indices, where))
     if len(faults) == 1:
         raise faults[0]
     if faults:
@@ -101,13 +125,20 @@ def parse_tools(value: object, *, where: object, special_pieces: Sequence[str] =
 
 
 def require_trainable(messages: Sequence[Message], where: object) -> None:
-    """Raises DataError unless every answer says something and the conversation ends with one."""
+    """Raises DataError unless an answer is trained, every trained one says something, and one is the last message."""
     if not any(message.role == "assistant" for message in messages):
         raise DataError(
             "nothing to learn from: no assistant message",
             kind="no-answer",
             where=where,
             advice="Add the answer to be learned",
+        )
+    if not any(message.loss_weight for message in messages):
+        raise DataError(
+            "nothing to learn from: every assistant message has weight 0",
+            kind="no-answer",
+            where=where,
+            advice="Give one a weight above 0 or drop the conversation",
         )
     if messages[-1].role != "assistant":
         raise DataError(
@@ -119,7 +150,7 @@ def require_trainable(messages: Sequence[Message], where: object) -> None:
             advice="Add the answer or drop the messages after the last one",
         )
     for index, message in enumerate(messages):
-        if message.role == "assistant" and not message.tool_calls and not str(message.content).strip():
+        if message.loss_weight and not message.tool_calls and not str(message.content).strip():
             raise DataError(
                 "an empty answer teaches the model to say nothing",
                 kind="empty-answer",
@@ -161,63 +192,63 @@ def _parse_message(item: object, where: str) -> Message:
             kind="not-a-message",
             where=where,
             expected='{"role": ..., "content": ...}',
-            found=_kind(item),
+            found=kind_of(item),
         )
+    item = {key: value for key, value in _present(item).items() if not (key in _LISTS and value == [])}
     role = item.get("role")
-    role = "tool" if role == "function" else role
+    role = _OTHER_NAMES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
         found = repr(item["role"]) if "role" in item else "no role"
         raise DataError(
             "unknown role", kind="unknown-role", where=where, expected=f"one of {', '.join(ROLES)}", found=found
         )
     if unknown := sorted(str(key) for key in item if key not in _KEYS[role]):
-        raise DataError(
-            f"unknown keys for role {role!r}: {', '.join(unknown)}",
-            kind="unknown-key",
-            where=where,
-            expected=", ".join(_KEYS[role]),
-            advice="They would have no effect; remove or rename them",
-        )
+        raise _unknown_keys(unknown, role, where)
     optional: tuple[tuple[str, Callable[[Any, str], Any]], ...] = (
         ("tool_calls", _tool_calls),
         ("response_format", _response_format),
         ("tools", lambda value, place: _dicts(value, "tools", place)),
     )
     fields = {name: parse(item[name], where) for name, parse in optional if item.get(name) is not None}
-    return Message(role, _content(item, role, where), **fields)
+    return Message(role, _content(item, role, where), **fields, weight=parse_weight(item, role, where))
 
 
-def _content(item: dict[str, Any], role: str, where: str) -> str | dict[str, Any] | list[Any]:
+def _present(value: Any) -> Any:
+    """An object without its null keys; any other value as it is."""
+    return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+
+
+def _unknown_keys(unknown: list[str], role: str, where: str) -> DataError:
+    near = {key: nearest_name(key, _KEYS[role]) for key in unknown}
+    meant = [f"Did you mean {name!r} for {key!r}?" for key, name in near.items() if name is not None]
+    return DataError(
+        f"unknown keys for role {role!r}: {', '.join(unknown)}",
+        kind="unknown-key",
+        where=where,
+        expected=", ".join(_KEYS[role]),
+        advice=" ".join([*meant, "They would have no effect; remove or rename them"]),
+    )
+
+
+def _joined(first: Message, second: Message) -> Message | None:
+    """Two results of tools in a row as one message; None for any other two messages."""
+    if not first.role == second.role == "tool" or first.response_format is not None:
+        return None
+    content = join_results(first.content, second.content)
+    return None if content is None else second._replace(content=content)
+
+
+def _content(item: dict[str, Any], role: str, where: str) -> Content:
     content = item.get("content")
     if content is None and role == "assistant" and item.get("tool_calls"):
         return ""  # a call without words is written either way
-    if isinstance(content, str):
-        return content
-    if role != "tool":
-        advice = "Join the parts into one text" if isinstance(content, list) else None
-        raise DataError(
-            "content is not text",
-            kind="wrong-content",
-            where=where,
-            expected="a string",
-            found=_kind(content),
-            advice=advice,
-        )
-    if not isinstance(content, (dict, list)):
-        expected = "a string, a result (dict) or new tools (list)"
-        facts: dict[str, Any] = {"expected": expected, "found": _kind(content)}
-        raise DataError("a tool's content cannot be used", kind="wrong-content", where=where, **facts)
-    require_json(content, "content", where)
-    return content
+    return parse_content(content, role, where)
 
 
 def _tool_calls(value: object, where: str) -> tuple[dict[str, Any], ...]:
     shape = '{"function": {"name": ..., "arguments": ...}} each'
-    calls = _dicts(value, "tool_calls", where)
-    if not calls:
-        raise DataError(
-            "tool_calls is empty", kind="wrong-tool-call", where=where, expected=shape, advice="Leave the key out"
-        )
+    calls = tuple(map(_present, _dicts(value, "tool_calls", where)))
+    calls = tuple({**call, "function": _present(call.get("function"))} for call in calls)
     for call in calls:
         function = call.get("function")
         known = set(call) <= {"function", "id", "type"} and call.get("type", "function") == "function"
@@ -236,6 +267,7 @@ def _response_format(value: object, where: str) -> dict[str, Any]:
     expected = '{"type": "json_schema", "json_schema": {"name", "description", "schema"}}'
     facts: dict[str, Any] = {"expected": expected, "found": repr(value)[:120]}
     fault = DataError("response_format has the wrong form", kind="wrong-response-format", where=where, **facts)
+    value = _present(value)
     if not isinstance(value, dict) or set(value) != {"type", "json_schema"} or value["type"] != "json_schema":
         raise fault
     schema = value["json_schema"]
@@ -251,7 +283,7 @@ def _response_format(value: object, where: str) -> dict[str, Any]:
 def _dicts(value: object, name: str, where: object) -> tuple[dict[str, Any], ...]:
     kind = "wrong-tool-call" if name == "tool_calls" else "wrong-tools"
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, dict) for item in value):
-        facts: dict[str, Any] = {"expected": "a list of objects", "found": _kind(value)}
+        facts: dict[str, Any] = {"expected": "a list of objects", "found": kind_of(value)}
         raise DataError(f"{name} has the wrong form", kind=kind, where=where, **facts)
     if not value:
         return ()
@@ -261,30 +293,33 @@ def _dicts(value: object, name: str, where: object) -> tuple[dict[str, Any], ...
 
 @lru_cache(maxsize=256)
 def _is_good_order(roles: tuple[str, ...]) -> bool:
-    return set(roles) <= set(ROLES) and not any(True for _ in _order_faults(roles, None))
+    return set(roles) <= set(ROLES) and not any(True for _ in _order_faults(roles, range(len(roles)), None))
 
 
-def _order_faults(roles: Sequence[str], where: object) -> Iterator[DataError]:
-    if not {"user", "assistant"} & set(roles):
-        yield DataError("no user or assistant message", kind="no-messages", where=where, found=f"{len(roles)} messages")
+def _order_faults(roles: Sequence[str], indices: Sequence[int], where: object) -> Iterator[DataError]:
+    """What is wrong with the order of roles; `indices` are the messages' numbers for the errors."""
+    if "user" not in roles:
+        what = "no user message" if "assistant" in roles else "no user or assistant message"
+        yield DataError(what, kind="no-messages", where=where, found=f"{len(roles)} messages")
         return
-    allowed = {"user": (None, "system", "assistant", "tool"), "assistant": ("user", "tool"), "tool": ("assistant",)}
+    # An assistant message may come first: a greeting.
+    allowed = {
+        "user": (None, "system", "assistant", "tool"),
+        "assistant": (None, "system", "user", "tool"),
+        "tool": ("assistant",),
+    }
     before: str | None = None
-    for index, role in enumerate(roles):
+    for index, role in zip(indices, roles):
         place = at(where, f"message {index}")
-        if role == "system" and index:
+        if role == "system" and before is not None:
             advice = "Move it to the front"
             yield DataError("a system message can only be the first", kind="role-order", where=place, advice=advice)
-        elif role == before:
+            continue  # a misplaced one makes no other fault
+        if role == before:
             advice = "Join them into one message"
             yield DataError(f"two {role} messages in a row", kind="role-order", where=place, advice=advice)
         elif role != "system" and before not in allowed[role]:
             expected = " or ".join(name for name in allowed[role] if name)
             facts: dict[str, Any] = {"expected": f"after {expected}", "found": f"after {before or 'nothing'}"}
             yield DataError(f"{role} message in the wrong place", kind="role-order", where=place, **facts)
-        if role != "system" or not index:  # a misplaced one makes no other fault
-            before = role
-
-
-def _kind(value: object) -> str:
-    return "null" if value is None else type(value).__name__
+        before = role

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from mlx_afm.errors import ConfigError
+from mlx_afm.errors import ConfigError, SettingError
 from mlx_afm.text.messages import Message
 from mlx_afm.text.template import (
     DEFAULT_SYSTEM,
@@ -55,10 +55,10 @@ def parse_system_prompt(text: str) -> str | None:
     """The system prompt that a user's text means: None, no system turn, for "".
 
     Raises:
-        ConfigError: the text spells out a special token.
+        SettingError: the text spells out a special token.
     """
     if (fault := system_fault(text)) is not None:
-        raise ConfigError(f"the system prompt cannot be used: {fault}")
+        raise SettingError(f"the system prompt cannot be used: {fault}")
     return text or None
 
 

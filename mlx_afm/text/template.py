@@ -10,13 +10,13 @@ last line without TEXT and `<turn_end>` asks for an answer.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlx_afm.errors import ConfigError, DataError
+from mlx_afm.files import to_json
 from mlx_afm.text.messages import ROLES, Message
 from mlx_afm.text.values import parse_arguments
 
@@ -34,11 +34,21 @@ class Span(NamedTuple):
 
     The texts of all spans, put together, are the rendered conversation. A turn is two spans: its
     head (`<turn_start> user<n>`) and its body, which ends with `<turn_end>`.
+
+    Attributes:
+        text: of the span.
+        weight: loss weight of each of its tokens; 0 for a span that is not trained.
+        role: whose turn it belongs to.
     """
 
     text: str
-    trained: bool
+    weight: float
     role: str
+
+    @property
+    def trained(self) -> bool:
+        """Whether its tokens are targets."""
+        return self.weight > 0
 
 
 class Turn(NamedTuple):
@@ -59,19 +69,24 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoded:
-    """Ids, and for each of them whether it is something the model should learn to say.
+    """Ids, and for each of them its loss weight: above 0 if the model should learn to say it.
 
         ids      </s> <turn_start> _user <n> hi <turn_end> <turn_start> _assistant <n> ok <turn_end>
-        trained   -        -         -    -  -      -           -           -       -  x      x
+        weights   0        0         0    0  0      0           0           0       0  1      1
         turns          user: start 1, body 4, stop 6            assistant: start 6, body 9, stop 11
 
-    `trained[t]` is about `ids[t]` itself; shifting by one for the loss comes later. An open turn at
+    `weights[t]` is about `ids[t]` itself; shifting by one for the loss comes later. An open turn at
     the end, which asks for an answer, is not among `turns`.
     """
 
     ids: list[int]
-    trained: list[bool]
+    weights: list[float]
     turns: tuple[Turn, ...] = ()
+
+    @property
+    def trained(self) -> list[bool]:
+        """Whether each id is a target."""
+        return [weight > 0 for weight in self.weights]
 
 
 def render(
@@ -110,14 +125,15 @@ def render(
     for message in messages:
         role = message.role
         spans.append(_HEADS[role])
-        spans.append(Span(_body(message, tools if message is first else None) + TURN_END, role == ASSISTANT, role))
+        body = _body(message, tools if message is first else None) + TURN_END
+        spans.append(Span(body, message.loss_weight, role))
     if add_generation_prompt and messages[-1].role != ASSISTANT:
         spans.append(_HEADS[ASSISTANT])
     return tuple(spans)
 
 
 def encode(spans: Sequence[Span], tokenizer: AFMTokenizer) -> Encoded:
-    """Ids of a rendered conversation and which of them are trained.
+    """Ids of a rendered conversation and their loss weights.
 
     The text is encoded in one call, as the model was trained; turns are then found by the ids of
     their marks, which ordinary text cannot produce.
@@ -140,17 +156,16 @@ def encode(spans: Sequence[Span], tokenizer: AFMTokenizer) -> Encoded:
             found=f"{starts} and {ends}",
             advice="Check messages with parse_messages(..., special_pieces=tokenizer.special_pieces)",
         )
-    trained = [False] * len(ids)
+    weights = [0.0] * len(ids)
     for span, (_, body, stop) in zip(bodies, places, strict=True):
-        if span.trained:
-            trained[body:stop] = [True] * (stop - body)
-    return Encoded(ids, trained, tuple(Turn(span.role, *place) for span, place in zip(bodies, places, strict=True)))
+        weights[body:stop] = [span.weight] * (stop - body)
+    return Encoded(ids, weights, tuple(Turn(span.role, *place) for span, place in zip(bodies, places, strict=True)))
 
 
 def encode_text(text: str, tokenizer: AFMTokenizer) -> Encoded:
     """Ids of plain text between two end-of-sequence tokens; all but the first are trained."""
     ids = [tokenizer.eos_id, *tokenizer.encode(text), tokenizer.eos_id]
-    return Encoded(ids, [False, *[True] * (len(ids) - 1)])
+    return Encoded(ids, [0.0, *[1.0] * (len(ids) - 1)])
 
 
 def _turns(ids: list[int], tokenizer: AFMTokenizer) -> Iterator[tuple[int, int, int]]:
@@ -177,7 +192,7 @@ def _with_system(messages: Sequence[Message], system: str | None) -> Sequence[Me
     return (Message("system", system), *messages)
 
 
-_HEADS = {role: Span(f"{TURN_START} {role}{NEWLINE}", False, role) for role in ROLES}
+_HEADS = {role: Span(f"{TURN_START} {role}{NEWLINE}", 0.0, role) for role in ROLES}
 
 
 def _body(message: Message, tools: Sequence[Mapping[str, Any]] | None) -> str:
@@ -187,11 +202,11 @@ def _body(message: Message, tools: Sequence[Mapping[str, Any]] | None) -> str:
             {"name": call["function"]["name"], "arguments": parse_arguments(call["function"]["arguments"])}
             for call in message.tool_calls
         ]
-        text += f"{EXECUTABLE_START} ```function\n{_json(calls)}```{EXECUTABLE_END}"
+        text += f"{EXECUTABLE_START} ```function\n{to_json(calls)}```{EXECUTABLE_END}"
     if message.response_format is not None:
         text += _response_format(message.response_format["json_schema"])
     if definitions := tools or message.tools:
-        text += f"{NEWLINE}system tools: " + NEWLINE.join(_json(tool) for tool in definitions)
+        text += f"{NEWLINE}system tools: " + NEWLINE.join(to_json(tool) for tool in definitions)
     return text
 
 
@@ -199,8 +214,8 @@ def _content(message: Message) -> str:
     if isinstance(message.content, str):
         return message.content
     if isinstance(message.content, dict):
-        return _json(message.content)
-    return "new tools: " + "\n".join(_json(tool) for tool in message.content)
+        return to_json(message.content)
+    return "new tools: " + "\n".join(to_json(tool) for tool in message.content)
 
 
 def _response_format(schema: Mapping[str, Any]) -> str:
@@ -208,10 +223,6 @@ def _response_format(schema: Mapping[str, Any]) -> str:
         "response format in json.",
         f"name: {schema.get('name')}",
         f"description: {schema.get('description')}",
-        f"schema: {_json(schema['schema'])}",
+        f"schema: {to_json(schema['schema'])}",
     )
     return "\n\n" + "\n".join(lines)
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)

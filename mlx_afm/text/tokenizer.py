@@ -14,6 +14,7 @@ import numpy as np
 import sentencepiece
 
 from mlx_afm.errors import ConfigError, DataError, FormatError
+from mlx_afm.files import require_not_lfs_pointer, to_path
 from mlx_afm.text import template
 from mlx_afm.text.hf_chat_template import hf_chat_template
 from mlx_afm.text.messages import parse_messages, parse_tools
@@ -112,9 +113,10 @@ class AFMTokenizer:
             ConfigError: a symbol that the chat template needs is missing, or the dummy prefix is;
                 everything in one error.
         """
-        path = Path(path)
+        path = to_path(path)
         if not path.is_file():
             raise FormatError("no such file", where=path, expected="a SentencePiece tokenizer.model")
+        require_not_lfs_pointer(path)
         data = path.read_bytes()
         model = parse_sentencepiece_model(data, where=path)
         processor = sentencepiece.SentencePieceProcessor()
@@ -167,6 +169,12 @@ class AFMTokenizer:
             return self._words.encode(texts, shared)
         encoded = self.encode_many(in_full(texts, shared))
         return flat(encoded), np.fromiter(map(len, encoded), np.int64, len(encoded))
+
+    def unknown_texts(self, text: str) -> list[str]:
+        """The parts of a text that become the unknown token, in their order."""
+        spelled = text.replace("\n", template.NEWLINE)
+        pieces: list[str] = self._processor.encode(spelled, out_type=str)
+        return [piece for piece, token in zip(pieces, self.encode(text), strict=True) if token == self.unk_id]
 
     def decode(self, ids: Iterable[int], *, strip_prefix: bool = False) -> str:
         """Text of ids that continue a text, as an answer does: each space is kept.

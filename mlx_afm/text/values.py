@@ -59,7 +59,7 @@ def refuse_in(field: str, value: object, special_pieces: Sequence[str], where: o
                 f"{field} spells out the special token {match.group()!r}",
                 kind="special-token",
                 where=at(where, f"{field} column {match.start() + 1}"),
-                advice="The model would read it as the real one: write it another way (a newline as a newline)",
+                advice="The model takes this text for the special token itself. Change the text",
             )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_afm.errors import ConfigError
+from mlx_afm.errors import SettingError
 from mlx_afm.training.distributed import TIMEOUT_SECONDS
 
 SCHEDULES = ("cosine", "linear", "constant")
@@ -67,7 +67,7 @@ class TrainConfig:
         rank_timeout_seconds: how long one of several processes waits for the others before it ends the run.
 
     Raises:
-        ConfigError: settings out of range; all in one error.
+        SettingError: settings out of range; all in one error.
     """
 
     iters: int | None = None
@@ -101,7 +101,7 @@ class TrainConfig:
             object.__setattr__(self, "weight_decay", USUAL_DECAY.get(self.optimizer, 0.0))
         faults = [*self._faults(), *self._optimizer_faults()]
         if faults:
-            raise ConfigError("training settings out of range", details=faults)
+            raise SettingError("training settings out of range", details=faults)
 
     @property
     def decay(self) -> float:

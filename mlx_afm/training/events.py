@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+VALIDATION = "validation"  # the stage of `StageProgress` that ends with `Evaluated`
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataRead:
@@ -120,6 +122,15 @@ class LossSpiked:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ZeroGradientsFound:
+    """The gradient of some trained tensors was exactly zero in each of the first steps: they do not learn."""
+
+    step: int
+    names: tuple[str, ...]
+    trained_tensors: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingInterrupted:
     """The run was asked to stop, is saved and can be resumed. Not in `metrics.jsonl`."""
 
@@ -133,6 +144,7 @@ class TrainingFinished:
 
     Attributes:
         best_step: the step of `best_loss`.
+        last_loss: validation loss of the last adapter; None without validation data.
         stopped_early: whether patience ended it before the last step planned.
         seconds: of training and evaluation, over all sittings of a resumed run.
     """
@@ -140,8 +152,25 @@ class TrainingFinished:
     step: int
     best_loss: float | None
     best_step: int = 0
+    last_loss: float | None = None
     stopped_early: bool = False
     seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageProgress:
+    """How far a long stage of a command is. Not in `metrics.jsonl`.
+
+    Attributes:
+        stage: its name, such as "validation".
+        done, total: in `unit`; the last event of a stage has done == total.
+        unit: what is counted, such as "batches" or "bytes".
+    """
+
+    stage: str
+    done: int
+    total: int
+    unit: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,8 +189,10 @@ Event = (
     | Evaluated
     | Sampled
     | LossSpiked
+    | ZeroGradientsFound
     | TrainingInterrupted
     | TrainingFinished
+    | StageProgress
     | Notice
 )
 
@@ -182,6 +213,7 @@ RECORDED: dict[type[Event], str] = {
     Evaluated: "eval",
     Sampled: "sample",
     LossSpiked: "spike",
+    ZeroGradientsFound: "zero_gradients",
     TrainingFinished: "end",
 }
 

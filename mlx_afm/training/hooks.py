@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from mlx_afm.training.events import Callback, Event
+from mlx_afm.training.events import Callback, Event, Notice
 from mlx_afm.training.state import Snapshot
 
 
 def ignore(event: Event) -> None:
     """A callback that does nothing."""
+
+
+def notes_of(on_event: Callback) -> Callable[[str], None]:
+    """A function that passes a sentence on as a `Notice`."""
+    return lambda text: on_event(Notice(text=text))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlx_afm.errors import FormatError
 from mlx_afm.training.step import StepResult
 
+ADDED_LATER = {"last_loss", "last_step"}  # a state of release 0.1.0 lacks them
 MIN_SPIKE_STEPS = 20  # below that a deviation says nothing
 
 
@@ -47,6 +48,8 @@ class TrainState:
         trained_tokens: targets so far.
         best_loss: lowest evaluation so far, nats per token.
         best_step: its step.
+        last_loss: the last evaluation; None if there was none.
+        last_step: its step.
         evaluations_without_best: in a row.
         skipped, skipped_in_a_row: steps left out because a gradient was not finite.
         spikes: losses far above those before.
@@ -64,6 +67,8 @@ class TrainState:
     trained_tokens: float = 0.0
     best_loss: float | None = None
     best_step: int = 0
+    last_loss: float | None = None
+    last_step: int = 0
     evaluations_without_best: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
@@ -74,6 +79,11 @@ class TrainState:
     step_seconds: float = 0.0
     recent: list[float] = field(default_factory=list)
     window: Window = field(default_factory=Window)
+
+    @property
+    def loss_of_last(self) -> float | None:
+        """Validation loss of the weights as they are; None if the last steps came after the last evaluation."""
+        return self.last_loss if self.last_step == self.step else None
 
     def add(self, result: StepResult, seconds: float) -> None:
         """Counts a step."""
@@ -131,7 +141,7 @@ def snapshot_from(
         stored, random = dict(values["state"]), int(values["random"])
         window = Window(**stored.pop("window"))
         names = {item.name for item in fields(TrainState)} - {"window"}
-        if set(stored) != names or not isinstance(stored["step"], int) or not 0 <= random < 1 << 64:
+        if set(stored) | ADDED_LATER != names or not isinstance(stored["step"], int) or not 0 <= random < 1 << 64:
             raise ValueError
         return Snapshot(TrainState(**stored, window=window), weights, optimizer, random)
     except (KeyError, TypeError, ValueError) as error:

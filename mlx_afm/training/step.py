@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from mlx_afm.training.distributed import ALONE, Ranks, deal
 from mlx_afm.training.loss import chunked_cross_entropy, cross_entropy, summed_loss
 
 Loss = Callable[[Model, Batch, bool], mx.array]  # model, batch, grad_checkpoint -> sum of weighted losses, nats
+
+OnBatches = Callable[[int, int], None]  # batches done, batches in all
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,15 @@ def train_step(
     grad_checkpoint: bool = False,
     ranks: Ranks = ALONE,
     loss_of: Loss = batch_loss,
+    on_gradients: Callable[[Any], None] | None = None,
 ) -> StepResult:
     """One optimizer step over the sum of some micro-batches.
 
     Every target weighs the same, however the micro-batches cut the data. One micro-batch's
     activations are in memory at a time; with `grad_checkpoint` one array per layer of them. With several
     ranks each brings its own micro-batches, perhaps none, and all take the same step over all of them.
-    `loss_of` is what is lowered, the next token's cross entropy unless another is given.
+    `loss_of` is what is lowered, the next token's cross entropy unless another is given. `on_gradients` is told of
+    the gradients, a tree of arrays, if they are finite.
     """
     loss_and_grad = nn.value_and_grad(model, loss_of)
     loss = tokens = mx.array(0.0)
@@ -105,6 +109,8 @@ def train_step(
     total, gradient_norm = _number(loss), _number(norm)
     finite = math.isfinite(total) and math.isfinite(gradient_norm)
     if finite:
+        if on_gradients is not None:
+            on_gradients(gradients)
         optimizer.update(model, gradients)
         mx.eval(model.trainable_parameters(), optimizer.state)
     return StepResult(total, _number(tokens), read_tokens, gradient_norm, finite)
@@ -143,10 +149,26 @@ def evaluate(model: Model, batches: Iterable[Batch]) -> tuple[float, float]:
 
 
 def evaluate_data(
-    model: Model, data: Sequence[Tokens], batch_size: int, max_batches: int = -1, *, ranks: Ranks = ALONE
+    model: Model,
+    data: Sequence[Tokens],
+    batch_size: int,
+    max_batches: int = -1,
+    *,
+    ranks: Ranks = ALONE,
+    on_batches: OnBatches = lambda done, total: None,
 ) -> tuple[float, float]:
-    """Sum of losses (nats) and of target weights over examples, in their order; dealt to the ranks."""
+    """Sum of losses (nats) and of target weights over examples, in their order; dealt to the ranks.
+
+    `on_batches` is given the number of batches done and in all, of this rank, after each one.
+    """
     plan = plan_in_order(len(data), batch_size)
     plan = deal(plan if max_batches < 0 else plan[:max_batches], ranks)
-    loss, tokens = ranks.sum_numbers(*evaluate(model, (make_batch([data[i] for i in indices]) for indices in plan)))
+    loss, tokens = ranks.sum_numbers(*evaluate(model, _batches(data, plan, on_batches)))
     return loss, tokens
+
+
+def _batches(data: Sequence[Tokens], plan: Sequence[Any], on_batches: OnBatches) -> Iterator[Batch]:
+    """The batches of a plan; each is done when the next one is asked for."""
+    for done, indices in enumerate(plan, 1):
+        yield make_batch([data[index] for index in indices])
+        on_batches(done, len(plan))

@@ -17,15 +17,19 @@ from mlx_afm.model import Model
 from mlx_afm.training.config import TrainConfig
 from mlx_afm.training.distributed import ALONE, Ranks
 from mlx_afm.training.events import (
+    VALIDATION,
     Evaluated,
     LossSpiked,
     Sampled,
+    StageProgress,
     StepsReported,
     TrainingFinished,
     TrainingInterrupted,
     TrainingResumed,
     TrainingStarted,
+    ZeroGradientsFound,
 )
+from mlx_afm.training.health import WATCHED_STEPS, GradientWatch, diverged, require_finite_weights
 from mlx_afm.training.hooks import Hooks
 from mlx_afm.training.optimizers import GroupedOptimizer
 from mlx_afm.training.order import DataOrder
@@ -60,8 +64,10 @@ def train(
         loss_of: what the steps lower; evaluations always tell the next token's cross entropy.
 
     Raises:
-        ConfigError: nothing to train, or not float32, or no data; or `max_skipped_steps` steps in a row
-            without a finite gradient. TensorsError: a snapshot of another model. DistributedError: a rank was lost.
+        ConfigError: nothing to train, or not float32, or no data; or the run diverged: trained tensors or the
+            validation loss are not finite, `max_skipped_steps` steps in a row or most steps had no finite gradient.
+            What was saved before is left as it is.
+        TensorsError: a snapshot of another model. DistributedError: a rank was lost.
     """
     require_float32(model)
     if not train_data:
@@ -92,6 +98,8 @@ class _Run:
         self.total_steps = self.order.total_steps
         self.optimizer = GroupedOptimizer(config, self.weights())
         self.state = TrainState()
+        self.saved: dict[str, int] = {}  # "last" and "best": after which step
+        self.gradients = GradientWatch(min(WATCHED_STEPS, self.total_steps))
 
     def weights(self) -> dict[str, mx.array]:
         """The trained tensors by name."""
@@ -113,6 +121,11 @@ class _Run:
         self.model.update(tree_unflatten(list(snapshot.weights.items())))
         self.optimizer.restore(snapshot.optimizer)
         self.state = deepcopy(snapshot.state)
+        if self.state.step:
+            self.saved = {"last": self.state.step}
+            self.gradients = GradientWatch(0)
+        if self.state.best_loss is not None:
+            self.saved["best"] = self.state.best_step
         self.state.interrupted = False
         self.state.stopped_early = 0 < self.config.patience <= self.state.evaluations_without_best
         set_random_state(snapshot.random)
@@ -195,14 +208,42 @@ class _Run:
                 grad_checkpoint=config.grad_checkpoint,
                 ranks=self.ranks,
                 loss_of=self.loss_of,
+                on_gradients=self.gradients.add if self.gradients.watching else None,
             )
         state.add(result, time.perf_counter() - started)
-        if state.skipped_in_a_row == config.max_skipped_steps:
-            advice = "Lower --learning-rate; convert a float16 base to bfloat16. The last saved adapter is intact."
-            raise ConfigError(f"{state.skipped_in_a_row} steps in a row without a finite gradient", advice=advice)
         if result.applied:
             self._watch_for_spike(result)
+            self._tell_zero_gradients()
+        else:
+            self._require_recoverable()
         return result
+
+    def _require_recoverable(self) -> None:
+        """After a step without a finite gradient: one batch may cause that, ruined weights always do."""
+        state = self.state
+        self._require_finite()
+        if state.skipped_in_a_row == self.config.max_skipped_steps:
+            what = f"{state.skipped_in_a_row} steps in a row without a finite gradient"
+            raise diverged(what, state.step, self.saved)
+
+    def _require_finite(self) -> None:
+        require_finite_weights(self.weights(), self.state.step, self.saved)
+
+    def _require_finite_end(self) -> None:
+        """Before the last save: without validation data nothing else looks at the model after the last step."""
+        state, config = self.state, self.config
+        if 2 * state.skipped >= state.step > 0:
+            raise diverged(f"{state.skipped} of {state.step} steps had no finite gradient", state.step, self.saved)
+        if not self.valid_data:
+            first = [self.train_data[index] for index in range(min(config.batch_size, len(self.train_data)))]
+            loss, _ = evaluate_data(self.model, first, config.batch_size, ranks=self.ranks)
+            if not math.isfinite(loss):
+                raise diverged(f"the loss of a training batch is {loss}", state.step, self.saved)
+
+    def _tell_zero_gradients(self) -> None:
+        if names := self.gradients.take():
+            count = len(self.weights())
+            self.hooks.on_event(ZeroGradientsFound(step=self.state.step, names=names, trained_tensors=count))
 
     def _next_batches(self) -> list[Batch]:
         """The micro-batches of the next step; the position moves on at once, to where the step after it starts."""
@@ -253,17 +294,30 @@ class _Run:
         state, started = self.state, time.perf_counter()
         config = self.config
         loss, tokens = evaluate_data(
-            self.model, self.valid_data, config.batch_size, config.val_batches, ranks=self.ranks
+            self.model,
+            self.valid_data,
+            config.batch_size,
+            config.val_batches,
+            ranks=self.ranks,
+            on_batches=self._on_batches,
         )
         mean = loss / tokens
+        if not math.isfinite(mean):
+            raise diverged(f"the validation loss is {mean}", state.step, self.saved)
+        state.last_loss, state.last_step = mean, state.step
         best = state.best_loss is None or mean < state.best_loss
         state.evaluations_without_best = 0 if best else state.evaluations_without_best + 1
         if best:
             state.best_loss, state.best_step = mean, state.step
+            self._require_finite()
             self.hooks.save("best")
+            self.saved["best"] = state.step
         elapsed = time.perf_counter() - started
         state.seconds += elapsed
         self.hooks.on_event(Evaluated(step=state.step, loss=mean, tokens=round(tokens), best=best, seconds=elapsed))
+
+    def _on_batches(self, done: int, total: int) -> None:
+        self.hooks.on_event(StageProgress(stage=VALIDATION, done=done, total=total, unit="batches"))
 
     def _sample(self) -> None:
         """Samples must not move the random numbers that dropout will draw."""
@@ -276,8 +330,10 @@ class _Run:
 
     def _save(self) -> None:
         """The state before the adapter: after a crash between them, resuming writes the adapter again."""
+        self._require_finite()
         self.hooks.save_state(self.snapshot())
         self.hooks.save("last")
+        self.saved["last"] = self.state.step
 
     def _interrupt(self) -> TrainState:
         self._save()
@@ -288,12 +344,14 @@ class _Run:
 
     def _finish(self) -> TrainState:
         state = self.state
+        self._require_finite_end()
         self._save()
         self.hooks.on_event(
             TrainingFinished(
                 step=state.step,
                 best_loss=state.best_loss,
                 best_step=state.best_step,
+                last_loss=state.loss_of_last,
                 stopped_early=state.stopped_early,
                 seconds=state.seconds,
             )

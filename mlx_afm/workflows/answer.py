@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_afm.errors import ConfigError
+from mlx_afm.errors import SettingError
+from mlx_afm.files import set_paths
+from mlx_afm.folders import OnNote, ignore_note, lock_folder
 from mlx_afm.generation import GenerateConfig, iter_answers
 from mlx_afm.generation.config import require_fitting
 from mlx_afm.generation.engine import BATCH_SIZE
@@ -19,7 +21,7 @@ from mlx_afm.generation.prompt_cache import fingerprint
 from mlx_afm.generation.speculation import Speculation
 from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.workflows.draft_model import load_draft
-from mlx_afm.workflows.load import ignore, load_for_answers
+from mlx_afm.workflows.load import load_for_answers
 from mlx_afm.workflows.response_format import ResponseFormat, read_response_format
 
 
@@ -51,16 +53,17 @@ class AnswerJob:
     dialect: str = "auto"
     fields: tuple[tuple[str, str], ...] = ()
     response_format: Path | None = None
-    draft_model: str | Path | None = None
+    draft_model: Path | None = None
     num_draft_tokens: int | None = 5
 
     def __post_init__(self) -> None:
+        set_paths(self, "model", "prompts", "output", "adapter_path", "response_format", "draft_model")
         if self.batch_size < 1:
-            raise ConfigError("batch_size", expected="at least 1", found=self.batch_size)
+            raise SettingError("batch_size", expected="at least 1", found=self.batch_size)
         if self.output.absolute() == self.prompts.absolute():
-            raise ConfigError("the answers would take the place of the prompts", where=self.output)
+            raise SettingError("the answers would take the place of the prompts", where=self.output)
         if self.output.is_dir():
-            raise ConfigError("a folder is in the place of the answers", where=self.output)
+            raise SettingError("a folder is in the place of the answers", where=self.output)
 
 
 @dataclass(frozen=True)
@@ -85,20 +88,25 @@ class Answered:
 
 
 def answer_file(
-    job: AnswerJob, on_answer: Callable[[Answered], None] | None = None, on_notice: Callable[[str], None] = ignore
+    job: AnswerJob, on_answer: Callable[[Answered], None] | None = None, on_note: OnNote = ignore_note
 ) -> Answered:
     """Answers the prompts that have no answer yet and writes the file when all have one.
 
     Args:
         job: see there. Started again after it was stopped or killed, it goes on; finished answers stay.
         on_answer: told after each answer.
-        on_notice: told what the user should know first.
+        on_note: told what the user should know first; see also `lock_folder`.
 
     Raises:
-        DataError: lines that are no prompts. ConfigError: answers of another run are in the way.
-        FormatError, AdapterError: see `load`.
+        DataError: lines that are no prompts. ConfigError: answers of another run are in the way, or another process
+            writes them. FormatError, AdapterError: see `load`.
     """
-    model, tokenizer = load_for_answers(job.model, job.adapter_path, job.system, on_notice)
+    with lock_folder(job.output, what="file", on_note=on_note):
+        return _answer_file(job, on_answer, on_note)
+
+
+def _answer_file(job: AnswerJob, on_answer: Callable[[Answered], None] | None, on_note: OnNote) -> Answered:
+    model, tokenizer = load_for_answers(job.model, job.adapter_path, job.system, on_note)
     require_fitting(job.config, model)
     wanted = None if job.response_format is None else read_response_format(job.response_format)
     rows = _rows(job, tokenizer, wanted)

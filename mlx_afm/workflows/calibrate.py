@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,17 @@ from mlx.utils import tree_unflatten
 from mlx_afm.adapters import Adapter, fuse_adapter, is_zero
 from mlx_afm.checkpoints.arrays import to_mlx
 from mlx_afm.checkpoints.quantized import matrices
-from mlx_afm.data import DataConfig, Tokens, find_splits, read_tokens
-from mlx_afm.errors import ConfigError
+from mlx_afm.data import DataConfig, Tokens, read_tokens
+from mlx_afm.data.sources import require_splits
+from mlx_afm.errors import ConfigError, SettingError
+from mlx_afm.files import set_paths
 from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.model import AFMConfig, Model
 from mlx_afm.model.layers import FusedLinear, Linear
 from mlx_afm.quant import QuantConfig, plan_schemes
 from mlx_afm.quant.scheme import BALANCED
+from mlx_afm.training import Callback, StageProgress
+from mlx_afm.training.hooks import ignore
 from mlx_afm.workflows.load import attach
 
 EXAMPLES = 128
@@ -33,12 +37,12 @@ class Calibration:
     """Which examples a model is watched on.
 
     Attributes:
-        data: a file of examples, or a folder whose train split is taken.
+        data: a file of examples, or a folder whose train split is taken; str or `Path`.
         examples: so many, evenly spread over the file; all if there are fewer.
         reading: how they become tokens.
 
     Raises:
-        ConfigError: fewer than one example.
+        SettingError: fewer than one example.
     """
 
     data: Path
@@ -46,8 +50,9 @@ class Calibration:
     reading: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
+        set_paths(self, "data")
         if isinstance(self.examples, bool) or not isinstance(self.examples, int) or self.examples < 1:
-            raise ConfigError("calibration_examples out of range", expected="at least 1", found=self.examples)
+            raise SettingError("calibration_examples out of range", expected="at least 1", found=self.examples)
 
 
 @dataclass(frozen=True)
@@ -60,13 +65,16 @@ class Source:
     adapter: Adapter | None
 
 
-def calibrated(config: QuantConfig, source: Source, calibration: Calibration, *, weighs_start: bool) -> QuantConfig:
+def calibrated(
+    config: QuantConfig, source: Source, calibration: Calibration, on_event: Callback = ignore, *, weighs_start: bool
+) -> QuantConfig:
     """The same way of quantising, with column weights measured on examples.
 
     Args:
         config: how the model is to be quantised.
         source: the model.
         calibration: the examples.
+        on_event: is given the progress, in examples.
         weighs_start: an adapter's start value will be made by these weights too.
 
     Raises:
@@ -80,11 +88,18 @@ def calibrated(config: QuantConfig, source: Source, calibration: Calibration, *,
         raise ConfigError("calibration data changes nothing here: only balanced scales are fitted", advice=advice)
     if source.tokenizer is None:
         raise ConfigError("calibration data without a tokenizer", advice="Put tokenizer.model beside the model.")
-    table = read_tokens(find_splits(calibration.data)["train"], source.tokenizer, calibration.reading)
+    table = read_tokens(require_splits(calibration.data, "train")["train"], source.tokenizer, calibration.reading)
     count = min(calibration.examples, len(table))
     chosen = [table[int(index)] for index in np.linspace(0, len(table) - 1, count).round()]
-    weights = column_weights(_model_of(source), chosen)
+    weights = column_weights(_model_of(source), _counted(chosen, on_event))
     return replace(config, column_weights={**config.column_weights, **weights})
+
+
+def _counted(examples: Sequence[Tokens], on_event: Callback) -> Iterator[Tokens]:
+    """The examples; each is done when the next one is asked for."""
+    for done, example in enumerate(examples, 1):
+        yield example
+        on_event(StageProgress(stage="calibrating", done=done, total=len(examples), unit="examples"))
 
 
 def _model_of(source: Source) -> Model:

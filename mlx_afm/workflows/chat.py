@@ -9,8 +9,8 @@ from typing import Any
 from mlx_afm.adapters import Adapter, is_zero, remove_adapter
 from mlx_afm.adapters.config import WHOLE_WEIGHTS
 from mlx_afm.checkpoints.hub import resolve
-from mlx_afm.errors import AFMError, ConfigError
-from mlx_afm.files import to_json, write_text
+from mlx_afm.errors import AFMError, ConfigError, SettingError
+from mlx_afm.files import to_json, to_optional_path, to_path, write_text
 from mlx_afm.model import Model
 from mlx_afm.text.system_prompt import default_system_prompt, system_prompt_notice
 from mlx_afm.workflows.load import attach, base_adapter, load, open_adapter, system_prompts_of
@@ -34,9 +34,14 @@ class ChatModel:
     """
 
     def __init__(
-        self, path: str | Path, adapters: Mapping[str, Path] | None = None, adapter_path: Path | None = None
+        self,
+        path: str | Path,
+        adapters: Mapping[str, str | Path] | None = None,
+        adapter_path: str | Path | None = None,
     ) -> None:
-        self._folder, self.adapters = resolve(path), dict(adapters or {})
+        adapter_path = to_optional_path(adapter_path)
+        self._folder = resolve(path)
+        self.adapters = {name: to_path(place) for name, place in (adapters or {}).items()}
         self.model, self.tokenizer = load(self._folder, adapter_path)
         self.active = None if adapter_path is None else str(adapter_path)
         self._current = adapter_path
@@ -74,7 +79,7 @@ class ChatModel:
             self.tokenizer.system_prompt = default_system_prompt(trained_with)
 
     def _find(self, name: str) -> Path:
-        path = self.adapters.get(name, Path(name).expanduser())
+        path = self.adapters.get(name, to_path(name))
         if name not in self.adapters and not path.exists():
             known = ", ".join(self.adapters) or "none was named"
             raise ConfigError("no such adapter", where=name, expected=f"a path, or a name ({known})")
@@ -95,7 +100,7 @@ def _is_whole(adapter: Adapter | None) -> bool:
     return adapter is not None and adapter.config.fine_tune_type in WHOLE_WEIGHTS
 
 
-def save_chat(path: Path, conversation: Sequence[Mapping[str, Any]], *, overwrite: bool = False) -> None:
+def save_chat(path: str | Path, conversation: Sequence[Mapping[str, Any]], *, overwrite: bool = False) -> None:
     """Writes a conversation as training data: one record, which `--data` and `generate --prompt` read again.
 
     Args:
@@ -106,10 +111,11 @@ def save_chat(path: Path, conversation: Sequence[Mapping[str, Any]], *, overwrit
     Raises:
         ConfigError: nothing to save, another ending, or a file in the way.
     """
+    path = to_path(path)
     if not any(message["role"] == "assistant" for message in conversation):
         raise ConfigError("nothing was answered yet", where=path)
     if path.suffix not in FORMS:
-        raise ConfigError("the name of a saved chat", where=path, expected=f"{' or '.join(FORMS)} at its end")
+        raise SettingError("the name of a saved chat", where=path, expected=f"{' or '.join(FORMS)} at its end")
     if path.is_dir() or (path.exists() and not overwrite):
         raise ConfigError("there is a file or folder of this name", where=path, advice="Choose another name.")
     record = list(conversation)

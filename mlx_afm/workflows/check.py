@@ -9,6 +9,7 @@ from pathlib import Path
 from mlx_afm.adapters import DeviceForm, package_tensors, read_adapter, to_device_form
 from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.errors import AdapterError, FormatError
+from mlx_afm.files import set_paths
 from mlx_afm.formats.fmadapter import APPLE_GEOMETRY, METADATA_FILE
 from mlx_afm.formats.fmadapter_check import check_fmadapter
 from mlx_afm.formats.fmadapter_metadata import read_metadata
@@ -42,6 +43,9 @@ class CheckConfig:
     reduce_rank: bool = False
     zero_untrained: bool = False
 
+    def __post_init__(self) -> None:
+        set_paths(self, "package", "expect", "model", "toolkit")
+
 
 def check_package(config: CheckConfig) -> Report:
     """What `check_fmadapter` finds.
@@ -51,6 +55,8 @@ def check_package(config: CheckConfig) -> Report:
     """
     if not config.package.exists():
         raise FormatError("no such package", where=config.package, expected="a .fmadapter folder")
+    if config.toolkit is not None and not config.toolkit.is_dir():
+        raise FormatError("no such folder", where=config.toolkit, expected="the toolkit's folder, or its assets")
     return check_fmadapter(
         config.package,
         expect=None if config.expect is None else _expected(config.expect, config),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from mlx_afm.checkpoints.hub import resolve
@@ -9,19 +10,22 @@ from mlx_afm.data.check import OnProgress, check_data
 from mlx_afm.data.config import DataConfig
 from mlx_afm.data.fix import Fixed, fix_data
 from mlx_afm.data.report import DataReport
-from mlx_afm.data.sources import Files, find_splits
+from mlx_afm.data.sources import find_unread, require_splits
 from mlx_afm.errors import ConfigError, FormatError
+from mlx_afm.files import to_optional_path, to_path
+from mlx_afm.folders import OnNote, ignore_note, lock_folder, require_replaceable
 from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.workflows.load import TOKENIZER
 
 
 def check(
-    data: Path,
+    data: str | Path,
     reading: DataConfig | None = None,
     *,
-    model: Path | None = None,
-    fix: Path | None = None,
+    model: str | Path | None = None,
+    fix: str | Path | None = None,
     on_progress: OnProgress | None = None,
+    on_note: OnNote = ignore_note,
 ) -> tuple[DataReport, Fixed | None]:
     """What is wrong with training data, and what was done about it.
 
@@ -31,39 +35,34 @@ def check(
         model: model folder, or the hub id of one; its tokenizer tells how long examples are.
         fix: folder for a copy without the problems; None writes none.
         on_progress: told of bytes read and in all.
+        on_note: see `lock_folder`.
 
     Raises:
         FormatError: no such data. ConfigError: a model folder without tokenizer, no such transform, or
             a folder for the copy that is not empty. DataError: no example would be left in the copy.
     """
+    data = to_path(data)
+    model = to_optional_path(model)
+    fix = to_optional_path(fix)
     splits = require_splits(data)
+    unread = tuple(map(str, find_unread(data, splits)))
     tokenizer_file = None if model is None else tokenizer_of(model)
     if fix is None:
-        return check_data(splits, reading, tokenizer_file, on_progress=on_progress), None
-    fixed = fix_data(splits, fix, reading, tokenizer_file, on_progress=on_progress)
-    return fixed.report, fixed
+        report = check_data(splits, reading, tokenizer_file, on_progress=on_progress)
+        return replace(report, unread_files=unread), None
+    with lock_folder(fix, on_note=on_note):
+        require_replaceable(fix, "folder")
+        fixed = fix_data(splits, fix, reading, tokenizer_file, on_progress=on_progress)
+    return replace(fixed.report, unread_files=unread), fixed
 
 
-def require_splits(data: Path) -> dict[str, Files]:
-    """The files of each split, of which there is at least one.
-
-    Raises:
-        FormatError: no such data, or a folder without any.
-    """
-    splits = find_splits(data)
-    if not splits:
-        names = ", ".join(sorted(path.name for path in data.iterdir())[:10]) or "an empty folder"
-        expected = "train.jsonl, valid.jsonl or test.jsonl (or .json, .csv, .parquet, a saved data set)"
-        raise FormatError("no training data in this folder", where=data, expected=expected, found=names)
-    return splits
-
-
-def tokenizer_of(model: Path) -> Path:
+def tokenizer_of(model: str | Path) -> Path:
     """The `tokenizer.model` of a model folder, read once to see that it is one.
 
     Raises:
         ConfigError: the folder has none. FormatError: no such folder, or no tokenizer.
     """
+    model = to_path(model)
     folder = resolve(model)
     if not folder.is_dir():
         raise FormatError("no such folder", where=model, expected="a model folder, for its tokenizer")

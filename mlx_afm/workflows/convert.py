@@ -19,9 +19,12 @@ from mlx_afm.checkpoints.model_folder import (
     KEPT_FILES,
     kept_settings,
     model_tensors,
+    observed_ranges,
     quantization_settings,
     read_config,
+    read_observers,
     read_quantization,
+    read_toolkit_config,
     state_dict_of,
     toolkit_parts,
     write_config,
@@ -33,9 +36,10 @@ from mlx_afm.checkpoints.quantized import (
     bits_per_weight,
 )
 from mlx_afm.checkpoints.toolkit import ToolkitCheckpoint, find_toolkit_files, read_toolkit_checkpoint
-from mlx_afm.checkpoints.verify import require_same_values
-from mlx_afm.errors import ConfigError, FormatError
-from mlx_afm.files import atomic_folder, require_space
+from mlx_afm.checkpoints.verify import loaded_steps, require_same_steps, require_same_values
+from mlx_afm.errors import ConfigError, FormatError, SettingError
+from mlx_afm.files import atomic_folder, require_space, to_optional_path, to_path
+from mlx_afm.folders import new_folder
 from mlx_afm.formats.mlx_folder import read_shards
 from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.formats.torch_file import read_torch
@@ -43,6 +47,8 @@ from mlx_afm.quant import QuantConfig
 from mlx_afm.quant.residual import InitConfig
 from mlx_afm.text.hf_tokenizer import write_hf_tokenizer
 from mlx_afm.text.tokenizer import AFMTokenizer
+from mlx_afm.training import Callback
+from mlx_afm.training.hooks import ignore, notes_of
 from mlx_afm.workflows.calibrate import Calibration, Source
 from mlx_afm.workflows.convert_weights import Change, Weights, change_weights, worth_keeping, write_weights
 from mlx_afm.workflows.load import TOKENIZER, base_adapter
@@ -92,6 +98,7 @@ class _Options:
     no_tokenizer: bool
     verify: bool
     on_progress: OnProgress
+    on_event: Callback
 
 
 def convert(
@@ -108,6 +115,7 @@ def convert(
     init_adapter: InitConfig | None = None,
     calibration: Calibration | None = None,
     on_progress: OnProgress = lambda done, total: None,
+    on_event: Callback = ignore,
 ) -> Converted:
     """Converts a model between the toolkit's form and MLX's, and between dense weights and codes.
 
@@ -120,24 +128,29 @@ def convert(
             quantiser steps stay float32.
         config: the JSON of a lone `.pt`, if it does not lie beside it.
         no_tokenizer: convert a folder that lacks `tokenizer.model`.
-        verify: read everything back and compare it with the source before the target appears.
+        verify: before the target appears, read everything back and compare it with the source: every value to the last
+            bit, and balanced matrices, made dense again, with the weights they stand for. The steps of the key and
+            value quantizers are always compared with what the observers' ranges imply.
         quantization: put projections and embedding in codes. Matrices on the balanced grid are packed as they
             are. A base adapter that does nothing is left out of a quantised folder, which cannot go back to torch.
         dequantize: make the weights of a quantised folder dense.
         init_adapter: when quantising, write a `base_adapter` that holds part of what rounding loses.
         calibration: when quantising, fit balanced scales, and that adapter, to what the projections read in examples.
         on_progress: told of bytes written, and of all there are.
+        on_event: is given notices, and the progress of what is computed before anything is written.
 
     Raises:
         FormatError: a part missing or damaged. ConfigError: a model that is not AFM text v7, an unknown
-            setting, a target in the way, or too little disk. TensorsError: tensors of another model.
+            setting, a target in the way or written by another process. DiskFullError: too little disk.
+        TensorsError: tensors of another model, NaN or infinite weights, quantizer steps that the ranges do not imply,
+            or a difference that `verify` found.
 
     Cost: some 64 MB blocks in memory, whatever the model's size; when quantising about ten. `init_adapter`: see
     `start_values`; `calibration`: the dense model.
 
     The target appears when it is complete, or not at all.
     """
-    source, target = resolve(source), Path(target)
+    source, target = resolve(source), to_path(target)
     change = Change(
         dtype=dtype,
         quantization=quantization,
@@ -146,34 +159,37 @@ def convert(
         calibration=calibration,
     )
     _require_sensible(to, change)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        advice = "Remove it or choose another --mlx-path."
-        raise ConfigError("the target exists already", where=target, advice=advice)
     options = _Options(
         change=change,
-        config=None if config is None else Path(config),
+        config=to_optional_path(config),
         no_tokenizer=no_tokenizer,
         verify=verify,
         on_progress=on_progress,
+        on_event=on_event,
     )
-    if to == "torch":
-        return _mlx_to_torch(source, target, options)
-    if source.is_dir() and (source / "config.json").is_file():
-        return _mlx_to_mlx(source, target, options)
-    return _torch_to_mlx(source, target, options)
+    is_mlx = source.is_dir() and (source / "config.json").is_file()
+    if options.config is not None and (is_mlx or to == "torch"):
+        advice = "Leave it out: an MLX folder has its own config.json."
+        raise SettingError("config is for a .pt of the toolkit", where=source, found=options.config, advice=advice)
+    with new_folder(target, "--mlx-path", notes_of(on_event)):
+        if to == "torch":
+            return _mlx_to_torch(source, target, options)
+        if is_mlx:
+            return _mlx_to_mlx(source, target, options)
+        return _torch_to_mlx(source, target, options)
 
 
 def _require_sensible(to: str, change: Change) -> None:
     if change.dtype is not None and change.dtype not in FLOAT_DTYPES:
-        raise ConfigError("unknown dtype", expected=" or ".join(FLOAT_DTYPES), found=change.dtype)
+        raise SettingError("unknown dtype", expected=" or ".join(FLOAT_DTYPES), found=change.dtype)
     if to not in ("mlx", "torch"):
-        raise ConfigError("unknown form", where="to", expected="mlx or torch", found=to)
+        raise SettingError("unknown form", where="to", expected="mlx or torch", found=to)
     if to == "torch" and (change.quantization is not None or change.dequantize):
-        raise ConfigError("a torch checkpoint has no codes", advice="Quantise or dequantise to an MLX folder.")
+        raise SettingError("a torch checkpoint has no codes", advice="Quantise or dequantise to an MLX folder.")
     if change.quantization is not None and change.dequantize:
-        raise ConfigError("either quantise or dequantise")
+        raise SettingError("either quantise or dequantise")
     if change.quantization is None and (change.init is not None or change.calibration is not None):
-        raise ConfigError("init_adapter and calibration belong to quantising", advice="Add -q, or leave them out.")
+        raise SettingError("init_adapter and calibration belong to quantising", advice="Add -q, or leave them out.")
 
 
 def _torch_to_mlx(source: Path, target: Path, options: _Options) -> Converted:
@@ -184,14 +200,23 @@ def _torch_to_mlx(source: Path, target: Path, options: _Options) -> Converted:
     checkpoint = read_toolkit_checkpoint(files)
     own = _adapter_of(checkpoint)
     found = Source(model_tensors(checkpoint, None), checkpoint.config.model, files.tokenizer, own)
-    weights = change_weights(found, {}, options.change, where=source)
+    weights = change_weights(found, {}, options.change, options.on_event, where=source)
     ids = {} if files.tokenizer is None else _token_ids(files.tokenizer, checkpoint)
     adapter = worth_keeping(own, weights)
     activity = _activity(own if weights.start is None else adapter)
     count = _Counter(weights.tensors, options.on_progress)
-    require_space(target, count.total + _adapter_bytes(adapter) + SPARE_BYTES)
-    with atomic_folder(target) as partial:
-        settings = write_weights(partial, weights, adapter, verify=options.verify, on_bytes=count.add)
+    wanted_bytes = count.total + _adapter_bytes(adapter) + SPARE_BYTES
+    require_space(target, wanted_bytes)
+    with atomic_folder(target, wanted_bytes) as partial:
+        settings = write_weights(
+            partial,
+            weights,
+            adapter,
+            source=source,
+            ranges=observed_ranges(checkpoint.config, checkpoint.tensors),
+            verify=options.verify,
+            on_bytes=count.add,
+        )
         names_it = weights.start is None and (adapter is not None or checkpoint.config.adapter is None)
         write_toolkit_parts(partial, checkpoint, config=names_it)
         if files.tokenizer is not None:
@@ -204,16 +229,25 @@ def _mlx_to_mlx(source: Path, target: Path, options: _Options) -> Converted:
     config, schemes = read_config(source), read_quantization(source)
     own, tokenizer = base_adapter(source), source / TOKENIZER
     found = Source(read_shards(source), config, tokenizer if tokenizer.is_file() else None, own)
-    weights = change_weights(found, schemes, options.change, where=source)
+    weights = change_weights(found, schemes, options.change, options.on_event, where=source)
     adapter = worth_keeping(own, weights)
     activity = _activity(own if weights.start is None else adapter)
     kept = kept_settings(source)
     if schemes and not options.change.dequantize:
         kept.update(quantization_settings(source))
     count = _Counter(weights.tensors, options.on_progress)
-    require_space(target, count.total + _adapter_bytes(adapter) + SPARE_BYTES)
-    with atomic_folder(target) as partial:
-        settings = write_weights(partial, weights, adapter, verify=options.verify, on_bytes=count.add)
+    wanted_bytes = count.total + _adapter_bytes(adapter) + SPARE_BYTES
+    require_space(target, wanted_bytes)
+    with atomic_folder(target, wanted_bytes) as partial:
+        settings = write_weights(
+            partial,
+            weights,
+            adapter,
+            source=source,
+            ranges=observed_ranges(read_toolkit_config(source), read_observers(source)),
+            verify=options.verify,
+            on_bytes=count.add,
+        )
         names_it = weights.start is None and (adapter is not None or own is None)
         parts = toolkit_parts(source, config=names_it)
         for name in (*KEPT_FILES, *parts):
@@ -250,12 +284,14 @@ def _mlx_to_torch(source: Path, target: Path, options: _Options) -> Converted:
     config, state = state_dict_of(source, {} if adapter is None else adapter.weights, options.change.dtype)
     count = _Counter(state, options.on_progress)
     require_space(target, count.total + SPARE_BYTES)
-    with atomic_folder(target) as partial:
+    with atomic_folder(target, count.total + SPARE_BYTES) as partial:
         write_torch_checkpoint(source, partial, config, state, count.add)
+        written = read_torch(partial / "base-model.pt")
+        ranges = observed_ranges(config, written)
+        require_same_steps(ranges, loaded_steps(source, ranges.keys()), where=source)
         if (source / "tokenizer.model").is_file():
             shutil.copyfile(source / "tokenizer.model", partial / "tokenizer.model")
         if options.verify:
-            written = read_torch(partial / "base-model.pt")
             aliases = {"output_transform.weight": state["embedding.weight"]}
             require_same_values({**state, **aliases}, written, where=partial)
     return Converted(target, "torch", len(state), count.total, _activity(adapter), options.verify)

@@ -5,6 +5,7 @@ toolkit folder -> convert -> look at a sample -> score -> train -> score -> fuse
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +20,8 @@ from mlx_afm.checkpoints.names import Entry, Kind, plan_names
 from mlx_afm.checkpoints.toolkit import range_of_scale
 from mlx_afm.data import Example, read_examples
 from mlx_afm.errors import ConfigError
-from mlx_afm.files import read_json, write_text
+from mlx_afm.files import read_json, to_path, write_text
+from mlx_afm.folders import is_empty, lock_folder
 from mlx_afm.formats.safetensors_file import read_safetensors
 from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.formats.torch_file import write_torch
@@ -67,7 +69,7 @@ class DemoResult:
 
 
 def run_demo(
-    out: Path, *, on_step: Callable[[str], None] = lambda text: None, on_event: EventHandler = lambda event: None
+    out: str | Path, *, on_step: Callable[[str], None] = lambda text: None, on_event: EventHandler = lambda event: None
 ) -> DemoResult:
     """Runs the demo into a folder.
 
@@ -77,12 +79,18 @@ def run_demo(
         on_event: told of training progress.
 
     Raises:
-        ConfigError: `out` is in the way.
+        ConfigError: `out` is in the way, or another process writes it.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError("the output folder is not empty", where=out, advice="Choose another --out.")
+    out = to_path(out)
+    with lock_folder(out, on_note=on_step):
+        if os.path.exists(out) and not is_empty(out):
+            raise ConfigError("the output folder is not empty", where=out, advice="Choose another --out.")
+        Path(os.path.realpath(out)).mkdir(parents=True, exist_ok=True)  # also what a link names
+        return _run(out, on_step, on_event)
+
+
+def _run(out: Path, on_step: Callable[[str], None], on_event: EventHandler) -> DemoResult:
     started = time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)
     on_step("writing the tiny model as a toolkit folder, and the data")
     toolkit, data = write_toolkit_folder(out / "toolkit"), out / "data"
     shutil.copytree(ASSETS / "data", data)
@@ -95,7 +103,7 @@ def run_demo(
     on_step(f"scoring {len(test)} held-out requests with the base model")
     before, answers_before = exact_match(model, tokenizer, test)
     on_step(f"exact match {before:.0%}; training an adapter")
-    job = LoRAJob(model=folder, data=data, adapter_path=out / "adapter", train=TRAINING, name=ADAPTER_NAME)
+    job = LoRAJob(model=folder, data=data, adapter_path=out / "adapter", train=TRAINING, name=ADAPTER_NAME, cache=None)
     trained = train(job, on_event=on_event)
     curve = out / "loss.svg"
     write_text(curve, loss_curve_svg(read_runs([job.adapter_path]), "Demo adapter: loss"))
@@ -127,11 +135,12 @@ def run_demo(
     )
 
 
-def write_toolkit_folder(folder: Path) -> Path:
+def write_toolkit_folder(folder: str | Path) -> Path:
     """Writes the bundled model the way the toolkit ships its own: `.pt`, JSON, `tokenizer.model`.
 
     The adapter tensors are as the toolkit's: A normal with deviation 1 / sqrt(in), B zero.
     """
+    folder = to_path(folder)
     folder.mkdir(parents=True)
     config = parse_toolkit_config(read_json(ASSETS / "base-model-config.json"), where=ASSETS)
     ours, rng = read_safetensors(ASSETS / "base-model.safetensors"), np.random.default_rng(0)
@@ -148,7 +157,7 @@ def _toolkit_value(entry: Entry, ours: Mapping[str, LazyTensor], rng: np.random.
     if entry.kind is Kind.WEIGHT:
         return cast(ours[entry.ours], "float32")
     if entry.kind is Kind.RANGE:
-        return LazyTensor.of(range_of_scale(ours[entry.ours].read()))
+        return LazyTensor.of(range_of_scale(ours[entry.ours].read_values()))
     if entry.kind is Kind.SAMPLES:
         return LazyTensor.of(np.array(1, np.int64))
     if entry.ours.endswith(".lora_b"):

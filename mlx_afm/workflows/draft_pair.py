@@ -7,19 +7,20 @@ from typing import Any
 
 from mlx_afm.checkpoints.arrays import cast
 from mlx_afm.errors import FormatError
-from mlx_afm.files import read_json
+from mlx_afm.files import read_json, to_path
 from mlx_afm.formats.draft_names import spec_tensors
 from mlx_afm.formats.draft_pair import PROGRAM_FILE, DraftPair
 from mlx_afm.formats.draft_spec import parse_spec
 from mlx_afm.formats.torch_file import read_torch
 from mlx_afm.model import parse_toolkit_config
+from mlx_afm.tree import require_unwrapped
 
 TEMPLATE_FILE, SPEC_FILE, CONFIG_FILE = "weights_template.bin", "checkpoint_spec.yaml", "draft-model-config.json"
 ASSETS = (PROGRAM_FILE, TEMPLATE_FILE, SPEC_FILE, CONFIG_FILE)
 MAX_SPEC_BYTES = 4 << 20
 
 
-def open_draft_pair(toolkit: Path, checkpoint: Path, *, ignore_surplus: bool = False) -> DraftPair:
+def open_draft_pair(toolkit: str | Path, checkpoint: str | Path, *, ignore_surplus: bool = False) -> DraftPair:
     """A draft pair that was found to fit together; its `write` puts it into a package.
 
     Args:
@@ -31,14 +32,16 @@ def open_draft_pair(toolkit: Path, checkpoint: Path, *, ignore_surplus: bool = F
         FormatError: an asset is missing or damaged, or they and the checkpoint do not fit together.
         ConfigError: a draft model that is not AFM text v7.
     """
+    toolkit = to_path(toolkit)
+    checkpoint = to_path(checkpoint)
     assets = find_draft_assets(toolkit)
     model = parse_toolkit_config(read_json(assets / CONFIG_FILE), where=assets / CONFIG_FILE).model
-    state = {name: cast(tensor, "float32") for name, tensor in read_torch(checkpoint).items()}
-    tensors = spec_tensors(state, heads=model.num_heads, kv_heads=model.num_kv_heads, where=checkpoint)
+    tensors = read_torch(checkpoint)
+    require_unwrapped(tensors, where=checkpoint)
+    state = {name: cast(tensor, "float32") for name, tensor in tensors.items()}
+    named = spec_tensors(state, heads=model.num_heads, kv_heads=model.num_kv_heads, where=checkpoint)
     spec = parse_spec(read_yaml(assets / SPEC_FILE), where=assets / SPEC_FILE)
-    return DraftPair(assets / PROGRAM_FILE, assets / TEMPLATE_FILE, spec, tensors).checked(
-        ignore_surplus=ignore_surplus
-    )
+    return DraftPair(assets / PROGRAM_FILE, assets / TEMPLATE_FILE, spec, named).checked(ignore_surplus=ignore_surplus)
 
 
 def find_draft_assets(toolkit: Path) -> Path:

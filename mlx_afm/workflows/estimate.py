@@ -18,7 +18,8 @@ from mlx_afm.adapters.config import WHOLE_WEIGHTS
 from mlx_afm.checkpoints.model_folder import NORM, read_config, read_quantization
 from mlx_afm.checkpoints.names import Kind, plan_names
 from mlx_afm.data import Tokens, make_batch
-from mlx_afm.errors import ConfigError
+from mlx_afm.errors import ConfigError, SettingError
+from mlx_afm.files import to_path
 from mlx_afm.formats.mlx_folder import read_shards
 from mlx_afm.memory import Base, Layout, MemoryEstimate, estimate_training, layout_of
 from mlx_afm.model import AFMConfig, ToolkitConfig
@@ -94,8 +95,9 @@ def machine_memory() -> int | None:
         return None
 
 
-def base_of(folder: Path) -> Base:
+def base_of(folder: str | Path) -> Base:
     """How a model folder holds its weights; headers alone are read."""
+    folder = to_path(folder)
     norm = read_shards(folder).get(NORM)
     return Base(dtype="float32" if norm is None else norm.dtype, schemes=read_quantization(folder))
 
@@ -107,7 +109,7 @@ def named_base(name: str, model: AFMConfig) -> Base:
         ConfigError: another name.
     """
     if name not in BASES:
-        raise ConfigError("unknown form of base weights", expected=" or ".join(BASES), found=name)
+        raise SettingError("unknown form of base weights", expected=" or ".join(BASES), found=name)
     dtype, quantization = BASES[name]
     if quantization is None:
         return Base(dtype=dtype)
@@ -116,8 +118,9 @@ def named_base(name: str, model: AFMConfig) -> Base:
     return Base(dtype=dtype, schemes=plan_schemes(quantization, shapes).schemes)
 
 
-def plan_of_folder(folder: Path, lora: LoRAConfig, train: TrainConfig, layouts: Sequence[Layout]) -> Plan:
+def plan_of_folder(folder: str | Path, lora: LoRAConfig, train: TrainConfig, layouts: Sequence[Layout]) -> Plan:
     """The run over a model folder, on this machine."""
+    folder = to_path(folder)
     model, base = read_config(folder), base_of(folder)
     return Plan(model=model, base=base, lora=lora, train=train, layouts=tuple(layouts), backend=backend())
 

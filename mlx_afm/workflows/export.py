@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from mlx_afm.adapters.store import OURS
 from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.checkpoints.model_folder import read_toolkit_config
 from mlx_afm.checkpoints.signature import read_signature
-from mlx_afm.errors import AdapterError, ConfigError
+from mlx_afm.errors import AdapterError, SettingError
+from mlx_afm.files import set_paths, to_optional_path, to_path
+from mlx_afm.folders import OnNote, ignore_note, lock_folder, new_folder, require_replaceable
 from mlx_afm.formats.fmadapter import (
     PUBLIC_SIGNATURE,
     SUFFIX,
@@ -53,7 +55,7 @@ _PROMPT_NOTICE = (
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """A package to be made.
+    """A package to be made. Paths may be given as str, with `~`; they are held as `Path`.
 
     Attributes:
         adapter: any form. The metadata of a package is kept, as far as nothing else is said here.
@@ -87,11 +89,12 @@ class ExportConfig:
     prompts: tuple[str, ...] = PROMPTS
 
     def __post_init__(self) -> None:
+        set_paths(self, "adapter", "output_dir", "model", "toolkit")
         require_adapter_name(self.name)
         if self.ladder and self.model is None:
-            raise ConfigError("a ladder needs the base model", where="ladder", advice="Give it with --model.")
+            raise SettingError("a ladder needs the base model", where="ladder", advice="Give it with --model.")
         if OURS in self.creator_defined:
-            raise ConfigError("creatorDefined: this key is the library's", where=OURS, advice="Choose another name.")
+            raise SettingError("creatorDefined: this key is the library's", where=OURS, advice="Choose another name.")
 
 
 @dataclass(frozen=True)
@@ -144,19 +147,27 @@ class Exported:
             yield PUBLIC_NOTICE
 
 
-def export_package(config: ExportConfig, add_files: AddFiles = no_files) -> Exported:
+def export_package(config: ExportConfig, add_files: AddFiles = no_files, on_note: OnNote = ignore_note) -> Exported:
     """Makes a package, then checks it.
 
     Args:
         config: what to make.
         add_files: writes further files of the package into the folder it is given.
+        on_note: is given a sentence for each thing that a killed process left and that is removed.
 
     Raises:
-        ConfigError: a name or metadata that devices refuse.
+        ConfigError: a name or metadata that devices refuse, or another process that writes this package.
         AdapterError: an adapter that a package cannot hold exactly; see `to_device_form`.
         FormatError: something else in the way, or a toolkit folder without its signature.
     """
     model = None if config.model is None else resolve(config.model)
+    target = config.output_dir / f"{config.name}{SUFFIX}"
+    with lock_folder(target, on_note=on_note):
+        require_replaceable(target, "--output-dir")
+        return _export(config, model, add_files)
+
+
+def _export(config: ExportConfig, model: Path | None, add_files: AddFiles) -> Exported:
     exported = _write(config, model, add_files)
     if model is None or not exported.report.ok:
         return exported
@@ -221,10 +232,10 @@ def export_fmadapter(
     Raises:
         ConfigError, AdapterError, FormatError: see `export_package`.
     """
-    model = None if model_path is None else Path(model_path)
+    model = to_optional_path(model_path)
     settings = {"compare": False, **settings}
     exported = export_package(
-        ExportConfig(adapter=Path(adapter_path), name=name, output_dir=Path(output_dir), model=model, **settings)
+        ExportConfig(adapter=to_path(adapter_path), name=name, output_dir=to_path(output_dir), model=model, **settings)
     )
     return exported.package, exported.report
 
@@ -236,7 +247,7 @@ def convert_adapter(
     model_path: str | Path | None = None,
     reduce_rank: bool = False,
     zero_untrained: bool = False,
-    on_note: Callable[[str], None] = lambda text: None,
+    on_note: OnNote = ignore_note,
 ) -> Path:
     """Writes an adapter in the form that the target's suffix asks for: `.pt`, `.fmadapter`, or a folder.
 
@@ -253,7 +264,7 @@ def convert_adapter(
     Raises:
         AdapterError: the form cannot hold this adapter exactly. ConfigError: the target is in the way.
     """
-    source, target = Path(source), Path(target)
+    source, target = to_path(source), to_path(target)
     model = None if model_path is None else resolve(model_path)
     if target.suffix == SUFFIX:
         config = ExportConfig(
@@ -265,24 +276,27 @@ def convert_adapter(
             zero_untrained=zero_untrained,
             compare=False,
         )
-        exported = export_package(config)
+        exported = export_package(config, on_note=on_note)
         for text in exported.notes():
             on_note(text)
         return exported.package
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ConfigError("the target exists already", where=target, advice="Remove it or choose another name.")
-    adapter = _open(source, model)
-    if target.suffix == ".pt":
-        form = replace(toolkit_form(model), reduce_rank=reduce_rank, zero_untrained=zero_untrained)
-        in_form, change = to_device_form(adapter, _base_adapter(model), form)
-        write_adapter_pt(target, in_form, form.scale)
-        for text in change.notes():
-            on_note(text)
-        if len(adapter.system_prompts) == 1:
-            on_note(_PROMPT_NOTICE)
-    else:
-        write_adapter_folder(target, adapter)
+    with new_folder(target, "name", on_note):
+        if target.suffix == ".pt":
+            form = replace(toolkit_form(model), reduce_rank=reduce_rank, zero_untrained=zero_untrained)
+            _write_pt(source, target, model, form, on_note)
+        else:
+            write_adapter_folder(target, _open(source, model))
     return target
+
+
+def _write_pt(source: Path, target: Path, model: Path | None, form: DeviceForm, on_note: OnNote) -> None:
+    adapter = _open(source, model)
+    in_form, change = to_device_form(adapter, _base_adapter(model), form)
+    write_adapter_pt(target, in_form, form.scale)
+    for text in change.notes():
+        on_note(text)
+    if len(adapter.system_prompts) == 1:
+        on_note(_PROMPT_NOTICE)
 
 
 def toolkit_form(model: Path | None) -> DeviceForm:

@@ -8,6 +8,7 @@ training left becomes the codes it was trained with.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from mlx.utils import tree_flatten
 
 from mlx_afm.adapters import Adapter, fuse_adapter, is_zero, write_adapter_folder
 from mlx_afm.checkpoints.arrays import from_mlx
+from mlx_afm.checkpoints.finite import finite_while_read
 from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.checkpoints.model_folder import (
     BASE_ADAPTER,
@@ -29,18 +31,23 @@ from mlx_afm.checkpoints.model_folder import (
     write_config,
 )
 from mlx_afm.checkpoints.quantized import to_quantization_json
-from mlx_afm.errors import AdapterError, ConfigError
-from mlx_afm.files import atomic_folder, write_text
+from mlx_afm.errors import AdapterError, SettingError
+from mlx_afm.files import atomic_folder, require_space, size_of, to_path, write_text
+from mlx_afm.folders import new_folder
 from mlx_afm.formats.mlx_folder import INDEX, shard_files, write_shards
+from mlx_afm.formats.tensors import OnBytes
 from mlx_afm.interop import write_shim
 from mlx_afm.model import Model
 from mlx_afm.model.quantized import Quantized
 from mlx_afm.quant import Plan
 from mlx_afm.text.hf_chat_template import hf_chat_template
 from mlx_afm.text.system_prompt import SYSTEM_PROMPTS, default_system_prompt
+from mlx_afm.training import Callback, StageProgress
+from mlx_afm.training.hooks import ignore, notes_of
 from mlx_afm.workflows.load import attach, base_adapter, load, load_tokenizer, open_adapter
 
 CHAT_TEMPLATE = "chat_template.jinja"
+SPARE_BYTES = 8 << 20  # for headers, tokenizer, JSON
 PROMPT_TOKENS = 32  # of the fixed prompt the difference is measured on
 
 
@@ -63,7 +70,12 @@ class Fused:
 
 
 def fuse(
-    model_path: str | Path, adapter_path: str | Path | None, save_path: str | Path, *, dequantize: bool = False
+    model_path: str | Path,
+    adapter_path: str | Path | None,
+    save_path: str | Path,
+    *,
+    dequantize: bool = False,
+    on_event: Callback = ignore,
 ) -> Fused:
     """Writes the model with the adapter added to its weights (in float32, rounded once to their dtype).
 
@@ -75,18 +87,27 @@ def fuse(
         save_path: the folder to write; it must not exist yet, or be empty.
         dequantize: make everything dense. Without it its codes are copied and the adapter is kept as
             the folder's `base_adapter`, which `load`, `generate` and `lora` apply.
+        on_event: is given notices, and the progress of writing, in bytes.
 
     Raises:
         AdapterError: an adapter for another model, or nothing to fuse.
-        ConfigError: a target in the way.
+        TensorsError: NaN or infinite weights, also those that the sum has in a 16-bit dtype.
+        ConfigError: a target in the way, or written by another process. DiskFullError: too little disk.
     """
-    source, target = resolve(model_path), Path(save_path)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError("the target exists already", where=target, advice="Remove it or choose another --save-path.")
+    source, target = resolve(model_path), to_path(save_path)
+    with new_folder(target, "--save-path", notes_of(on_event)):
+        return _fuse(source, adapter_path, target, dequantize=dequantize, on_event=on_event)
+
+
+def _fuse(
+    source: Path, adapter_path: str | Path | None, target: Path, *, dequantize: bool, on_event: Callback
+) -> Fused:
     in_codes = bool(read_quantization(source))
-    adapter = base_adapter(source) if adapter_path is None else open_adapter(source, Path(adapter_path))
+    adapter = base_adapter(source) if adapter_path is None else open_adapter(source, adapter_path)
     if adapter is None or (adapter_path is None and is_zero(adapter)):
         raise AdapterError("nothing to fuse", where=source, advice="Give --adapter-path.")
+    if dequantize and not in_codes and adapter.config.fine_tune_type != "qat":
+        raise SettingError("nothing to dequantize: the model is dense", where=source, advice="Leave dequantize out.")
     keeps_codes, made_codes = in_codes and not dequantize, adapter.config.fine_tune_type == "qat" and not dequantize
     if keeps_codes and adapter_path is None:
         advice = "It is active already. To merge it, make the model dense: fuse --dequantize."
@@ -95,13 +116,19 @@ def fuse(
     plain = _logits(model)
     attach(model, adapter, where=adapter_path or source / BASE_ADAPTER)
     live = _logits(model)
-    with atomic_folder(target) as partial:
+    if not keeps_codes:
+        fuse_adapter(model, dequantize=dequantize)
+    weights = {} if keeps_codes else {name: from_mlx(array) for name, array in tree_flatten(model.parameters())}
+    files = [file for file in (*shard_files(source), source / INDEX) if file.is_file()] if keeps_codes else []
+    progress = _Progress(sum(map(size_of, files)) + sum(tensor.nbytes for tensor in weights.values()), on_event)
+    wanted_bytes = progress.total + (_adapter_bytes(adapter) if keeps_codes else 0) + SPARE_BYTES
+    require_space(target, wanted_bytes)
+    with atomic_folder(target, wanted_bytes) as partial:
         settings = kept_settings(source)
         if keeps_codes:
-            settings.update({**quantization_settings(source), **_copy_codes(source, partial, adapter)})
+            settings.update({**quantization_settings(source), **_copy_codes(files, partial, adapter, progress.add)})
         else:
-            fuse_adapter(model, dequantize=dequantize)
-            write_shards(partial, {name: from_mlx(array) for name, array in tree_flatten(model.parameters())})
+            write_shards(partial, finite_while_read(weights, where=target), on_bytes=progress.add)
             settings.update(_explained_codes(model, partial) if made_codes else {})
         # The toolkit's JSON, which names the base adapter, no longer holds.
         for name in (*KEPT_FILES, OBSERVERS):
@@ -112,17 +139,32 @@ def fuse(
             settings[SYSTEM_PROMPTS] = list(adapter.system_prompts)
             _write_template(partial, default_system_prompt(adapter.system_prompts))
         write_config(partial, model.args, settings)
-        del model
+        del model, weights
         difference = _distance(_logits(load(partial)[0]), live)
     form = "codes" if keeps_codes else "trained codes" if made_codes else "dense"
     return Fused(target, form, difference, _distance(plain, live))
 
 
-def _copy_codes(source: Path, partial: Path, adapter: Adapter) -> dict[str, str]:
+class _Progress:
+    """Adds up the bytes written and tells of them."""
+
+    def __init__(self, total: int, on_event: Callback) -> None:
+        self.done, self.total, self.on_event = 0, total, on_event
+
+    def add(self, count: int) -> None:
+        self.done += count
+        self.on_event(StageProgress(stage="fusing", done=self.done, total=self.total, unit="bytes"))
+
+
+def _adapter_bytes(adapter: Adapter) -> int:
+    return sum(tensor.nbytes for tensor in adapter.weights.values())
+
+
+def _copy_codes(files: Sequence[Path], partial: Path, adapter: Adapter, on_bytes: OnBytes) -> dict[str, str]:
     """Copies the weights as they are and puts the adapter beside them."""
-    for file in (*shard_files(source), source / INDEX):
-        if file.is_file():
-            shutil.copyfile(file, partial / file.name)
+    for file in files:
+        shutil.copyfile(file, partial / file.name)
+        on_bytes(size_of(file))
     write_adapter_folder(partial / BASE_ADAPTER, adapter)
     return write_shim(partial)
 

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_afm.adapters import Adapter, LoRAConfig, adapter_shapes
-from mlx_afm.checkpoints.arrays import to_float32
 from mlx_afm.checkpoints.quantized import row_blocks
 from mlx_afm.errors import ConfigError
 from mlx_afm.formats.tensors import LazyTensor
@@ -22,9 +21,12 @@ from mlx_afm.quant import Scheme, dequantize_balanced, quantize_balanced
 from mlx_afm.quant.balanced import grid_scales
 from mlx_afm.quant.residual import Floats, InitConfig, Split, split
 from mlx_afm.quant.scheme import BALANCED
+from mlx_afm.training import Callback, StageProgress
+from mlx_afm.training.hooks import ignore
 
 PARTS = ("q", "k", "v")
 DIGITS = 5
+STAGE = "computing the initial adapter"
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ def start_values(
     *,
     dtype: str | None,
     column_weights: Mapping[str, npt.NDArray[Any]],
+    on_event: Callback = ignore,
 ) -> Start:
     """An adapter from singular directions, and the matrices that are left to be rounded.
 
@@ -60,6 +63,7 @@ def start_values(
         config: see `InitConfig`.
         dtype: of the quantised model; None keeps the dense one's.
         column_weights: by module path, see `QuantConfig`.
+        on_event: is given the progress, in matrices.
 
     Raises:
         ConfigError: every matrix lies on a grid already, so that nothing is lost.
@@ -72,7 +76,9 @@ def start_values(
     weights = {name: LazyTensor.of(np.zeros(shape, np.float32)) for name, shape in adapter_shapes(base, form).items()}
     replaced: dict[str, LazyTensor] = {}
     errors: dict[str, list[tuple[float, float]]] = {}
-    for path, parts in _adapted(weights).items():
+    adapted = _adapted(weights)
+    for done, (path, parts) in enumerate(adapted.items()):
+        on_event(StageProgress(stage=STAGE, done=done, total=len(adapted), unit="matrices"))
         name = f"{path}.weight"
         if path not in schemes or _on_grid(tensors[name]):
             continue
@@ -84,6 +90,7 @@ def start_values(
             errors.setdefault(part.rpartition(".")[2], []).append((piece.error_before, piece.error_after))
         if any(piece.taken_a_NR is not None for piece in made.values()):
             replaced[name] = _rest(tensors[name], list(made.values()))
+    on_event(StageProgress(stage=STAGE, done=len(adapted), total=len(adapted), unit="matrices"))
     if not errors:
         raise ConfigError("nothing is lost: every matrix lies on the grid", advice="Leave --init-adapter out.")
     means = {kind: np.mean(pairs, axis=0).round(DIGITS).tolist() for kind, pairs in errors.items()}
@@ -152,7 +159,7 @@ def _rest(source: LazyTensor, pieces: list[Split]) -> LazyTensor:
 
 
 def _whole(tensor: LazyTensor) -> Floats:
-    return to_float32(np.ascontiguousarray(tensor.read()), tensor.dtype).reshape(tensor.shape)
+    return tensor.read_values().astype(np.float32, copy=False)
 
 
 def _on_grid(tensor: LazyTensor) -> bool:

@@ -14,7 +14,7 @@ from mlx_afm.checkpoints.names import adapter_ids, count_layers
 from mlx_afm.checkpoints.quantized import bits_per_weight, count_values
 from mlx_afm.checkpoints.toolkit import STEMS, find_toolkit_files
 from mlx_afm.errors import FormatError
-from mlx_afm.files import read_json, visible
+from mlx_afm.files import read_json, to_path, visible
 from mlx_afm.formats.fmadapter import read_fmadapter
 from mlx_afm.formats.mlx_folder import read_shards
 from mlx_afm.formats.safetensors_file import read_safetensors
@@ -39,7 +39,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     Raises:
         FormatError: nothing there, something unknown, or damaged; with the reason.
     """
-    path = Path(path)
+    path = to_path(path)
     if not path.exists():
         raise FormatError("no such file or folder", where=path)
     describe = _folder if path.is_dir() else _file
@@ -108,8 +108,8 @@ def _folder(path: Path) -> dict[str, Any]:
             "tokenizer": files.tokenizer is not None,
             **_torch_summary(read_torch_checkpoint(files.weights)),
         }
-    if records := visible(path.glob("*.jsonl")):
-        lines = {file.name: _file(file)["lines"] for file in records}
+    if data_files := visible(path.glob("*.jsonl")):
+        lines = {file.name: _file(file)["lines"] for file in data_files}
         return {"kind": "training data folder", "lines": lines}
     raise FormatError(
         "an unknown kind of folder", where=path, expected="a toolkit, model, adapter or data folder, or a .fmadapter"

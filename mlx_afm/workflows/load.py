@@ -20,6 +20,7 @@ from mlx_afm.checkpoints.arrays import to_mlx
 from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.checkpoints.model_folder import BASE_ADAPTER, kept_settings, load_model, read_config, read_toolkit_config
 from mlx_afm.errors import ConfigError, FormatError
+from mlx_afm.files import to_path
 from mlx_afm.model import Model
 from mlx_afm.text.system_prompt import (
     SYSTEM_PROMPTS,
@@ -58,7 +59,7 @@ def load(
     """
     folder = resolve(path)
     model = load_model(folder, lazy=lazy)
-    adapter = base_adapter(folder) if adapter_path is None else open_adapter(folder, Path(adapter_path))
+    adapter = base_adapter(folder) if adapter_path is None else open_adapter(folder, adapter_path)
     if adapter is not None and (adapter_path is not None or not is_zero(adapter)):
         attach(model, adapter, where=adapter_path or folder / BASE_ADAPTER)
     tokenizer = load_tokenizer(folder)
@@ -72,7 +73,7 @@ def load_for_answers(
     path: str | Path,
     adapter_path: Path | None,
     system: str | None = None,
-    on_notice: Callable[[str], None] = ignore,
+    on_note: Callable[[str], None] = ignore,
 ) -> tuple[Model, AFMTokenizer]:
     """Model and tokenizer to answer with, and the system prompt of the answers decided.
 
@@ -80,7 +81,7 @@ def load_for_answers(
         path, adapter_path: see `load`.
         system: system prompt of conversations without a system message; "" for no system turn, None for what `load`
             finds.
-        on_notice: told if the adapter leaves the choice open.
+        on_note: told if the adapter leaves the choice open.
 
     Raises:
         ConfigError: a folder without tokenizer; and see `load`.
@@ -95,7 +96,7 @@ def load_for_answers(
     adapter = None if adapter_path is None else open_adapter(folder, adapter_path)
     notice = system_prompt_notice(system_prompts_of(folder, adapter), adapter_path or folder)
     if notice is not None:
-        on_notice(notice)
+        on_note(notice)
     return model, tokenizer
 
 
@@ -113,12 +114,13 @@ def system_prompts_of(folder: Path, adapter: Adapter | None) -> SystemPrompts:
         raise FormatError(str(error), where=folder / "config.json") from error
 
 
-def load_tokenizer(folder: Path) -> AFMTokenizer | None:
+def load_tokenizer(folder: str | Path) -> AFMTokenizer | None:
     """The tokenizer of a model folder, or None if it has none.
 
     Raises:
         ConfigError: it has more pieces than the model has tokens. FormatError: no tokenizer.
     """
+    folder = to_path(folder)
     file = folder / TOKENIZER
     tokenizer = AFMTokenizer.from_file(file) if file.is_file() else None
     if tokenizer is not None and (folder / "config.json").is_file():
@@ -131,15 +133,18 @@ def load_tokenizer(folder: Path) -> AFMTokenizer | None:
     return tokenizer
 
 
-def open_adapter(folder: Path, path: Path) -> Adapter:
+def open_adapter(folder: str | Path, path: str | Path) -> Adapter:
     """An adapter of any form that fits the model in `folder`."""
+    folder = to_path(folder)
+    path = to_path(path)
     toolkit = read_toolkit_config(folder)
     scale = toolkit.adapter.scale if toolkit.adapter else None
     return read_adapter(path, read_config(folder), scale)
 
 
-def base_adapter(folder: Path) -> Adapter | None:
+def base_adapter(folder: str | Path) -> Adapter | None:
     """The adapter that `base-model.pt` itself holds, or None."""
+    folder = to_path(folder)
     path = folder / BASE_ADAPTER
     return open_adapter(folder, path) if path.is_dir() else None
 

@@ -15,24 +15,36 @@ from mlx_afm.adapters import LoRAConfig
 from mlx_afm.adapters.store import CONFIG, WEIGHTS
 from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.checkpoints.model_folder import load_model, read_config
-from mlx_afm.data import DataConfig, TokenTable, default_cache, find_splits, read_tokens
-from mlx_afm.data.sources import Files
-from mlx_afm.errors import ConfigError, FormatError
-from mlx_afm.files import visible
+from mlx_afm.data import DataConfig, TokenTable, default_cache, read_tokens
+from mlx_afm.data.sources import Files, find_unread, require_splits, unread_text
+from mlx_afm.errors import ConfigError, SettingError
+from mlx_afm.files import set_paths, to_optional_path, to_path, visible
+from mlx_afm.folders import lock_folder
 from mlx_afm.formats.fmadapter import require_adapter_name
 from mlx_afm.text.system_prompt import default_system_prompt, trained_system_prompts
 from mlx_afm.text.tokenizer import AFMTokenizer
-from mlx_afm.training import Callback, DataOrder, DataRead, Hooks, Notice, TrainConfig, evaluate_data, join_ranks
+from mlx_afm.training import (
+    Callback,
+    DataOrder,
+    DataRead,
+    Hooks,
+    Notice,
+    Ranks,
+    StageProgress,
+    TrainConfig,
+    evaluate_data,
+    join_ranks,
+)
 from mlx_afm.training import train as run_training
-from mlx_afm.training.hooks import ignore
+from mlx_afm.training.hooks import ignore, notes_of
 from mlx_afm.training.step import Loss, batch_loss
 from mlx_afm.workflows.estimate import as_event, layouts_of_data, machine_memory, plan_of_folder, require_memory
 from mlx_afm.workflows.lineage import BASE_SOURCE, fingerprint_of_model
 from mlx_afm.workflows.load import TOKENIZER, load, load_tokenizer, open_adapter, system_prompts_of
-from mlx_afm.workflows.lora_run import Run, notices
+from mlx_afm.workflows.lora_run import Run, notices, require_prompts
 from mlx_afm.workflows.lora_start import start_adapter
 from mlx_afm.workflows.reports import require_reports
-from mlx_afm.workflows.run_folder import find_saved_run
+from mlx_afm.workflows.run_folder import BEST, find_saved_run, require_no_finished_run
 from mlx_afm.workflows.run_state import (
     Course,
     SavedRun,
@@ -45,7 +57,7 @@ from mlx_afm.workflows.run_state import (
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAJob:
-    """A training run.
+    """A training run. Paths may be given as str, with `~`; they are held as `Path`.
 
     Attributes:
         model: MLX model folder, or the hub id of one.
@@ -57,6 +69,7 @@ class LoRAJob:
         cache: folder that keeps encoded data; None keeps nothing.
         name: name of a package to be exported later; checked before training.
         test: the adapter will be scored on the test split afterwards, so that is checked first too.
+        overwrite: replace a finished run, or an adapter of unknown origin, in `adapter_path`.
         resume: go on with the run in `adapter_path`; a folder without any run starts one.
         resume_adapter_file: an adapter of any form whose values training starts from; a new run.
         sample_prompts: answered after each evaluation.
@@ -64,6 +77,9 @@ class LoRAJob:
         report_to: some of wandb, swanlab, tensorboard.
         project_name: the project of these reports.
         ignore_memory: train even if the estimated peak is above this machine's memory.
+
+    Raises:
+        ConfigError: settings out of range, or that exclude each other; all in one error.
     """
 
     model: Path
@@ -75,6 +91,7 @@ class LoRAJob:
     cache: Path | None = field(default_factory=default_cache)
     name: str | None = None
     test: bool = False
+    overwrite: bool = False
     resume: bool = False
     resume_adapter_file: Path | None = None
     sample_prompts: tuple[str, ...] = ()
@@ -82,6 +99,18 @@ class LoRAJob:
     report_to: tuple[str, ...] = ()
     project_name: str = "mlx-afm"
     ignore_memory: bool = False
+
+    def __post_init__(self) -> None:
+        set_paths(self, "model", "data", "adapter_path", "cache", "resume_adapter_file")
+        faults = []
+        if isinstance(self.sample_tokens, bool) or not isinstance(self.sample_tokens, int) or self.sample_tokens < 1:
+            faults.append(f"sample_tokens: expected at least 1, found {self.sample_tokens!r}")
+        if not all(isinstance(prompt, str) and prompt for prompt in self.sample_prompts):
+            faults.append(f"sample_prompts: expected texts that are not empty, found {self.sample_prompts!r}")
+        if self.resume and self.overwrite:
+            faults.append("overwrite: expected without resume, which continues the run that is there")
+        if faults:
+            raise SettingError("settings of the run out of range", details=faults)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,16 +136,23 @@ class Trained:
     """Outcome of a run.
 
     Attributes:
-        adapter_path: the last adapter; the best is in its folder `best` if there was validation data.
+        adapter_path: the last adapter.
         steps: optimizer steps done.
         best_loss: lowest validation loss, nats per token; None without validation data.
         interrupted: it was asked to stop before its end, and can be resumed.
+        best_path: the adapter of `best_loss`; None without validation data.
+        best_step: its step.
+        last_loss: validation loss of the last adapter; None without validation data, or if the run was interrupted
+            after its last evaluation.
     """
 
     adapter_path: Path
     steps: int
     best_loss: float | None
     interrupted: bool = False
+    best_path: Path | None = None
+    best_step: int = 0
+    last_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -152,7 +188,9 @@ def train(
         objective: what to lower; see `recover`.
 
     Raises:
-        ConfigError, FormatError, DataError, TensorsError: see `load`, `read_tokens` and `find_saved_run`.
+        ConfigError, FormatError, DataError, TensorsError: see `load`, `read_tokens` and `find_saved_run`; a finished
+            run in the folder without `overwrite`, or another process that writes it.
+        DiskFullError: too little disk; the last saved state is intact.
         MissingDependencyError: a report whose library is not installed.
         DistributedError: another process of the run was lost; the steps done are saved.
     """
@@ -167,8 +205,21 @@ def train(
         start = start.parent  # mlx-lm names the file
     job = replace(job, model=resolve(job.model), resume_adapter_file=start, train=_decayed(job))
     _require_folder(job.adapter_path)
+    with ExitStack() as stack:
+        if ranks.leads:
+            stack.enter_context(lock_folder(job.adapter_path, BEST, on_note=notes_of(on_event)))
+        return _train(job, ranks, on_event, should_stop, objective)
+
+
+def _train(
+    job: LoRAJob, ranks: Ranks, on_event: Callback, should_stop: Callable[[], bool], objective: Objective
+) -> Trained:
+    """Trains in a folder that is locked, with settings that are checked by themselves."""
     tokenizer = _require_tokenizer(job.model)
     read_config(job.model)
+    require_prompts(job, tokenizer)
+    if not (job.resume or job.overwrite):
+        require_no_finished_run(job.adapter_path)
     saved = find_saved_run(job.adapter_path) if job.resume else None
     data = _read_data(job, on_event)
     total_steps, course = DataOrder(data["train"], job.train).total_steps, _course(job, data, objective)
@@ -179,7 +230,14 @@ def train(
         on_event(Notice(text=text))
     _state_memory(job, data["train"], objective.held_bytes, on_event)
     model = load_model(job.model)
-    form = start_adapter(model, job.model, job.lora, seed=job.train.seed, adapter_file=job.resume_adapter_file)
+    form = start_adapter(
+        model,
+        job.model,
+        job.lora,
+        seed=job.train.seed,
+        adapter_file=job.resume_adapter_file,
+        on_event=on_event if saved is None else ignore,  # a resumed run has its own values
+    )
     snapshot, valid = None if saved is None else saved.snapshot, data.get("valid", ())
     with ExitStack() as stack:
         hooks = Hooks(should_stop=should_stop)
@@ -192,7 +250,15 @@ def train(
             model, data["train"], valid, job.train, hooks, resume=snapshot, ranks=ranks, loss_of=objective.load()
         )
     ranks.wait()  # until rank 0 has written all there is: a launcher ends the others when the first has ended
-    return Trained(job.adapter_path, state.step, state.best_loss, state.interrupted)
+    return Trained(
+        job.adapter_path,
+        state.step,
+        state.best_loss,
+        state.interrupted,
+        best_path=None if state.best_loss is None else job.adapter_path / BEST,
+        best_step=state.best_step,
+        last_loss=state.loss_of_last,
+    )
 
 
 def _decayed(job: LoRAJob) -> TrainConfig:
@@ -234,14 +300,15 @@ def _facts(course: Course, total_steps: int, saved: SavedRun | None) -> dict[str
 
 
 def score(
-    model_path: Path,
-    adapter_path: Path | None,
-    data: Path,
+    model_path: str | Path,
+    adapter_path: str | Path | None,
+    data: str | Path,
     *,
     batch_size: int = 4,
     reading: DataConfig | None = None,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     own_system_prompt: bool = False,
+    on_event: Callback = ignore,
 ) -> Score:
     """Loss of a model with an adapter on the test split of `data` (or on `data` itself if it is a file).
 
@@ -254,7 +321,11 @@ def score(
         cache: folder that keeps encoded data; None keeps nothing.
         own_system_prompt: conversations without a system message get the system prompt that `load` finds, in place
             of the one of `reading`; always so without `reading`.
+        on_event: is given the progress, in batches.
     """
+    adapter_path = to_optional_path(adapter_path)
+    data = to_path(data)
+    cache = to_optional_path(cache)
     model_path = resolve(model_path)
     _require_tokenizer(model_path)
     if reading is None or own_system_prompt:
@@ -263,29 +334,41 @@ def score(
         reading = replace(reading or DataConfig(), system=own)
     examples = read_tokens(split_files(data, "test"), model_path / TOKENIZER, reading, cache=cache)
     model, _ = load(model_path, adapter_path)
-    total, tokens = evaluate_data(model, examples, batch_size)
+
+    def tell(done: int, count: int) -> None:
+        on_event(StageProgress(stage="scoring", done=done, total=count, unit="batches"))
+
+    total, tokens = evaluate_data(model, examples, batch_size, on_batches=tell)
     loss = total / tokens
     return Score(loss, math.exp(loss), round(tokens), len(examples))
 
 
-def split_files(data: Path, split: str) -> Files:
+def require_valid_split(data: Path) -> None:
+    """Checks that a run will have a best adapter.
+
+    Raises:
+        ConfigError: there is no validation data. FormatError: no data.
+    """
+    if "valid" not in require_splits(data):
+        advice = "Add valid.jsonl, or leave --best out."
+        raise ConfigError("a run without validation data has no best adapter", where=data, advice=advice)
+
+
+def split_files(data: str | Path, split: str) -> Files:
     """The files of a split; data itself if it is a file.
 
     Raises:
         FormatError: there are none.
     """
-    splits = find_splits(data)
-    if data.is_file():
-        return splits["train"]
-    if split not in splits:
-        expected = f"{split}.jsonl (or .json, .csv, .parquet, a saved data set)"
-        raise FormatError(f"no {split} split", where=data, expected=expected)
-    return splits[split]
+    data = to_path(data)
+    return require_splits(data)["train"] if data.is_file() else require_splits(data, split)[split]
 
 
 def _read_data(job: LoRAJob, on_event: Callback) -> dict[str, TokenTable]:
     """The splits that the run will read, each checked and announced."""
-    there = find_splits(job.data)
+    there = require_splits(job.data, "train")
+    if unread := find_unread(job.data, there):
+        on_event(Notice(text=f"{job.data}: {unread_text(unread)}"))
     wanted = ("train", *(("valid",) if "valid" in there else ()), *(("test",) if job.test else ()))
     data = {}
     for split in wanted:

@@ -16,20 +16,18 @@ from mlx_afm.checkpoints.model_folder import read_toolkit_config
 from mlx_afm.checkpoints.names import DEFAULT_ADAPTER
 from mlx_afm.data import find_splits
 from mlx_afm.files import require_space, sha256_of
-from mlx_afm.generation import generate
+from mlx_afm.generation import GenerateConfig, generate, to_prompt_ids
 from mlx_afm.model import Model
 from mlx_afm.text.system_prompt import SystemPrompts
 from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.training import Callback, Event, Hooks
 from mlx_afm.workflows.lineage import SOURCES
 from mlx_afm.workflows.reports import open_reports
-from mlx_afm.workflows.run_folder import RunFolder, describe_unfinished
+from mlx_afm.workflows.run_folder import RunFolder, describe_replaced, missing_bytes
 from mlx_afm.workflows.run_state import Course, SavedRun
 
 if TYPE_CHECKING:
     from mlx_afm.workflows.lora import LoRAJob
-
-WRITTEN_TIMES = 8  # times the trained weights: two states of three times, last and best adapter
 
 
 @dataclass(frozen=True)
@@ -58,11 +56,11 @@ class Run:
         """Writes the run's folder, reports, and tells `on_event`, while it lasts.
 
         Raises:
-            ConfigError: not enough space.
+            DiskFullError: not enough space.
         """
         job = self.job
         trained_bytes = sum(array.nbytes for _, array in tree_flatten(self.model.trainable_parameters()))
-        require_space(job.adapter_path, WRITTEN_TIMES * trained_bytes)
+        require_space(job.adapter_path, missing_bytes(job.adapter_path, trained_bytes))
         settings = {**_settings(job, self.model, self.form, self.system_prompts), SOURCES: self.course["from"]}
         with (
             RunFolder(job.adapter_path, self.model, settings, self.course, self.total_steps) as folder,
@@ -80,12 +78,23 @@ class Run:
             yield Hooks(on_event=tell, save_state=folder.save_state, save=folder.save, sample=sample)
 
 
+def require_prompts(job: LoRAJob, tokenizer: AFMTokenizer) -> None:
+    """Checks that the sample prompts can be answered, before anything is written.
+
+    Raises:
+        DataError: special tokens in a prompt. ConfigError: a prompt that fills the context.
+    """
+    for prompt in job.sample_prompts:
+        ids = to_prompt_ids(tokenizer, prompt)
+        GenerateConfig(max_tokens=job.sample_tokens).answer_tokens(len(ids))
+
+
 def notices(job: LoRAJob, saved: SavedRun | None, total_steps: int) -> Iterator[str]:
     """What to say before the run begins, about one that is there."""
     if not job.resume:
-        unfinished = describe_unfinished(job.adapter_path)
-        if unfinished:
-            yield unfinished
+        replaced = describe_replaced(job.adapter_path)
+        if replaced:
+            yield replaced
     elif saved is None:
         yield f"nothing to resume in {job.adapter_path}: starting anew"
     elif saved.step >= total_steps or 0 < job.train.patience <= saved.snapshot.state.evaluations_without_best:

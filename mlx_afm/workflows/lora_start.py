@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
-from mlx_afm.adapters import Adapter, LoRAConfig, adapter_weights, add_adapter, is_zero, set_adapter_weights, train_only
+from mlx_afm.adapters import (
+    Adapter,
+    LoRAConfig,
+    adapter_weights,
+    add_adapter,
+    is_zero,
+    restart_dead_components,
+    set_adapter_weights,
+    train_only,
+)
 from mlx_afm.adapters.config import WHOLE_WEIGHTS
 from mlx_afm.adapters.layers import ALL
 from mlx_afm.checkpoints.arrays import to_mlx
+from mlx_afm.checkpoints.model_folder import BASE_ADAPTER, read_quantization
 from mlx_afm.errors import AdapterError, ConfigError
 from mlx_afm.model import Model
-from mlx_afm.workflows.load import attach, base_adapter, open_adapter
-
-FUSE = "fuse it into the base first: mlx-afm fuse --model M --save-path F"
+from mlx_afm.training import Callback, Notice
+from mlx_afm.training.hooks import ignore
+from mlx_afm.workflows.load import base_adapter, open_adapter
 
 
 def start_adapter(
-    model: Model, folder: Path, lora: LoRAConfig, *, seed: int, adapter_file: Path | None = None
+    model: Model,
+    folder: Path,
+    lora: LoRAConfig,
+    *,
+    seed: int,
+    adapter_file: Path | None = None,
+    on_event: Callback = ignore,
 ) -> LoRAConfig:
     """Puts the adapter to be trained on the model and freezes the rest; returns its full form.
 
     Without `adapter_file`: if the base carries an adapter of the same rank and scale, training starts
     from its values and untrained projections keep theirs. If it does something and has another form,
-    training is refused, since it is part of the base model.
+    training is refused, since it is part of the base model. Where A and B of a trained module are both zero, A gets
+    new random values: such a pair would never learn.
 
     Args:
         model: changed in place.
@@ -34,12 +53,14 @@ def start_adapter(
         seed: of new values.
         adapter_file: an adapter of any form; it takes the place of the base's own, and training starts
             from its values. Its counters do not matter: this is a new run.
+        on_event: told how many modules got new values of A.
 
     Raises:
         ConfigError: a form that cannot go on from what is there. AdapterError: an adapter of another model.
     """
     if adapter_file is not None:
-        return _start_from(model, open_adapter(folder, adapter_file), lora, seed=seed, where=adapter_file)
+        adapter = open_adapter(folder, adapter_file)
+        return _start_from(model, adapter, lora, seed=seed, where=adapter_file, on_event=on_event)
     base = base_adapter(folder)
     wanted = (lora.fine_tune_type, lora.rank, lora.scale)
     if base is None or ("lora", base.config.rank, base.config.scale) != wanted:
@@ -49,15 +70,44 @@ def start_adapter(
                 where=folder,
                 expected=_form(base.config),
                 found=_form(lora),
-                advice=f"Train with its rank and scale, or {FUSE}",
+                advice=f"Train in its form (--fine-tune-type lora {_flags(base.config)}), or {_fuse_advice(folder)}",
             )
         add_adapter(model, lora, seed=seed)
         mx.eval(model.parameters())
         return lora
     form = LoRAConfig(rank=lora.rank, scale=lora.scale, dropout=lora.dropout)
-    attach(model, Adapter(form, base.base, base.weights, base.name), where=folder)
-    train_only(model, lora.targets, lora.layers)
+    add_adapter(model, form, seed=seed)
+    _set_values(model, base, lora, seed=seed, where=folder / BASE_ADAPTER, on_event=on_event)
     return form
+
+
+def _set_values(
+    model: Model, adapter: Adapter, lora: LoRAConfig, *, seed: int, where: Path, on_event: Callback
+) -> None:
+    """Gives the new adapter on the model the values of another, and makes the projections to be trained trainable."""
+    fresh = adapter_weights(model)
+    given = {name: to_mlx(tensor).astype(mx.float32) for name, tensor in adapter.weights.items()}
+    set_adapter_weights(model, {**fresh, **given}, where=where)
+    train_only(model, lora.targets, lora.layers)
+    trained = dict(tree_flatten(model.trainable_parameters()))
+    started, restarted = restart_dead_components(trained, fresh)
+    model.load_weights(list(started.items()), strict=False)
+    mx.eval(model.parameters())
+    if restarted:
+        modules = sum(name.endswith(".lora_a") for name in trained)
+        count = f"{len(restarted)} of {modules} trained adapter modules"
+        zero = f"{count} have rank components in which A and B are both zero, so they could not learn"
+        on_event(Notice(text=f"{zero}: A starts with random values there (seed {seed})"))
+
+
+def _flags(config: LoRAConfig) -> str:
+    return f"--rank {config.rank} --scale {config.scale!r}"
+
+
+def _fuse_advice(folder: Path) -> str:
+    """What makes a base adapter part of the weights; codes must become dense for that."""
+    dense = " --dequantize" if read_quantization(folder) else ""
+    return f"fuse it into the weights first: mlx-afm fuse --model {shlex.quote(str(folder))}{dense} --save-path FUSED"
 
 
 def _form(config: LoRAConfig) -> str:
@@ -65,15 +115,15 @@ def _form(config: LoRAConfig) -> str:
     return f"{kind}rank {config.rank}, scale {config.scale}"
 
 
-def _start_from(model: Model, adapter: Adapter, lora: LoRAConfig, *, seed: int, where: Path) -> LoRAConfig:
+def _start_from(
+    model: Model, adapter: Adapter, lora: LoRAConfig, *, seed: int, where: Path, on_event: Callback
+) -> LoRAConfig:
     """Starts from an adapter's values; what it has and is not trained stays, what it lacks is new."""
     given, whole = adapter.config, lora.fine_tune_type in WHOLE_WEIGHTS
     same = given.fine_tune_type == lora.fine_tune_type
     if not same or (not whole and (given.rank, given.scale) != (lora.rank, lora.scale)):
         kind = given.fine_tune_type
-        advice = f"Give its form: --fine-tune-type {kind}" + (
-            "" if kind in WHOLE_WEIGHTS else f" --rank {given.rank} --scale {given.scale:g}"
-        )
+        advice = f"Give its form: --fine-tune-type {kind}" + ("" if kind in WHOLE_WEIGHTS else f" {_flags(given)}")
         expected = kind if whole or kind in WHOLE_WEIGHTS else _form(given)
         raise ConfigError(
             "the adapter to start from has another form",
@@ -88,10 +138,7 @@ def _start_from(model: Model, adapter: Adapter, lora: LoRAConfig, *, seed: int, 
     layers = lora.layers if given.layers == lora.layers else ALL
     form = replace(lora, targets=targets, layers=layers)
     add_adapter(model, form, seed=seed)
-    weights = {**adapter_weights(model), **{name: to_mlx(tensor) for name, tensor in adapter.weights.items()}}
-    set_adapter_weights(model, weights, where=where)
-    train_only(model, lora.targets, lora.layers)
-    mx.eval(model.parameters())
+    _set_values(model, adapter, lora, seed=seed, where=where, on_event=on_event)
     return form
 
 

@@ -25,12 +25,12 @@ def read_losses(metrics: Path) -> dict[str, Points]:
     if not metrics.is_file():
         raise FormatError("no such file", where=metrics, expected="metrics.jsonl of a run")
     losses: dict[str, Points] = {"train": [], "eval": []}
-    for number, line in enumerate(metrics.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(metrics.read_bytes().splitlines(), start=1):
         try:
-            event = json.loads(line)
+            event = json.loads(line.decode("utf-8"))
             if event["event"] in losses and event["loss"] is not None:  # None: every step was skipped
                 losses[event["event"]].append((int(event["step"]), float(event["loss"])))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise FormatError("not an event of a run", where=f"{metrics} line {number}") from error
     return losses
 

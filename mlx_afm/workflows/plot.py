@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_afm.errors import ConfigError, FormatError, MissingDependencyError
-from mlx_afm.files import atomic_file, write_text
+from mlx_afm.errors import FormatError, MissingDependencyError, SettingError
+from mlx_afm.files import atomic_file, to_optional_path, to_path, write_text
 from mlx_afm.workflows.loss_curve import NAMES, Points, loss_curve_svg, read_losses
 from mlx_afm.workflows.run_folder import METRICS
 
@@ -17,7 +17,7 @@ MARKS = "*o+x#@%&"  # of the curves in a text plot, training and validation of e
 SIZE = (72, 18)  # columns and rows of a text plot, without its frame
 
 
-def read_runs(runs: Sequence[Path]) -> dict[str, Points]:
+def read_runs(runs: Sequence[str | Path]) -> dict[str, Points]:
     """The curves of some runs by name, "training" and "validation", with the run's name before it if there are several.
 
     Args:
@@ -26,9 +26,10 @@ def read_runs(runs: Sequence[Path]) -> dict[str, Points]:
     Raises:
         FormatError: no metrics, a damaged line, or nothing to draw.
     """
+    folders = [to_path(run) for run in runs]
     curves: dict[str, Points] = {}
-    labels = _labels(runs)
-    for run, label in zip(runs, labels):
+    labels = _labels(folders)
+    for run, label in zip(folders, labels):
         metrics = run / METRICS if run.is_dir() else run
         for kind, points in read_losses(metrics).items():
             name = NAMES[kind] if len(runs) == 1 else f"{label} {NAMES[kind]}"
@@ -46,17 +47,18 @@ def _labels(runs: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
-def plot(runs: Sequence[Path], output: Path | None = None) -> str:
+def plot(runs: Sequence[str | Path], output: str | Path | None = None) -> str:
     """The curves as text; with `output` also as a file, by its suffix: .svg, or .png, .pdf, .jpg with matplotlib.
 
     Raises:
         FormatError: see `read_runs`. ConfigError: an unknown suffix. MissingDependencyError: no matplotlib.
     """
+    output = to_optional_path(output)
     if output is not None and output.suffix not in (".svg", *PICTURES):
         expected = f"a name that ends in .svg, {', '.join(PICTURES)}"
-        raise ConfigError("unknown kind of picture", where=output, expected=expected)
+        raise SettingError("unknown kind of picture", where=output, expected=expected)
     curves = read_runs(runs)
-    title = ", ".join(_labels(runs))
+    title = ", ".join(_labels([to_path(run) for run in runs]))
     if output is not None and output.suffix == ".svg":
         write_text(output, loss_curve_svg(curves, title))
     elif output is not None:

@@ -7,6 +7,7 @@ adapters of the same rank and scale start from it, as those of the shipped model
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,12 +17,13 @@ from mlx_afm.adapters.layers import ALL
 from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.checkpoints.model_folder import BASE_ADAPTER, read_config, read_quantization
 from mlx_afm.checkpoints.names import TARGETS
-from mlx_afm.errors import ConfigError
-from mlx_afm.files import sha256_of
+from mlx_afm.errors import ConfigError, SettingError
+from mlx_afm.files import set_paths, sha256_of
+from mlx_afm.folders import lock_folder
 from mlx_afm.formats.mlx_folder import read_shards
-from mlx_afm.training import Callback, join_ranks
+from mlx_afm.training import Callback, Ranks, join_ranks
 from mlx_afm.training.distill import distillation_from
-from mlx_afm.training.hooks import ignore
+from mlx_afm.training.hooks import ignore, notes_of
 from mlx_afm.training.step import Loss
 from mlx_afm.workflows.lineage import fingerprint_of_model
 from mlx_afm.workflows.load import TOKENIZER, load
@@ -43,7 +45,7 @@ class RecoverJob:
             one, since the best is told by the next token's loss; of next-token the best if there is validation data.
 
     Raises:
-        ConfigError: settings that do not go together; all in one error.
+        SettingError: settings that exclude each other; all in one error.
     """
 
     run: LoRAJob
@@ -52,18 +54,23 @@ class RecoverJob:
     into_base: bool = False
 
     def __post_init__(self) -> None:
+        set_paths(self, "teacher")
         faults, form = [], self.run.lora
         if self.loss not in LOSSES:
             faults.append(f"loss: expected {' or '.join(LOSSES)}, found {self.loss}")
         if (self.teacher is None) == (self.loss == "distill"):
-            wanted = "the unquantised model's folder" if self.loss == "distill" else "none, since it is not asked"
+            wanted = (
+                "the unquantised model's folder"
+                if self.loss == "distill"
+                else "none: with loss next-token no teacher is used"
+            )
             faults.append(f"teacher: expected {wanted}, found {self.teacher}")
         if form.fine_tune_type != "lora":
-            faults.append(f"fine_tune_type: expected lora, found {form.fine_tune_type}")
+            faults.append(f"fine_tune_type: recover trains lora only, found {form.fine_tune_type}")
         if self.into_base and (set(form.targets) != set(TARGETS) or form.layers != ALL):
-            faults.append("into_base: a base adapter sits on all projections of all layers; leave targets and layers")
+            faults.append("into_base: a base adapter has all projections of all layers; leave targets and layers out")
         if faults:
-            raise ConfigError("the recovery's settings do not go together", details=faults)
+            raise SettingError("the settings of recover exclude each other", details=faults)
 
 
 @dataclass(frozen=True)
@@ -96,8 +103,16 @@ def recover(job: RecoverJob, on_event: Callback = ignore, should_stop: Callable[
     if not read_quantization(run.model):
         advice = "Quantise it first (mlx-afm convert -q), or train with mlx-afm lora."
         raise ConfigError("nothing to recover: the model is not in codes", where=run.model, advice=advice)
+    ranks = join_ranks(run.train.rank_timeout_seconds)
+    with ExitStack() as stack:
+        if job.into_base and ranks.leads:
+            stack.enter_context(lock_folder(run.model, on_note=notes_of(on_event)))
+        return _recover(replace(job, run=run), ranks, on_event, should_stop)
+
+
+def _recover(job: RecoverJob, ranks: Ranks, on_event: Callback, should_stop: Callable[[], bool]) -> Recovered:
+    run, kept = job.run, None
     trained = train(run, on_event, should_stop, NEXT_TOKEN if job.teacher is None else _objective(run, job.teacher))
-    ranks, kept = join_ranks(run.train.rank_timeout_seconds), None
     if job.into_base and not trained.interrupted:
         kept = run.model / BASE_ADAPTER
         if ranks.leads:

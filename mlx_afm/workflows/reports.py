@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from mlx_afm.errors import ConfigError, MissingDependencyError
+from mlx_afm.errors import MissingDependencyError, SettingError
 from mlx_afm.training import Callback, Evaluated, Event, StepsReported, TrainingFinished, to_record
 
 Log = Callable[[dict[str, float], int], None]  # values by name, step
@@ -98,7 +98,7 @@ def require_reports(names: Sequence[str]) -> None:
     """
     unknown = [name for name in names if name not in REPORTS]
     if unknown:
-        raise ConfigError("unknown report", expected=f"some of {', '.join(REPORTS)}", found=", ".join(unknown))
+        raise SettingError("unknown report", expected=f"some of {', '.join(REPORTS)}", found=", ".join(unknown))
     for name in names:
         load, package, _ = REPORTS[name]
         try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_afm.errors import ConfigError
-from mlx_afm.files import read_json
+from mlx_afm.files import read_json, to_path
 from mlx_afm.generation.schema import FORMS, parse_wanted
 from mlx_afm.text.response_format import response_format
 
@@ -24,12 +24,13 @@ class ResponseFormat(NamedTuple):
     message: dict[str, Any] | None
 
 
-def read_response_format(path: Path) -> ResponseFormat:
+def read_response_format(path: str | Path) -> ResponseFormat:
     """What a JSON file asks for: a schema of an object, named by its title or else the file's, or a response format.
 
     Raises:
         FormatError: no JSON file. ConfigError: neither of both.
     """
+    path = to_path(path)
     value = read_json(path)
     if not isinstance(value, Mapping):
         expected = "a JSON schema of an object, or a response format"

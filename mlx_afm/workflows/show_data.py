@@ -6,14 +6,15 @@ from pathlib import Path
 
 from mlx_afm.data.config import DataConfig
 from mlx_afm.data.sample import Choice, Sample, sample_examples
+from mlx_afm.data.sources import require_splits
 from mlx_afm.data.stats import OnProgress, SplitStats, measure_split
-from mlx_afm.errors import FormatError
+from mlx_afm.files import to_path
 from mlx_afm.text.tokenizer import AFMTokenizer
-from mlx_afm.workflows.check_data import require_splits, tokenizer_of
+from mlx_afm.workflows.check_data import tokenizer_of
 
 
 def stats(
-    data: Path, model: Path, reading: DataConfig | None = None, *, on_progress: OnProgress | None = None
+    data: str | Path, model: str | Path, reading: DataConfig | None = None, *, on_progress: OnProgress | None = None
 ) -> dict[str, SplitStats]:
     """Each split in numbers; see `measure_split`.
 
@@ -23,6 +24,8 @@ def stats(
         reading: how the data becomes tokens.
         on_progress: told of bytes read and in all, for each split.
     """
+    data = to_path(data)
+    model = to_path(model)
     splits, tokenizer_file = require_splits(data), tokenizer_of(model)
     return {
         name: measure_split(files, tokenizer_file, reading, on_progress=on_progress) for name, files in splits.items()
@@ -30,15 +33,15 @@ def stats(
 
 
 def samples(
-    data: Path, model: Path, choice: Choice, reading: DataConfig | None = None, split: str | None = None
+    data: str | Path, model: str | Path, choice: Choice, reading: DataConfig | None = None, split: str | None = None
 ) -> list[Sample]:
     """Some examples of a split as the model sees them; see `sample_examples`.
 
     Raises:
         FormatError: no such split; the first there is if None.
     """
-    splits = require_splits(data)
+    data = to_path(data)
+    model = to_path(model)
+    splits = require_splits(data, *([] if split is None else [split]))
     name = next(iter(splits)) if split is None else split
-    if name not in splits:
-        raise FormatError(f"no {name} split", where=data, expected=" or ".join(splits))
     return sample_examples(splits[name], AFMTokenizer.from_file(tokenizer_of(model)), choice, reading)

@@ -10,7 +10,7 @@ from typing import Any
 
 from mlx_afm.checkpoints.toolkit import find_toolkit_files
 from mlx_afm.errors import ConfigError, FormatError
-from mlx_afm.files import read_json
+from mlx_afm.files import read_json, to_optional_path, to_path
 from mlx_afm.formats.asset_pack import AssetPack
 from mlx_afm.formats.fmadapter import METADATA_FILE, no_files
 from mlx_afm.formats.fmadapter_metadata import read_metadata
@@ -22,9 +22,9 @@ from mlx_afm.workflows.toolkit import OnNote, find_assets, model_folder
 
 def export_checkpoint(
     config: ExportConfig,
-    assets: Path | None,
+    assets: str | Path | None,
     *,
-    draft_checkpoint: Path | None = None,
+    draft_checkpoint: str | Path | None = None,
     on_note: OnNote = lambda text: None,
 ) -> Exported:
     """Makes a package of a toolkit checkpoint, with the draft pair if there is a draft checkpoint.
@@ -38,6 +38,8 @@ def export_checkpoint(
     Raises:
         ConfigError, AdapterError, FormatError: see `export_package` and `open_draft_pair`.
     """
+    assets = to_optional_path(assets)
+    draft_checkpoint = to_optional_path(draft_checkpoint)
     place = _assets_or_none(assets, draft_checkpoint)
     if place is not None:
         has_signature = (place / "export").is_dir() or (place.absolute().parent / "export").is_dir()
@@ -74,13 +76,14 @@ def _model(assets: Path, on_note: OnNote) -> Path | None:
 
 
 def asset_pack_of(
-    package: Path, *, platforms: tuple[str, ...] = (), policy: str | None = None, events: tuple[str, ...] = ()
+    package: str | Path, *, platforms: tuple[str, ...] = (), policy: str | None = None, events: tuple[str, ...] = ()
 ) -> AssetPack:
     """The pack of a package; what is not given has `AssetPack`'s defaults.
 
     Raises:
         FormatError: no package. ConfigError: see `AssetPack`.
     """
+    package = to_path(package)
     if not package.is_dir():
         raise FormatError("no such package", where=package, expected="a .fmadapter folder")
     metadata, _ = read_metadata(package / METADATA_FILE)
@@ -89,12 +92,13 @@ def asset_pack_of(
     return AssetPack(package=package.absolute(), identifier=metadata.identifier, **settings)
 
 
-def produce_pack(pack: AssetPack, output: Path) -> Path:
+def produce_pack(pack: AssetPack, output: str | Path) -> Path:
     """Runs Apple's packaging command; returns the archive.
 
     Raises:
         ConfigError: no Xcode here, or the command failed; with the command.
     """
+    output = to_path(output)
     archive = output if output.suffix == ".aar" else output / pack.archive.name
     archive = archive.absolute()
     if shutil.which("xcrun") is None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_afm.errors import DataError, FormatError
+from mlx_afm.files import to_optional_path, to_path
 from mlx_afm.generation import GenerateConfig, generate
 from mlx_afm.workflows.load import load
 
@@ -16,11 +17,15 @@ Conversation = str | list[Mapping[str, Any]]
 
 def conversations_of(prompt: str) -> list[Conversation]:
     """What to answer: the prompt itself, or the conversations of the `.jsonl` that it names; see `read_prompts`."""
-    return read_prompts(Path(prompt)) if prompt.endswith(".jsonl") else [prompt]
+    return read_prompts(prompt) if prompt.endswith(".jsonl") else [prompt]
 
 
 def answers(
-    model: Path, conversations: Sequence[Conversation], config: GenerateConfig, *, checkpoint: Path | None = None
+    model: str | Path,
+    conversations: Sequence[Conversation],
+    config: GenerateConfig,
+    *,
+    checkpoint: str | Path | None = None,
 ) -> Iterator[tuple[int, str]]:
     """The number of each conversation, from 0, and its answer.
 
@@ -33,18 +38,20 @@ def answers(
     Raises:
         DataError: messages that the template cannot render. AdapterError: an adapter for another model.
     """
+    checkpoint = to_optional_path(checkpoint)
     loaded, tokenizer = load(model, checkpoint)
     for number, conversation in enumerate(conversations):
         yield number, generate(loaded, tokenizer, conversation, config)
 
 
-def read_prompts(path: Path) -> list[Conversation]:
+def read_prompts(path: str | Path) -> list[Conversation]:
     """The conversations in a file, one a line: a list of messages, or an object whose first value is that list.
 
     Raises:
         DataError: a line of another form, or one that does not end with the user; all of them.
         FormatError: no such file, or not UTF-8.
     """
+    path = to_path(path)
     if not path.is_file():
         raise FormatError("no such file", where=path, expected="conversations, one a line")
     try:

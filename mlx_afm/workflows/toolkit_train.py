@@ -17,14 +17,16 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 
 from mlx_afm.adapters import LoRAConfig
 from mlx_afm.checkpoints.model_folder import read_toolkit_config
-from mlx_afm.data import DataConfig
-from mlx_afm.errors import ConfigError, FormatError
+from mlx_afm.data import DataConfig, default_cache
+from mlx_afm.errors import ConfigError, FormatError, SettingError
+from mlx_afm.files import set_paths
+from mlx_afm.folders import lock_folder
 from mlx_afm.training import (
     Callback,
     DataOrder,
@@ -37,6 +39,7 @@ from mlx_afm.training import (
     TrainingResumed,
 )
 from mlx_afm.training.distributed import launched_size
+from mlx_afm.training.hooks import notes_of
 from mlx_afm.workflows.export import convert_adapter
 from mlx_afm.workflows.lora import LoRAJob, Trained, read_split, train
 
@@ -61,6 +64,7 @@ class ToolkitTraining:
         max_sequence_length: longest example, what is beyond is cut off; without it too long examples are refused.
         pack_sequences: several examples a row of that length; `batch_size` rows a batch.
         loss_update_frequency: steps between reports.
+        cache: folder that keeps encoded data; None keeps nothing.
 
     Raises:
         ConfigError: settings that the toolkit refuses too.
@@ -82,8 +86,10 @@ class ToolkitTraining:
     max_sequence_length: int | None = None
     pack_sequences: bool = False
     loss_update_frequency: int = 3
+    cache: Path | None = field(default_factory=default_cache)
 
     def __post_init__(self) -> None:
+        set_paths(self, "model", "train_data", "checkpoint_dir", "eval_data")
         faults = []
         for name in ("checkpoint_frequency", "epochs", "batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
@@ -95,7 +101,7 @@ class ToolkitTraining:
         if self.pack_sequences and self.max_sequence_length is None:
             faults.append("pack_sequences: expected with max_sequence_length, the length of a row")
         if faults:
-            raise ConfigError("training settings out of range", details=faults)
+            raise SettingError("training settings out of range", details=faults)
 
     def require_data(self) -> None:
         """Checks that there are files to read, before anything is converted or loaded.
@@ -122,6 +128,11 @@ def train_adapter(settings: ToolkitTraining, on_event: Callback, should_stop: Ca
     if launched_size() != 1:
         advice = "Several train with: mlx.launch -n N -- python -m mlx_afm lora ..."
         raise ConfigError("train_adapter is for one process", advice=advice)
+    with lock_folder(settings.checkpoint_dir, on_note=notes_of(on_event)):
+        return _train_adapter(settings, on_event, should_stop)
+
+
+def _train_adapter(settings: ToolkitTraining, on_event: Callback, should_stop: Callable[[], bool]) -> Trained:
     job = _job(settings)
     ends = _epoch_ends(job)
     job = replace(job, train=replace(job.train, warmup=_warmup_steps(settings.warmup_epochs, ends)))
@@ -131,7 +142,8 @@ def train_adapter(settings: ToolkitTraining, on_event: Callback, should_stop: Ca
         if epoch % settings.checkpoint_frequency and end != ends[-1]:
             continue
         leg = _Leg(start, end, on_event, should_stop)
-        trained = train(replace(job, resume=start > 0), on_event=leg.handle, should_stop=leg.should_stop)
+        sitting = replace(job, resume=start > 0, overwrite=start == 0)
+        trained = train(sitting, on_event=leg.handle, should_stop=leg.should_stop)
         if trained.interrupted and not leg.reached:
             break
         checkpoints.save(epoch, leg.metric)
@@ -145,6 +157,7 @@ def _job(settings: ToolkitTraining) -> LoRAJob:
     length = settings.max_sequence_length
     return LoRAJob(
         model=settings.model,
+        cache=settings.cache,
         data=_link_data(run / "data", settings),
         adapter_path=run,
         lora=LoRAConfig() if adapter is None else LoRAConfig(rank=adapter.rank, scale=adapter.scale),

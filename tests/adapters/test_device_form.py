@@ -43,7 +43,7 @@ def gentle(adapter: Adapter) -> Adapter:
 
 
 def values(adapter: Adapter) -> dict[str, np.ndarray]:
-    return {name: np.array(tensor.read()) for name, tensor in adapter.weights.items()}
+    return {name: np.array(tensor.read_values()) for name, tensor in adapter.weights.items()}
 
 
 def logits(adapter: Adapter) -> np.ndarray:
@@ -145,7 +145,7 @@ def test_reducing_what_has_the_smaller_rank_loses_nothing():
 def test_a_module_narrower_than_the_rank_is_reduced_exactly():
     adapter = new_adapter(LoRAConfig(rank=40))  # keys and values are 16 wide
     reduced, change = to_device_form(adapter, None, DeviceForm(reduce_rank=True))
-    assert reduced.weights["model.layers.0.self_attn.qkv_proj.k.lora_b"].read().shape == (32, 16)
+    assert reduced.weights["model.layers.0.self_attn.qkv_proj.k.lora_b"].read_values().shape == (32, 16)
     assert list(change.reduction_errors) == ["model.layers.0.self_attn.qkv_proj.k"], "only what is read is decomposed"
     assert change.max_reduction_error < 1e-7
 
@@ -164,7 +164,7 @@ def test_values_that_are_no_numbers_cannot_be_reduced():
     bad = {**adapter.weights, name: LazyTensor.of(np.full((6, BASE.feed_forward_dim), np.nan, np.float32))}
     reduced, _ = to_device_form(Adapter(adapter.config, BASE, bad), None, DeviceForm(rank=4, reduce_rank=True))
     with pytest.raises(AdapterError, match=r"model\.layers\.1\.mlp\.up_proj: values are infinite"):
-        reduced.weights[name].read()
+        reduced.weights[name].read_values()
 
 
 PARTIAL = [

@@ -39,10 +39,10 @@ def test_blocks_are_the_whole(source, target, monkeypatch):
         tensor = LazyTensor.of(values.astype(source))
     done = cast(tensor, target)
     assert (done.dtype, done.shape) == (target, (7, 11))
-    blocks = list(done.blocks())
+    blocks = list(done.iter_stored())
     assert len(blocks) > 1
-    assert np.array_equal(np.concatenate(blocks), done.read().reshape(-1))
-    assert b"".join(done.iter_bytes("x")) == done.read().tobytes()
+    assert np.array_equal(np.concatenate(blocks), done.read_stored().reshape(-1))
+    assert b"".join(done.iter_bytes("x")) == done.read_stored().tobytes()
     assert mx.array_equal(to_mlx(done), to_mlx(tensor).astype(getattr(mx, target)))
 
 

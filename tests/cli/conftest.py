@@ -1,6 +1,9 @@
+import errno
 import io
 import json
+import os
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -45,14 +48,14 @@ def cli(capsys, monkeypatch):
 def expect_refusal(cli, tmp_path):
     """A function that runs a command line which must fail, and gives its message.
 
-    Failing is: exit 1, one message on stderr (after what progress there was), nothing on stdout, and no
-    file in the test's folder made, changed or removed.
+    Failing is: exit 1, or `code`; one message on stderr (after what progress there was), nothing on stdout, and
+    no file in the test's folder made, changed or removed.
     """
 
-    def run(*arguments, says, stdin=b""):
+    def run(*arguments, says, stdin=b"", code=1):
         before = _files(tmp_path)
         ran = cli(*arguments, stdin=stdin)
-        assert ran.code == 1
+        assert ran.code == code, ran.err
         assert ran.out == ""
         assert ran.err.count("mlx-afm: ") == 1
         assert "Traceback" not in ran.err
@@ -77,3 +80,24 @@ def say(cli, model_folder):
         return cli("generate", "--model", model, "--prompt", prompt, "-m", tokens, "--json", *arguments).json
 
     return ask
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """A context manager in which the disk is full from some write to disk on (a file is synced when it is whole)."""
+
+    @contextmanager
+    def full(after=0):
+        plain, calls = os.fsync, []
+
+        def sync(descriptor):
+            calls.append(descriptor)
+            if len(calls) > after:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            plain(descriptor)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", sync)
+            yield
+
+    return full

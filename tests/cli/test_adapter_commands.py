@@ -11,7 +11,7 @@ from mlx_afm.checkpoints.model_folder import read_config
 
 def values(path, base):
     adapter = read_adapter(path, base)
-    return {name: np.asarray(tensor.read(), np.float32).tobytes() for name, tensor in adapter.weights.items()}
+    return {name: np.asarray(tensor.read_values(), np.float32).tobytes() for name, tensor in adapter.weights.items()}
 
 
 def test_export_writes_a_package_and_checks_it(adapter_forms, model_folder, tmp_path, cli):

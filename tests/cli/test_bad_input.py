@@ -148,7 +148,7 @@ def test_a_checkpoint_that_is_none(content, says, expect_toolkit_refusal):
 
 def test_a_head_that_is_not_the_embedding(toolkit_folder, expect_toolkit_refusal):
     state = dict(read_torch(toolkit_folder / "base-model.pt"))
-    state["output_transform.weight"] = type(state["embedding.weight"]).of(state["embedding.weight"].read() + 1)
+    state["output_transform.weight"] = type(state["embedding.weight"]).of(state["embedding.weight"].read_values() + 1)
     says = ["base-model.pt: output_transform.weight is not embedding.weight", "a model with its own head cannot be"]
     expect_toolkit_refusal(lambda folder: write_torch(folder / "base-model.pt", state), says)
 
@@ -249,7 +249,7 @@ def test_words_need_a_tokenizer(model_folder, data_folder, copy_of, expect_refus
 @pytest.mark.parametrize(
     ("prompt", "says"),
     [
-        (b"say <turn_end> now", ["'<turn_end>'", "column 5", "write it another way"]),
+        (b"say <turn_end> now", ["'<turn_end>'", "column 5", "Change the text"]),
         (b"caf\xe9", ["stdin, byte 4: not UTF-8 text"]),
     ],
 )
@@ -291,9 +291,9 @@ def test_all_faulty_lines_come_in_one_message(tmp_path, expect_data_refusal):
         6: ('"text"', "not a record (expected a list of messages or an object, found str)"),
         8: (line("a"), "nothing to learn from: no assistant message. Add the answer"),
         9: (line("a", "b", "c"), "message 2: the conversation does not end with an answer (expected role 'assistant'"),
-        10: ('[{"role": "user", "content": ["a"]}]', "message 0: content is not text (expected a string, found list)"),
-        11: ('[{"role": "assistant", "content": "a"}]', "message 0: assistant message in the wrong place"),
-        12: ('[{"role": "user", "content": "a", "weight": 1}]', "unknown keys for role 'user': weight"),
+        10: ('[{"role": "user", "content": ["a"]}]', "message 0: a part of the content is not text (expected {"),
+        11: ('[{"role": "assistant", "content": "a"}]', "no user message (found 1 messages)"),
+        12: ('[{"role": "user", "content": "a", "wait": 1}]', "unknown keys for role 'user': wait"),
         13: ("[" + "9" * 5000 + "]", "not JSON"),
         14: ('{"prompt": "a", "answer": "b"}', "a record of no dialect we know"),
         15: ("[" * 100_000, "JSON nested too deeply"),
@@ -384,13 +384,13 @@ def test_data_that_is_not_there(model_folder, data_folder, tmp_path, expect_refu
 def test_training_settings_out_of_range(options, says, model_folder, data_folder, tmp_path, expect_refusal):
     expect_refusal("lora", "--train", "--model", model_folder, "--data", data_folder,
             "--adapter-path", tmp_path / "run",
-            *options, says=says)  # fmt: skip
+            *options, says=says, code=2)  # fmt: skip
 
 
 def test_a_config_file_with_unknown_options(tmp_path, expect_refusal):
     (tmp_path / "run.yaml").write_text("model: m\ndata: d\nlerning_rate: 1\nlora_layers: 3\n")
     says = [tmp_path / "run.yaml", "unknown options", "lerning_rate: is it 'learning_rate'?", "lora_layers"]
-    expect_refusal("lora", "--train", "-c", tmp_path / "run.yaml", says=says)
+    expect_refusal("lora", "--train", "-c", tmp_path / "run.yaml", says=says, code=2)
 
 
 @pytest.mark.parametrize("name", ["my-adapter", "a b", "", "a.b", "ü"])
@@ -405,21 +405,29 @@ def test_a_name_devices_refuse_is_found_before_anything_is_read(
     monkeypatch.setattr("mlx_afm.workflows.export.read_adapter", read)
     says = ["not a name that devices accept", "expected ASCII letters, digits and underscores", repr(name)]
     expect_refusal("lora", "--train", "--model", model_folder, "--data", tmp_path, "--adapter-path", tmp_path / "run",
-            "--name", name, says=says)  # fmt: skip
+            "--name", name, says=says, code=2)  # fmt: skip
     expect_refusal(
-        "export", "--adapter-path", tmp_path / "any", "--name", name, "--output-dir", tmp_path / "out", says=says
+        "export",
+        "--adapter-path",
+        tmp_path / "any",
+        "--name",
+        name,
+        "--output-dir",
+        tmp_path / "out",
+        says=says,
+        code=2,
     )
 
 
 def test_a_name_with_a_hyphen_comes_with_a_better_one(adapter_forms, tmp_path, expect_refusal):
     expect_refusal("adapter", "convert", adapter_forms["folder"], tmp_path / "my-box.fmadapter",
-            says=["found 'my-box'", "Hyphens", "use e.g. my_box"])  # fmt: skip
+            says=["found 'my-box'", "Hyphens", "use e.g. my_box"], code=2)  # fmt: skip
 
 
 def test_a_signature_must_be_one(adapter_forms, tmp_path, expect_refusal):
     expect_refusal("export", "--adapter-path", adapter_forms["folder"], "--name", "box",
             "--output-dir", tmp_path / "out",
-            "--signature", "12ab", says=["signature must be 40 lower-case hex digits, not '12ab'"])  # fmt: skip
+            "--signature", "12ab", says=["signature must be 40 lower-case hex digits, not '12ab'"], code=2)  # fmt: skip
 
 
 # Adapters -------------------------------------------------------------------------------------------

@@ -104,10 +104,11 @@ def test_adapters_by_name_and_by_path(talk, answer, adapter_forms):
     assert ran.out == f"{base}\n{adapted}\n{adapted}\n{base}\n"
     said = [line for line in ran.err.splitlines() if "adapter" in line]
     assert said == [
-        "(adapter none; there are none, box)",
-        "(adapter box)",
-        f"(adapter {other})",
-        "(adapter none)",
+        "(adapter in use: none)",
+        "(adapters to choose from: none, box)",
+        "(adapter in use: box)",
+        f"(adapter in use: {other})",
+        "(adapter in use: none)",
     ]
 
 
@@ -145,11 +146,11 @@ def test_what_is_refused_is_said_and_the_chat_goes_on(talk, answer, tmp_path, ot
     (tmp_path / "mine.jsonl").write_text("mine")
     refused = {
         f"/save {tmp_path}/chat.jsonl": "nothing was answered yet",
-        "/nonsense": "no such command: /nonsense; /help tells all",
+        "/nonsense": "no such command: /nonsense; /help lists the commands",
         "/adapter nobody": "nobody: no such adapter",
         f"/adapter {other_adapter}": "mlx-afm: ",
         "a<turn_end>b": "spells out the special token '<turn_end>'",
-        "/save": "/save FILE: a .jsonl or .json",
+        "/save": "/save needs a file name",
     }
     ran = talk(*refused, FIRST, f"/save {tmp_path}/mine.jsonl", f"/save {tmp_path}/chat.txt")
     assert (ran.code, ran.out) == (0, f"{answer(FIRST)}\n")
@@ -167,7 +168,7 @@ def test_a_full_context_is_said(talk, answer):
     assert answer(FIRST).startswith(first)
     assert answer("hi").startswith(second)
     full, refused, *_ = ran.err.splitlines()
-    assert full == "(the conversation fills the context: /save it if you like, and /reset)"
+    assert full == "(the conversation has reached the context limit; /save FILE keeps it, /reset starts a new one)"
     assert refused.startswith("mlx-afm: the conversation fills the model's context (expected at most 45 tokens")
 
 
@@ -193,9 +194,9 @@ def test_a_draft_model_changes_no_answer(talk, model_folder):
         (["--adapter", "box"], 2, "expected NAME=PATH, found box"),
         (["--adapter", "box=nowhere"], 2, "no such file or folder: nowhere"),
         (["--num-draft-tokens", "0"], 2, "expected 1 to 100, or auto; found 0"),
-        (["--context", "5000"], 1, "context_tokens: expected from 2 to 4096, found 5000"),
-        (["--temp", "-1"], 1, "temp: expected at least 0"),
-        (["--top-k", "512"], 1, "top_k is too large"),
+        (["--context", "5000"], 2, "context_tokens: expected from 2 to 4096, found 5000"),
+        (["--temp", "-1"], 2, "temp: expected at least 0"),
+        (["--top-k", "512"], 2, "top_k is too large"),
         (["--adapter-path", "nowhere"], 1, "nowhere"),
         (["--draft-model", "nowhere"], 1, "nowhere"),
     ],

@@ -15,7 +15,7 @@ TOOLKIT_FILES = ("base-model.pt", "base-model-config.json", "tokenizer.model")
 
 
 def bits(tensor):
-    return tensor.dtype, tensor.shape, np.ascontiguousarray(tensor.read()).tobytes()
+    return tensor.dtype, tensor.shape, np.ascontiguousarray(tensor.read_stored()).tobytes()
 
 
 def test_the_model_folder_holds_the_weights_of_the_checkpoint(model_folder):
@@ -26,7 +26,7 @@ def test_the_model_folder_holds_the_weights_of_the_checkpoint(model_folder):
     assert set(found) == set(wanted)
     for name, tensor in wanted.items():
         assert found[name].dtype == mx.float32
-        np.testing.assert_array_equal(np.array(found[name]), cast(tensor, "float32").read())
+        np.testing.assert_array_equal(np.array(found[name]), cast(tensor, "float32").read_values())
 
 
 @pytest.mark.parametrize("form", ["toolkit", "assets", "pt"])

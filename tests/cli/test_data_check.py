@@ -143,8 +143,8 @@ def test_what_is_refused(expect_refusal, cli, folder, tmp_path, model_folder):
     expect_refusal(*check, data, "--fix", data, says=[data, "exists"])
     expect_refusal(*check, data, "--model", tmp_path / "other", says=["the model folder has no tokenizer"])
     expect_refusal(*check, data, "--model", tmp_path / "gone", says=["no such folder"])
-    expect_refusal(*check, data, "--max-seq-length", 1, says=["max_tokens: expected at least 2, found 1"])
-    expect_refusal(*check, data, "--transform", "gone:f", says=["no such transform"])
+    expect_refusal(*check, data, "--max-seq-length", 1, says=["max_tokens: expected at least 2, found 1"], code=2)
+    expect_refusal(*check, data, "--transform", "gone:f", says=["no such transform"], code=2)
     folder(train=["{"])
     expect_refusal(*check, data, "--fix", tmp_path / "fixed", says=["no example would be left"])
     for wrong in ((), (data, "--data", data), (data, "--field", "prompt"), (data, "--overflow", "x")):

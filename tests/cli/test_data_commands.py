@@ -102,12 +102,12 @@ def test_what_data_holds_does_not_steer_the_terminal():
 
 
 def test_render_refusals(folder, model_folder, expect_refusal):
-    def refuse(*options, says):
-        expect_refusal("data", "render", folder, "--model", model_folder, *options, says=says)
+    def refuse(*options, says, code=1):
+        expect_refusal("data", "render", folder, "--model", model_folder, *options, says=says, code=code)
 
     refuse("--line", 99, says=["no example in line 99"])
-    refuse("--split", "test", says=["no test split", "expected train or valid"])
-    refuse("--line", 1, "--seed", 1, says=["two ways to choose"])
+    refuse("--split", "test", says=["no test split", "expected test.jsonl (or .json", "found train.jsonl, valid.jsonl"])
+    refuse("--line", 1, "--seed", 1, says=["two ways to choose"], code=2)
     refuse("--max-seq-length", 10, says=["train.jsonl line 1: too long"])
 
 
@@ -130,7 +130,7 @@ def test_split_refusals(folder, tmp_path, expect_refusal):
     one = folder / "train.jsonl"
     expect_refusal("data", "split", one, "--out", folder, says=["would replace its source"])
     expect_refusal(
-        "data", "split", one, "--out", tmp_path / "o", "--valid", 2, says=["out of range", "valid: expected"]
+        "data", "split", one, "--out", tmp_path / "o", "--valid", 2, says=["out of range", "valid: expected"], code=2
     )
 
 
@@ -162,5 +162,14 @@ def test_convert_refusals(folder, tmp_path, expect_refusal):
     expect_refusal("data", "convert", folder, folder, says=["the output folder is not empty"])
     expect_refusal("data", "convert", tmp_path / "none", tmp_path / "out", says=["no such file or folder"])
     expect_refusal(
-        "data", "convert", folder, tmp_path / "o", "--field", "a=b", "--transform", "x:y", says=["transform"]
+        "data",
+        "convert",
+        folder,
+        tmp_path / "o",
+        "--field",
+        "prompt=b",
+        "--transform",
+        "x:y",
+        says=["transform"],
+        code=2,
     )

@@ -57,7 +57,7 @@ def test_the_table(cli):
 
 @pytest.mark.parametrize(
     ("line", "says"),
-    [(("--memory", "lots"), "a size such as 16GB"), (("--data", "x"), "--data needs --model")],
+    [(("--memory", "lots"), "a number of bytes such as 200MB"), (("--data", "x"), "--data needs --model")],
 )
 def test_wrong_usage(line, says, cli):
     ran = cli("estimate", *line)
@@ -66,7 +66,7 @@ def test_wrong_usage(line, says, cli):
 
 
 def test_an_unknown_base(expect_refusal):
-    expect_refusal("estimate", "--base", "3-bit", says=["unknown form of base weights", "2-bit"])
+    expect_refusal("estimate", "--base", "3-bit", says=["unknown form of base weights", "2-bit"], code=2)
 
 
 def test_training_states_its_peak_and_refuses_what_cannot_be(model_folder, data_folder, tmp_path, cli, monkeypatch):

@@ -100,7 +100,7 @@ def test_a_pack_is_described_by_manifest_and_command(arguments, tmp_path, cli):
 
 def test_a_pack_that_cannot_be_made_stops_the_export(arguments, tmp_path, cli):
     ran = cli(*arguments, "--asset-pack", "--platforms", "watchOS")
-    assert ran.code == 1
+    assert ran.code == 2
     assert "watchOS" in ran.err
     assert not (tmp_path / "out").exists()
 

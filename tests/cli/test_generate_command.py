@@ -79,4 +79,4 @@ def test_a_seed_repeats_a_sample(say):
     ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
 )
 def test_settings_out_of_range(options, says, model_folder, expect_refusal):
-    expect_refusal("generate", "--model", model_folder, "--prompt", PROMPT, *options, says=says)
+    expect_refusal("generate", "--model", model_folder, "--prompt", PROMPT, *options, says=says, code=2)

@@ -139,7 +139,7 @@ def test_a_prompt_cache_is_written_once_and_used_after(cli, model_folder, say, t
         *line, file, "--adapter-path", adapter_forms["folder"], says=["cache of another model or adapter", file, advice]
     )
     expect_refusal(*line, file, "--kv-bits", 8, says=["cache of the other kind", file])
-    expect_refusal(*line, tmp_path / "kept.bin", says=["the name of a prompt cache", "expected .safetensors"])
+    expect_refusal(*line, tmp_path / "kept.bin", says=["the name of a prompt cache", "expected .safetensors"], code=2)
     file.write_bytes(before[: len(before) // 2])
     expect_refusal(*line, file, says=[file])
 

@@ -1,4 +1,7 @@
+import errno
 import json
+import os
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -103,3 +106,37 @@ def test_as_a_program_it_reads_stdin_and_answers(model_folder, adapter_forms, sa
     assert ran.returncode == 0
     assert ran.stdout.decode() == say(*adapter, prompt="größer\nals")["text"] + "\n"
     assert ran.stderr == b""
+
+
+def test_sizes_are_in_gb(cli, model_folder, data_folder, tmp_path):
+    line = ["lora", "--train", "--model", model_folder, "--data", data_folder, "--adapter-path", tmp_path / "a"]
+    ran = cli(*line, "--iters", 1, "--batch-size", 2, "--steps-per-report", 1, "--no-cache")
+    assert ran.code == 0
+    assert re.search(r"step 1/1 .*  peak \d+\.\d\d GB  ", ran.err)
+    assert "GiB" not in ran.err
+
+
+def test_a_full_disk_is_said_with_what_to_do(cli, monkeypatch):
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("mlx_afm.workflows.inspect.inspect", fail)
+    ran = cli("inspect", "x")
+    assert ran.code == 1
+    assert "the operating system reports: No space left on device. Free some space" in ran.err
+
+
+def test_a_name_of_bytes_that_are_no_text(cli, tmp_path):
+    ran = cli("inspect", os.fsdecode(bytes(tmp_path) + b"/\xff"))
+    assert ran.code == 1
+    assert "no such file or folder" in ran.err
+
+
+def test_ctrl_c_while_the_first_modules_are_imported_is_one_line(tmp_path):
+    """A stand-in for click, the first library that is imported, sends the signal at a known moment."""
+    (tmp_path / "click.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    line = [sys.executable, "-m", "mlx_afm", "--version"]
+    ran = subprocess.run(
+        line, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "mlx-afm: interrupted\n")

@@ -5,9 +5,10 @@ import click
 import pytest
 
 from mlx_afm.adapters import LoRAConfig
-from mlx_afm.errors import ConfigError
+from mlx_afm.errors import ConfigError, SettingError
 from mlx_afm.training import TrainConfig
-from mlx_afm_cli.settings import KNOWN, TYPES, read_settings, request_from
+from mlx_afm_cli.settings import request_from
+from mlx_afm_cli.settings_file import KNOWN, TYPES, read_settings
 
 PLACES = {"model": Path("m"), "data": Path("d")}
 
@@ -89,6 +90,16 @@ def test_model_and_data_are_needed(flags, missing):
         ("train: 'false'", ["train: expected true or false, found 'false'"]),
         ("targets: 3", ["targets: expected a list of names", "found 3"]),
         ("model: 3\nadapter_path: [a]", ["model: expected text, found 3", "adapter_path: expected text"]),
+        ("rate_factors: {lora_b: x}", ["rate_factors: expected a mapping of names to numbers, found {'lora_b': 'x'}"]),
+        ("rate_factors: {lora_b: [1]}", ["rate_factors: expected a mapping of names to numbers"]),
+        ("rate_factors: {1: 2}", ["rate_factors: expected a mapping of names to numbers"]),
+        ("targets: [1]\nreport_to: [x, {}]", ["targets: expected a list of names", "report_to: expected a list"]),
+        ("sample_prompt: [3]\nfield: {a: b}", ["sample_prompt: expected a text", "field: expected a text, or a list"]),
+        ("alpha: " + "9" * 400, ["alpha: expected a number"]),
+        ("1: 2", ["keys that are no names", "  1"]),
+        ("iters: 1\nseed: 2\niters: 3", ["a key occurs twice", "line 3: iters"]),
+        ("batch-size: 1\nbatch_size: 2", ["a key occurs twice", "line 2: batch_size"]),
+        ("rank: 8\nlora_parameters: {rank: 16}", ["keys in lora_parameters and outside it", "  rank"]),
         ("- iters", ["not a mapping of options"]),
         ("", ["not a mapping of options"]),
         ("iters: 3\nmodel: {", ["run.yaml line 2: not YAML"]),
@@ -140,9 +151,14 @@ def test_the_layers_in_both_ways(text, flags, layers, yaml_file):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ({"alpha": 8.0, "scale": 0.5}, "alpha and scale say the same thing"),
-        ({"layers": "reuse", "num_layers": 3}, "layers and num_layers say the same thing"),
+        ({"alpha": 8.0, "scale": 0.5}, "alpha and scale exclude each other"),
+        ({"layers": "reuse", "num_layers": 3}, "layers and num_layers exclude each other"),
         ({"num_layers": 0}, "num_layers out of range"),
+        ({"iters": 3, "epochs": 2}, "iters and epochs exclude each other"),
+        ({"fine_tune_type": "full", "rank": 8}, "rank: only lora and dora have it"),
+        ({"fine_tune_type": "qat", "dropout": 0.1}, "dropout: only lora and dora have it"),
+        ({"sample_tokens": 8}, "sample_tokens has no effect without sample_prompt"),
+        ({"project_name": "p"}, "project_name has no effect without report_to"),
         ({"use_rslora": True}, "use_rslora: expected with alpha"),
         ({"fine_tune_type": "full", "targets": "q"}, "full fine-tuning takes whole layers"),
     ],
@@ -150,6 +166,49 @@ def test_the_layers_in_both_ways(text, flags, layers, yaml_file):
 def test_what_cannot_be_said(flags, says):
     with pytest.raises(ConfigError, match=says):
         request_from(None, {**PLACES, **flags})
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("mask_prompt: false", ["mask_prompt: leave it out", "only answers are trained"]),
+        ("test_batches: 500", ["test_batches: leave it out", "whole test split"]),
+        ("lora_parameters: {keys: [self_attn.q_proj], rank: 8}", ["keys: write targets: some of q,k,v,o"]),
+        ("lr_schedule: {name: cosine_decay}", ["lr_schedule: write schedule: cosine"]),
+        ("clear_cache_threshold: 3", ["clear_cache_threshold: leave it out"]),
+        ("wandb: name", ["wandb: write report_to: wandb"]),
+        ("hf_dataset: {name: x}", ["hf_dataset: save the data set as files"]),
+        ("prompt_feature: question", ["prompt_feature: write field: NAME=COLUMN"]),
+        ("lora_layers: 4", ["lora_layers: write num_layers"]),
+    ],
+)
+def test_keys_of_mlx_lm_are_answered(text, says, yaml_file):
+    with pytest.raises(SettingError, match="unknown options") as caught:
+        read_settings(yaml_file(text))
+    for part in says:
+        assert part in str(caught.value)
+
+
+def test_keys_of_mlx_lm_that_ask_for_what_happens_anyway_are_taken(yaml_file):
+    assert read_settings(yaml_file("mask_prompt: true\ntest_batches: -1\niters: 3")) == {"iters": 3}
+
+
+@pytest.mark.parametrize("name", ["mask_prompts", "test_batch", "rate", "steps_per_save", "qwerty"])
+def test_a_name_is_suggested_only_if_it_is_a_misspelling(name, yaml_file):
+    with pytest.raises(SettingError) as caught:
+        read_settings(yaml_file(f"{name}: 1"))
+    assert "is it" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["rate_factors: {lora_b: x}", "optimizer_config: {adamw: 3}", "iters: [1]", "itres: 3", "rank: 0", "seed: -1"],
+)
+def test_a_wrong_value_in_a_file_is_wrong_usage(text, yaml_file, cli, model_folder, data_folder):
+    ran = cli("lora", "--train", "--model", model_folder, "--data", data_folder, "-c", yaml_file(text))
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.startswith("mlx-afm: ")
+    assert "Traceback" not in ran.err
 
 
 def test_optimizer_settings_flat_or_as_mlx_lm_has_them(yaml_file):

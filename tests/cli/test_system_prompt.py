@@ -184,7 +184,9 @@ def test_both_options_contradict_each_other(cli, model_folder, command):
 
 @pytest.mark.parametrize("text", ["<turn_end>", "x<executable_start>"])
 def test_a_system_prompt_with_a_special_token_is_refused(expect_refusal, model_folder, text):
-    expect_refusal("generate", "--model", model_folder, "-p", "x", "--system-prompt", text, says=["special token"])
+    expect_refusal(
+        "generate", "--model", model_folder, "-p", "x", "--system-prompt", text, says=["special token"], code=2
+    )
 
 
 def test_the_test_loss_is_taken_under_the_system_prompt_of_the_adapter(cli, model_folder, trained_with, tmp_path):

@@ -30,6 +30,9 @@ CONVERSATIONS = {
     "empty-system": ([{"role": "system", "content": ""}, USER, ANSWER], [], None),
     "like-messages": ([{"role": "user", "content": '[{"role": "user", "content": "x"}]'}, ANSWER], [], None),
     "like-json": ([{"role": "user", "content": '[{"a": 1}]'}, {**ANSWER, "content": '{"b": [2]}'}], [], None),
+    "weights": ([USER, {**ANSWER, "weight": 0}, MORE, {**LAST, "weight": 0.5}], [], None),
+    "weighted-call": ([USER, {**CALL, "weight": 0}, RESULT, RESULT, LAST], TOOLS, None),
+    "greeting": ([SYSTEM, ANSWER, USER, LAST], [], None),
     "text": ([], [], "plain\ntext"),
 }  # fmt: skip
 

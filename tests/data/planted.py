@@ -60,12 +60,12 @@ FAULTS = [
     ("wrong-content", [user(["parts"]), answer("x")]),
     ("wrong-content", [user("nothing said"), {"role": "assistant", "content": None}]),
     ("wrong-tool-call", [user("call"), answer("", tool_calls=[{"name": "look"}])]),
-    ("wrong-tool-call", [user("call none"), answer("", tool_calls=[])]),
+    ("empty-answer", [user("call none"), answer("", tool_calls=[])]),
     ("wrong-tool-call", [user("call what"), answer("", tool_calls=[call(arguments=[1])])]),
     ("wrong-tools", {"messages": [user("tools"), answer("x")], "tools": {"name": "no list"}}),
     ("wrong-response-format", [{**user("form"), "response_format": {"type": "json"}}, answer("{}")]),
     ("role-order", [user("one"), user("two"), answer("x")]),
-    ("role-order", [answer("first"), user("then"), answer("x")]),
+    ("role-order", [{"role": "tool", "content": "first"}, user("then"), answer("x")]),
     ("role-order", [user("late"), {"role": "system", "content": "rules"}, answer("x")]),
     ("no-answer", [user("and?")]),
     ("no-final-answer", [user("a"), answer("b"), user("and then?")]),
@@ -82,6 +82,10 @@ FAULTS = [
     ("newline-mark", [user("a<n>b"), answer("newline")]),
     ("replacement-character", [user("lost: \ufffd"), answer("something")]),
     ("empty-prompt", [user(" "), answer("an answer to nothing")]),
+    ("wrong-weight", [user("weighed"), answer("x", weight="1")]),
+    ("unknown-token", [user("say it in Japanese"), answer("東京")]),
+    ("arguments-not-json", [user("call badly"), answer("", tool_calls=[call(arguments="{'a': 1}")])]),
+    ("other-template", [user("<|user|>hi"), answer("hello")]),
 ]  # fmt: skip
 
 
@@ -131,5 +135,7 @@ def plant(folder):
             data = data.decode().encode("utf-16")
         (folder / f"{split}.jsonl").write_bytes(data)
         expected |= {(f"{split}.jsonl", line, kind) for line, (kind, _) in enumerate(rows, start=1) if kind}
-    assert len(expected) == 60, len(expected)
+        lost = [line for line, (kind, _) in enumerate(rows, start=1) if kind == "replacement-character"]
+        expected |= {(f"{split}.jsonl", line, "unknown-token") for line in lost}  # it is one
+    assert len(expected) == 65, len(expected)
     return expected

@@ -36,12 +36,12 @@ def test_all_planted_faults_and_nothing_else(tmp_path, tokenizer_file):
     expected = plant(tmp_path / "data")
     report = check_data(find_splits(tmp_path / "data"), DataConfig(max_tokens=MAX_TOKENS), tokenizer_file)
     assert sorted(found(report)) == sorted(expected)
-    assert (len(expected), len(report.counts), sum(report.counts.values())) == (60, 29, 60)
+    assert (len(expected), len(report.counts), sum(report.counts.values())) == (65, 33, 65)
     assert not report.ok
-    assert (report.errors, report.warnings) == (55, 5)
+    assert (report.errors, report.warnings) == (56, 9)
     assert [(file.split, file.records, file.examples) for file in report.files] == [
-        ("train", 239, 204),
-        ("valid", 69, 52),
+        ("train", 242, 206),
+        ("valid", 70, 53),
         ("test", 51, 51),
     ]
 
@@ -364,7 +364,7 @@ def test_progress_is_told(write):
 def test_tldr(tldr_train, tokenizer_file):
     report = check_data({"train": (tldr_train,)}, None, tokenizer_file)
     assert report.ok
-    assert report.counts == {"duplicate": 86, "newline-mark": 11}
+    assert report.counts == {"duplicate": 86, "newline-mark": 11, "unknown-token": 11}
     assert [(file.records, file.examples) for file in report.files] == [(28_726, 28_726)]
 
 

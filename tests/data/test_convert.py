@@ -20,7 +20,7 @@ UNSAYABLE = {
     "messages": {"text"},
     "prompt-completion": {"text"},
     "prompt-response": {"text"},
-    "instruction": {"text", "empty-system", "like-messages", *TOOLED},
+    "instruction": {"text", "empty-system", "weights", "weighted-call", "greeting", *TOOLED},
     "sharegpt": {"text", "empty-system", "format", "system-format", "words-and-call", "dict-result"},
     "text": SPOKEN,
 }

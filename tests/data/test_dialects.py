@@ -21,7 +21,7 @@ RECORDS = {
     "messages": [
         ({"messages": [ASK, SAY]}, [ASK, SAY], ()),
         ({"id": 7, "tools": TOOLS, "messages": [ASK, SAY]}, [ASK, SAY], TOOLS),
-        ({"messages": json.dumps([ASK, SAY]), "tools": json.dumps(TOOLS)}, [ASK, SAY], TOOLS),  # in a table
+        ({"messages": [ASK, SAY], "tools": json.dumps(TOOLS)}, [ASK, SAY], TOOLS),
         ({"messages": [ASK, SAY], "tools": None}, [ASK, SAY], ()),
         ({"messages": [ASK, SAY], "tools": ""}, [ASK, SAY], ()),
     ],
@@ -29,7 +29,9 @@ RECORDS = {
         ({"prompt": "q", "completion": "a"}, [ASK, SAY], ()),
         ({"completion": "a", "prompt": "q", "system": "r"}, [RULES, ASK, SAY], ()),
         ({"prompt": [RULES, ASK], "completion": [SAY]}, [RULES, ASK, SAY], ()),
-        ({"prompt": json.dumps([ASK]), "completion": "a", "system": ""}, [ASK, SAY], ()),
+        ({"prompt": "q", "completion": json.dumps([SAY])}, [ASK, {**SAY, "content": json.dumps([SAY])}], ()),
+        ({"prompt": json.dumps([ASK]), "completion": "a"}, [{**ASK, "content": json.dumps([ASK])}, SAY], ()),
+        ({"messages": None, "prompt": "q", "completion": "a", "text": None, "system": ""}, [ASK, SAY], ()),
         ({"prompt": "q", "completion": "a", "tools": TOOLS}, [ASK, SAY], TOOLS),
     ],
     "prompt-response": [
@@ -43,7 +45,7 @@ RECORDS = {
         ({"instruction": "", "input": "q", "output": "a", "history": ""}, [ASK, SAY], ()),
         ({"instruction": "q", "input": "i", "output": "a"}, [{**ASK, "content": "q\n\ni"}, SAY], ()),
         ({"instruction": "q", "output": "a", "history": [["q", "a"]]}, [ASK, SAY, ASK, SAY], ()),
-        ({"instruction": "q", "output": "a", "history": '[["q", "a"]]'}, [ASK, SAY, ASK, SAY], ()),
+        ({"instruction": "q", "output": json.dumps([SAY])}, [ASK, {**SAY, "content": json.dumps([SAY])}], ()),
     ],
     "sharegpt": [
         ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, [ASK, SAY], ()),
@@ -74,6 +76,21 @@ RECORDS = {
         ),
     ],
 }
+CALLED_TWICE = {"from": "function_call", "value": "[]", "tool_calls": [{"function": {}}]}
+# The same for rows of tables, whose cells hold JSON.
+ROWS = [
+    ("messages", {"messages": json.dumps([ASK, SAY]), "tools": json.dumps(TOOLS)}, [ASK, SAY], TOOLS),
+    ("sharegpt", {"conversations": '[{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]'}, [ASK, SAY], ()),
+    ("prompt-completion", {"prompt": json.dumps([ASK]), "completion": "a", "system": ""}, [ASK, SAY], ()),
+    ("prompt-completion", {"prompt": json.dumps([RULES, ASK]), "completion": json.dumps([SAY])}, [RULES, ASK, SAY], ()),
+    (
+        "prompt-completion",
+        {"prompt": "q", "completion": json.dumps([SAY])},
+        [ASK, {**SAY, "content": json.dumps([SAY])}],
+        (),
+    ),
+    ("instruction", {"instruction": "q", "output": "a", "history": '[["q", "a"]]'}, [ASK, SAY, ASK, SAY], ()),
+]
 CASES = [(dialect, *case) for dialect, cases in RECORDS.items() for case in cases]
 
 
@@ -83,6 +100,17 @@ def test_a_record_is_this_conversation(dialect, record, messages, tools):
     assert list(found.messages) == messages
     assert list(found.tools) == list(tools)
     assert (found.text, found.dialect) == (None, dialect)
+
+
+@pytest.mark.parametrize(("dialect", "record", "messages", "tools"), ROWS)
+def test_a_row_of_a_table_is_this_conversation(dialect, record, messages, tools):
+    found = read_record(record, in_table=True)
+    assert list(found.messages) == messages
+    assert list(found.tools) == list(tools)
+    assert found.dialect == dialect
+    named = {f"my {name}": value for name, value in record.items()}
+    fields = tuple((name, f"my {name}") for name in record)
+    assert read_record(named, fields=fields, in_table=True) == found
 
 
 @pytest.mark.parametrize(("dialect", "record", "messages", "tools"), CASES)
@@ -141,6 +169,11 @@ def test_text_that_only_looks_like_messages_stays_text():
         ({"instruction": ["q"], "output": "a"}, "auto", "instruction is not text .*found list", "wrong-field"),
         ({"instruction": "q", "output": "a", "history": ["q"]}, "auto", "history has the wrong form", "wrong-field"),
         ({"instruction": "q", "output": "a", "history": "q"}, "auto", "history has the wrong form", "wrong-field"),
+        ({"instruction": "q", "output": "a", "history": "[]"}, "auto", "only a cell of a table", "wrong-field"),
+        ({"messages": "[]"}, "auto", "messages has the wrong form .expected a list, found JSON text", "wrong-field"),
+        ({"conversations": "[]"}, "auto", "only a cell of a table holds it as text", "wrong-field"),
+        ({"conversations": [{"from": "gpt", "role": "gpt", "value": "x"}]}, "auto", "'from' and 'role'", "unknown-key"),
+        ({"conversations": [CALLED_TWICE]}, "auto", "calls in 'tool_calls' and as the value", "wrong-tool-call"),
         ({"conversations": "hello"}, "auto", "conversations has the wrong form", "no-messages"),
         ({"conversations": ["hello"]}, "auto", "conversations has the wrong form", "no-messages"),
         ({"conversations": [{"from": "bot", "value": "x"}]}, "auto", "unknown role", "unknown-role"),

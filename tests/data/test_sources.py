@@ -169,7 +169,7 @@ def test_names_of_splits(write, tmp_path):
         write(name, "")
     names = {split: [file.name for file in files] for split, files in find_splits(tmp_path).items()}
     assert names == {"train": ["train.jsonl"], "valid": ["val.json"], "test": ["test.tsv"]}
-    for second in ("dev.jsonl", "valid.csv"):
+    for second in ("dev.jsonl", "valid.csv", "eval.jsonl"):
         write(second, "")
         with pytest.raises(FormatError, match="more than one valid split"):
             find_splits(tmp_path)

@@ -51,9 +51,9 @@ def test_files_by_torch_say_which_key_was_taken():
     }
     wrapped = {"wrapped": "state_dict", "training": "model", "legacy_training": "model"}
     assert taken == dict.fromkeys(taken) | wrapped
-    assert read_torch(FIXTURES / "wrapped.pt")["w"].read().tolist() == [[0, 1]]
+    assert read_torch(FIXTURES / "wrapped.pt")["w"].read_stored().tolist() == [[0, 1]]
     weights = read_torch(FIXTURES / "training.pt")
-    assert weights["head.weight"].read().tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
+    assert weights["head.weight"].read_stored().tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
 
 
 def test_what_is_wrong_inside_names_the_key(tmp_path):

@@ -28,7 +28,7 @@ def fixture(name):
 
 
 def values(tensors):
-    return {name: (tensor.dtype, tensor.read().tolist()) for name, tensor in tensors.items()}
+    return {name: (tensor.dtype, tensor.read_stored().tolist()) for name, tensor in tensors.items()}
 
 
 def some_tensors(seed=0):
@@ -48,7 +48,7 @@ def some_tensors(seed=0):
 def test_tied_weights_of_a_module():
     tensors = fixture("tied")
     assert list(tensors) == ["embedding.weight", "head.weight"]
-    arrays = [tensor.read() for tensor in tensors.values()]
+    arrays = [tensor.read_stored() for tensor in tensors.values()]
     assert all(array.tolist() == np.arange(12.0).reshape(4, 3).tolist() for array in arrays)
     assert np.shares_memory(*arrays)
 
@@ -56,18 +56,18 @@ def test_tied_weights_of_a_module():
 def test_every_dtype_scalars_and_empty_tensors():
     tensors = fixture("contiguous")
     for dtype, storage in STORAGE_DTYPES.items():
-        array = tensors[f"{dtype}.weight"].read()
+        array = tensors[f"{dtype}.weight"].read_stored()
         assert (tensors[f"{dtype}.weight"].dtype, array.dtype) == (dtype, storage)
         bits = {"bfloat16": [0, 0x3F80, 0x4000], "bool": [False, True, True]}
         assert array.tolist() == bits.get(dtype, [0, 1, 2])
     assert list(tensors)[13:] == ["scalar", "empty", "grid", "alias"]
-    assert tensors["scalar"].read().tolist() == 2.5
-    assert tensors["empty"].read().shape == tensors["empty"].shape == (2, 0, 3)
-    np.testing.assert_array_equal(tensors["grid"].read(), np.arange(600, dtype=np.float32).reshape(300, 2))
+    assert tensors["scalar"].read_stored().tolist() == 2.5
+    assert tensors["empty"].read_stored().shape == tensors["empty"].shape == (2, 0, 3)
+    np.testing.assert_array_equal(tensors["grid"].read_stored(), np.arange(600, dtype=np.float32).reshape(300, 2))
 
 
 def test_views_of_every_kind_share_the_file_s_bytes():
-    arrays = {name: tensor.read() for name, tensor in fixture("views").items()}
+    arrays = {name: tensor.read_stored() for name, tensor in fixture("views").items()}
     expected = {
         "base": GRID,
         "same": GRID,
@@ -125,13 +125,13 @@ def test_reading_inverts_writing(tmp_path):
     assert list(read) == list(tensors)
     for name, tensor in read.items():
         assert (tensor.dtype, tensor.shape) == (tensors[name].dtype, tensors[name].shape)
-        assert tensor.read().tobytes() == tensors[name].read().tobytes()
+        assert tensor.read_stored().tobytes() == tensors[name].read_stored().tobytes()
 
 
 def test_views_are_written_as_tensors_of_their_own(tmp_path):
     write_torch(tmp_path / "a.pt", fixture("views"))
     assert values(read_torch(tmp_path / "a.pt")) == values(fixture("views"))
-    assert all(tensor.read().flags.c_contiguous for tensor in read_torch(tmp_path / "a.pt").values())
+    assert all(tensor.read_stored().flags.c_contiguous for tensor in read_torch(tmp_path / "a.pt").values())
 
 
 def test_the_same_tensors_give_the_same_bytes(tmp_path):
@@ -149,7 +149,7 @@ def test_aliases_come_last_and_share_the_storage(tmp_path):
     write_torch(tmp_path / "a.pt", {"embedding": grid, "norm": LazyTensor.of(GRID[0])}, aliases={"head": "embedding"})
     tensors = read_torch(tmp_path / "a.pt")
     assert list(tensors) == ["embedding", "norm", "head"]
-    assert np.shares_memory(tensors["embedding"].read(), tensors["head"].read())
+    assert np.shares_memory(tensors["embedding"].read_stored(), tensors["head"].read_stored())
     with zipfile.ZipFile(tmp_path / "a.pt") as archive:
         assert [name for name in archive.namelist() if "/data/" in name] == ["a/data/0", "a/data/1"]
 
@@ -231,7 +231,7 @@ def test_all_that_cannot_be_written_comes_in_one_error(tmp_path):
 
 def test_the_map_lives_as_long_as_an_array_and_is_read_only(tmp_path):
     write_torch(tmp_path / "a.pt", {"w": LazyTensor.of(GRID)})
-    array = read_torch(tmp_path / "a.pt")["w"].read()
+    array = read_torch(tmp_path / "a.pt")["w"].read_stored()
     (tmp_path / "a.pt").unlink()
     gc.collect()
     np.testing.assert_array_equal(array, GRID)
@@ -266,7 +266,7 @@ def test_steps_never_taken_may_be_of_any_size(tmp_path):
 def test_expanded_tensors_up_to_a_limit(tmp_path):
     count = MAX_EXPANDED_BYTES // 8
     path = checkpoint(tmp_path / "a.pt", {"w": TensorSpec("int64", (count,), (0,), 0, "0", 1)}, {"0": bytes(8)})
-    assert read_torch(path)["w"].read().strides == (0,)
+    assert read_torch(path)["w"].read_stored().strides == (0,)
     checkpoint(path, {"w": TensorSpec("int64", (count + 1,), (0,), 0, "0", 1)}, {"0": bytes(8)})
     with pytest.raises(FormatError, match="'w': expands 8 bytes to"):
         read_torch(path)
@@ -344,7 +344,7 @@ def test_absent_files_and_folders_are_refused(tmp_path):
 def read_or_refuse(path):
     """All values, or the refusal; anything else is raised."""
     try:
-        return [tensor.read().tobytes() for tensor in read_torch(path).values() if tensor.nbytes < 1 << 20]
+        return [tensor.read_stored().tobytes() for tensor in read_torch(path).values() if tensor.nbytes < 1 << 20]
     except FormatError as error:
         return str(error)
 
@@ -400,7 +400,7 @@ def test_torch_reads_what_we_write(tmp_path):
         for name, tensor in tensors.items():
             theirs = loaded[name]
             assert (str(theirs.dtype), tuple(theirs.shape)) == (f"torch.{tensor.dtype}", tensor.shape)
-            assert theirs.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() == tensor.read().tobytes()
+            assert theirs.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() == tensor.read_stored().tobytes()
         assert loaded["twin"].data_ptr() == loaded["float32.(3, 4)"].data_ptr()
 
 
@@ -431,8 +431,8 @@ def test_we_read_what_torch_writes(tmp_path):
         for name, tensor in tensors.items():
             theirs = saved[name].detach()
             bits = theirs.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == "bfloat16" else theirs.numpy()
-            np.testing.assert_array_equal(tensor.read(), bits)
-        assert np.shares_memory(tensors["view"].read(), tensors["tied"].read())
+            np.testing.assert_array_equal(tensor.read_stored(), bits)
+        assert np.shares_memory(tensors["view"].read_stored(), tensors["tied"].read_stored())
 
 
 @pytest.mark.parity
@@ -461,9 +461,9 @@ def test_torch_files_beyond_4_gib(tmp_path):
         handle.seek(read_member_offset(tmp_path / "a.pt", "a/data/1"))
         handle.write(struct.pack("<3h", 1, 2, 3))
     tensors = read_torch(tmp_path / "a.pt")
-    assert tensors["b"].read().tolist() == [1, 2, 3]
-    assert tensors["a"].read().shape == (5 << 30,)
-    assert tensors["a"].read()[-3:].tolist() == [0, 0, 0]
+    assert tensors["b"].read_stored().tolist() == [1, 2, 3]
+    assert tensors["a"].read_stored().shape == (5 << 30,)
+    assert tensors["a"].read_stored()[-3:].tolist() == [0, 0, 0]
 
 
 def read_member_offset(path, name):

@@ -15,7 +15,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def values(tensors):
-    return {name: (tensor.dtype, tensor.shape, tensor.read().tobytes()) for name, tensor in tensors.items()}
+    return {name: (tensor.dtype, tensor.shape, tensor.read_stored().tobytes()) for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("name", ["contiguous", "views", "training"])
@@ -40,7 +40,7 @@ def test_every_dtype_is_there():
 
 def test_views_share_the_file_s_bytes_and_cannot_be_written(tmp_path):
     (tmp_path / "a.pt").write_bytes((FIXTURES / "legacy_views.pt").read_bytes())
-    arrays = {name: tensor.read() for name, tensor in read_torch(tmp_path / "a.pt").items()}
+    arrays = {name: tensor.read_stored() for name, tensor in read_torch(tmp_path / "a.pt").items()}
     (tmp_path / "a.pt").unlink()
     gc.collect()
     for name in ("same", "transposed", "middle", "every_other", "repeated"):
@@ -59,7 +59,7 @@ def test_storages_in_any_order_and_odd_places(tmp_path):
     storages = {"1": (3, b"\1\2\3"), "7": (2, np.array([0.5, 1.5]).tobytes()), "70": (0, b"")}
     (tmp_path / "a.pt").write_bytes(legacy_checkpoint(body, storages))
     tensors = read_torch(tmp_path / "a.pt")
-    assert {name: value.read().tolist() for name, value in tensors.items()} == {
+    assert {name: value.read_stored().tolist() for name, value in tensors.items()} == {
         "b": [0.5, 1.5],
         "a": [2, 3],
         "empty": [],
@@ -73,7 +73,7 @@ def test_storages_beside_the_state_dict_are_passed_over(tmp_path):
     (tmp_path / "a.pt").write_bytes(legacy_checkpoint(body, {"1": (1, bytes(16)), "2": (2, b"\1\0\2\0")}))
     checkpoint = read_torch_checkpoint(tmp_path / "a.pt")
     assert checkpoint.wrapper_key == "weights"
-    assert checkpoint.tensors["w"].read().tolist() == [1, 2]
+    assert checkpoint.tensors["w"].read_stored().tolist() == [1, 2]
 
 
 def test_every_shortened_or_longer_file_is_refused(tmp_path):
@@ -96,7 +96,7 @@ def test_reading_touches_no_values(tmp_path):
     with (tmp_path / "a.pt").open("wb") as handle:
         handle.write(data)
         handle.truncate(len(data) + numel)
-    array = read_torch(tmp_path / "a.pt")["w"].read()
+    array = read_torch(tmp_path / "a.pt")["w"].read_stored()
     assert array.shape == (numel,)
     assert array[-3:].tolist() == [0, 0, 0]
 
@@ -134,5 +134,5 @@ def test_values_are_those_torch_saved(tmp_path, old):
     for name, ours in checkpoint.tensors.items():
         expected = saved[name].detach()
         assert (f"torch.{ours.dtype}", ours.shape) == (str(expected.dtype), tuple(expected.shape))
-        assert ours.read().tobytes() == expected.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    assert np.shares_memory(checkpoint.tensors["view"].read(), checkpoint.tensors["tied"].read())
+        assert ours.read_stored().tobytes() == expected.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    assert np.shares_memory(checkpoint.tensors["view"].read_stored(), checkpoint.tensors["tied"].read_stored())

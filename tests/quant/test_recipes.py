@@ -78,7 +78,7 @@ def test_nothing_to_quantise_is_an_error():
         ({"group_size": 16}, "group_size"),
         ({"mode": "nvfp4", "group_size": 32}, "group_size"),
         ({"recipe": "pear"}, "unknown recipe"),
-        ({"recipe": "apple", "bits": 2}, "recipe apple says that itself"),
+        ({"recipe": "apple", "bits": 2}, "recipe apple already sets bits"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, says):

@@ -108,24 +108,24 @@ def test_a_second_signal_does_not_wait(model_folder):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "code", "says"),
     [
-        (["--model", "nothing"], "nothing: no such folder"),
-        (["--model", "MODEL", "--host", "0.0.0.0"], "--api-key"),
-        (["--model", "MODEL", "--adapters-dir", "nothing"], "no such folder"),
-        (["--model", "MODEL", "--adapter", "a=nothing"], "no adapter here"),
-        (["--model", "MODEL", "--adapter", "a b=nothing"], "cannot be a model id"),
-        (["--model", "MODEL", "--adapter", "mlx=nothing"], "what the base is called"),
-        (["--model", "MODEL", "--adapter-memory", "much"], "not a number of bytes"),
-        (["--model", "MODEL", "--rows", "0"], "rows: expected at least 1"),
+        (["--model", "nothing"], 1, "nothing: no such folder"),
+        (["--model", "MODEL", "--host", "0.0.0.0"], 2, "--api-key"),
+        (["--model", "MODEL", "--adapters-dir", "nothing"], 1, "no such folder"),
+        (["--model", "MODEL", "--adapter", "a=nothing"], 2, "no such file or folder"),
+        (["--model", "MODEL", "--adapter", "a b=MODEL"], 1, "cannot be a model id"),
+        (["--model", "MODEL", "--adapter", "mlx=MODEL"], 1, "what the base is called"),
+        (["--model", "MODEL", "--adapter-memory", "much"], 2, "not a size"),
+        (["--model", "MODEL", "--rows", "0"], 2, "rows: expected at least 1"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
-def test_what_cannot_be_served(arguments, says, model_folder, capsys):
+def test_what_cannot_be_served(arguments, code, says, model_folder, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["serve", *[str(model_folder) if a == "MODEL" else a for a in arguments], "--port", "0"])
+        main(["serve", *[text.replace("MODEL", str(model_folder)) for text in arguments], "--port", "0"])
     told = capsys.readouterr()
-    assert (stop.value.code, told.out) == (1, "")
+    assert (stop.value.code, told.out) == (code, "")
     assert says in told.err
     assert "Traceback" not in told.err
 

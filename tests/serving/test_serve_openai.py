@@ -247,6 +247,33 @@ def test_tools_and_their_results_reach_the_prompt(client, ask):
     assert answer.usage.completion_tokens >= 1
 
 
+def test_the_server_reads_messages_like_training_data(client, tmp_path, model_folder):
+    call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    parts = [{"type": "text", "text": "-3"}]
+    system = {"role": "system", "content": "Be brief."}
+    asked = [{"role": "assistant", "content": "hello"}, *chat("weather in oslo")[1:]]  # it begins with a greeting
+    calls = {"role": "assistant", "content": None, "tool_calls": [call]}
+    result = {"role": "tool", "tool_call_id": "call_1"}
+    tokenizer = mlx_afm.load(model_folder)[1]
+    for contents, one in [
+        ([parts], "-3"),
+        ([parts, "warm"], "-3\nwarm"),
+        ([[{"city": "Oslo"}]], '[{"city": "Oslo"}]'),
+        ([{"a": 1}, parts], '{"a": 1}\n-3'),
+    ]:
+        messages = [system, *asked, calls, *({**result, "content": content} for content in contents)]
+        answer = client.chat.completions.create(model="base", messages=messages, max_tokens=1)
+        expected = to_prompt_ids(tokenizer, [system, *asked, calls, {**result, "content": one}])
+        assert answer.usage.prompt_tokens == len(expected) == len(to_prompt_ids(tokenizer, messages))
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "label"])
+def test_weights_are_for_training_alone(key, client):
+    messages = [*chat("a"), {"role": "assistant", "content": "b", key: 0}, *chat("c")[1:]]
+    with pytest.raises(openai.BadRequestError, match=f"message 2: {key}: loss weights have no effect here"):
+        client.chat.completions.create(model="base", messages=messages)
+
+
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}], ids=str)
 def test_a_tool_that_must_be_called_is(choice, ask):
     pytest.importorskip("llguidance", reason="needs the guided extra")

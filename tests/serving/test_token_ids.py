@@ -100,7 +100,7 @@ def test_a_prompt_cache_from_a_file(loaded, model_folder, tmp_path, token, place
     with prompt_cache_file(file, loaded[0]) as prefixes:
         mlx_afm.generate(*loaded, "hi", max_tokens=1, prefix_cache=prefixes)
     tensors, metadata = dict(read_safetensors(file)), read_metadata(file)
-    ids = np.array(tensors["ids"].read())
+    ids = np.array(tensors["ids"].read_values())
     ids[place] = token
     other = tmp_path / "d.safetensors"
     write_safetensors(other, {**tensors, "ids": LazyTensor.of(ids)}, metadata=metadata)

@@ -42,6 +42,11 @@ CONVERSATIONS = [
     [USER, CALL, {"role": "tool", "content": {"a": "ä"}}],
     [USER, TWO_CALLS, {"role": "function", "content": "text\n"}, ANSWER],
     [USER, CALL, {"role": "tool", "content": [{"name": "f"}, {"name": "ü"}]}, ANSWER],
+    [USER, CALL, {"role": "tool", "content": TOOLS}, ANSWER],
+    [USER, CALL, {"role": "tool", "content": [{"name": "f", "parameters": {}}]}, ANSWER],
+    [USER, CALL, {"role": "tool", "content": []}, ANSWER],
+    [USER, CALL, {"role": "tool", "content": [{"type": "text", "text": "-3"}, {"type": "text", "text": " °"}]}, ANSWER],
+    [{"role": "developer", "content": "Be brief."}, ANSWER, USER],
     [{**USER, "response_format": FORMAT}],
     [{"role": "system", "content": "Be brief.", "tools": TOOLS}, USER],
 ]

@@ -3,7 +3,7 @@ import copy
 import pytest
 
 from mlx_afm.errors import DataError
-from mlx_afm.text.messages import Message, parse_messages, parse_tools, require_trainable
+from mlx_afm.text.messages import Message, parse_messages, parse_tools, require_trainable, to_dict
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "hi"}
@@ -12,6 +12,7 @@ CALLS = [{"function": {"name": "weather", "arguments": '{"city": "Paris"}'}}]
 CALL = {"role": "assistant", "content": "", "tool_calls": CALLS}
 RESULT = {"role": "tool", "content": {"weather": "sun"}}
 FORMAT = {"type": "json_schema", "json_schema": {"name": "City", "schema": {"type": "object"}}}
+TOOLS = [{"name": "f", "parameters": {}}]
 SPECIAL = ("</s>", "<n>", "<turn_end>", "<turn_start>")
 
 
@@ -29,6 +30,8 @@ def parse(*messages, **settings):
         [USER, CALL, RESULT, ANSWER],
         [USER, CALL, RESULT, USER, ANSWER],
         [USER, CALL, RESULT, CALL, RESULT, ANSWER],
+        [ANSWER, USER],  # a greeting
+        [SYSTEM, ANSWER, USER, ANSWER],
     ],
 )
 def test_good_orders(messages):
@@ -61,29 +64,47 @@ def test_forms_that_mean_the_same():
     [
         ([], "no user or assistant message"),
         ([SYSTEM], "no user or assistant message"),
-        ([ANSWER], "message 0: assistant message in the wrong place .expected after user or tool, found after nothing"),
-        ([SYSTEM, ANSWER], "message 1: assistant message in the wrong place"),
+        ([ANSWER], "no user message"),
+        ([SYSTEM, ANSWER], "no user message"),
+        ([USER, ANSWER, RESULT, ANSWER, ANSWER], "message 4: two assistant messages in a row"),
+        ([RESULT, USER], "message 0: tool message in the wrong place .expected after assistant, found after nothing"),
         ([USER, SYSTEM], "message 1: a system message can only be the first"),
         ([SYSTEM, SYSTEM, USER], "message 1: a system message can only be the first"),
         ([USER, USER], "message 1: two user messages in a row"),
         ([USER, ANSWER, ANSWER], "message 2: two assistant messages in a row"),
-        ([USER, CALL, RESULT, {**RESULT, "role": "function"}], "message 3: two tool messages in a row"),
+        ([USER, CALL, RESULT, {**RESULT, "content": TOOLS}], "message 3: two tool messages in a row"),
+        ([USER, CALL, {**RESULT, "response_format": FORMAT}, RESULT], "message 3: two tool messages in a row"),
+        ([USER, CALL, RESULT, RESULT, RESULT, USER, USER], "message 6: two user messages in a row"),
         ([USER, RESULT], "message 1: tool message in the wrong place"),
         ([{"role": "bot", "content": ""}], "message 0: unknown role .*found 'bot'"),
         ([{"content": ""}], "found no role"),
         ([{"role": ["user"], "content": ""}], "unknown role"),
         (["hi"], "message 0: not a message .*found str"),
-        ([{**USER, "weight": 1, "name": "x"}], "unknown keys for role 'user': name, weight"),
+        ([{**USER, "wight": 1, "name": "x"}], "user': name, wight .*Did you mean 'weight' for 'wight'.* no effect"),
+        ([USER, {**ANSWER, "toolcalls": 1}], "Did you mean 'tool_calls' for 'toolcalls'"),
+        ([{**USER, "weight": 1}, ANSWER], "message 0: a weight for role 'user' .*found weight 1"),
+        ([{**USER, "train": True}, ANSWER], "a weight for role 'user' .*found train True"),
+        ([USER, {**ANSWER, "weight": -1}], "weight cannot be used .expected 0, or a number from 1e-06 .*found -1"),
+        ([USER, {**ANSWER, "weight": "0"}], "weight cannot be used .*found '0'"),
+        ([USER, {**ANSWER, "weight": True}], "weight cannot be used .*found True"),
+        ([USER, {**ANSWER, "weight": float("nan")}], "weight cannot be used .*found nan"),
+        ([USER, {**ANSWER, "weight": 10**400}], "weight cannot be used"),
+        ([USER, {**ANSWER, "weight": 1e-30}], "weight cannot be used"),
+        ([USER, {**ANSWER, "train": "no"}], "train cannot be used .expected true or false, found 'no'"),
+        ([USER, {**ANSWER, "weight": 1, "train": False}], "weights contradict .*found weight 1, train False"),
         ([{**USER, "tool_calls": CALLS}], "unknown keys for role 'user': tool_calls"),
         ([USER, {**ANSWER, "response_format": FORMAT}], "unknown keys for role 'assistant': response_format"),
-        ([{"role": "user"}], "content is not text .expected a string, found null"),
+        ([{"role": "user"}], "content is not text .expected a string, or a list of .*found null"),
         ([{"role": "user", "content": 3}], "found int"),
-        ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], "found list.*Join the parts"),
+        ([{"role": "user", "content": []}], "content is not text .*found an empty list"),
+        ([{"role": "user", "content": ["a"]}], "a part of the content is not text .*found str"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "a part of the content is not text .*found dict"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "not text .*found type 'image_url'"),
+        ([USER, CALL, {**RESULT, "content": [{"type": "text", "text": "a"}, 1]}], "a part of .* not text .*found int"),
         ([USER, {"role": "assistant", "content": None}], "found null"),
         ([USER, CALL, {"role": "tool", "content": 3}], "a tool's content cannot be used"),
         ([USER, CALL, {"role": "tool", "content": {"a": {1}}}], "content cannot be written as JSON"),
         ([USER, {**CALL, "tool_calls": {}}], "tool_calls has the wrong form"),
-        ([USER, {**CALL, "tool_calls": []}], "tool_calls is empty"),
         ([USER, {**CALL, "tool_calls": [{"name": "f"}]}], "tool_calls has the wrong form"),
         ([USER, {**CALL, "tool_calls": [{"function": {"name": "f"}}]}], "tool_calls has the wrong form"),
         ([USER, {**CALL, "tool_calls": [{"function": {"name": 1, "arguments": ""}}]}], "a tool call cannot be used"),
@@ -98,6 +119,34 @@ def test_forms_that_mean_the_same():
 def test_faults(messages, fault):
     with pytest.raises(DataError, match=rf"a\.jsonl, line 3.*{fault}"):
         parse(*messages)
+
+
+def test_results_in_a_row_are_one_message():
+    results = [{**RESULT, "tool_call_id": "1"}, {"role": "function", "content": "-3"}, {**RESULT, "content": [1]}]
+    parsed = parse(USER, CALL, *results, ANSWER)
+    assert [message.role for message in parsed] == ["user", "assistant", "tool", "assistant"]
+    assert parsed[2].content == '{"weather": "sun"}\n-3\n[1]'
+
+
+def test_null_keys_and_empty_lists_are_absent():
+    nulls = dict.fromkeys(("tool_calls", "tool_call_id", "name", "tools", "response_format", "weight", "other"))
+    call = {"id": None, "type": None, "function": {**CALLS[0]["function"], "description": None}}
+    plain = [SYSTEM, USER, CALL, RESULT, ANSWER]
+    given = [{**nulls, **message} for message in plain]
+    given[0]["tools"], given[1]["tool_calls"], given[4]["tool_calls"] = [], [], []
+    given[2] = {**given[2], "tool_calls": [call]}
+    assert parse(*given) == parse(*plain)
+
+
+def test_weights_of_answers():
+    def weight(**keys):
+        return parse(USER, {**ANSWER, **keys})[1].loss_weight
+
+    assert [weight(weight=0), weight(train=False), weight(label=False), weight(label=0)] == [0, 0, 0, 0]
+    assert [weight(), weight(weight=1), weight(train=True), weight(label=1, weight=None)] == [1, 1, 1, 1]
+    assert [weight(weight=0.25), weight(weight=3, train=True)] == [0.25, 3]
+    assert parse({**USER, "weight": 0}, ANSWER) == parse({**USER, "train": False}, ANSWER) == parse(USER, ANSWER)
+    assert to_dict(parse(USER, {**ANSWER, "train": False})[1]) == {**ANSWER, "weight": 0}
 
 
 def test_a_conversation_is_a_list():
@@ -151,12 +200,14 @@ def test_parse_tools():
 def test_require_trainable():
     require_trainable(parse(USER, ANSWER), "x")
     require_trainable(parse(USER, CALL), "x")
+    require_trainable(parse(USER, ANSWER, USER, {**ANSWER, "content": "", "weight": 0}), "x")
     require_trainable(parse(USER, CALL, RESULT, ANSWER), "x")
     for messages, fault in [
         ([USER], "line 1: nothing to learn from"),
         ([USER, ANSWER, USER], "line 1, message 2: the conversation does not end with an answer .*found role 'user'"),
         ([USER, {**ANSWER, "content": " \n"}], "line 1, message 1: an empty answer"),
         ([USER, {**ANSWER, "content": ""}, USER, ANSWER], "line 1, message 1: an empty answer"),
+        ([USER, {**ANSWER, "weight": 0}], "line 1: nothing to learn from: every assistant message has weight 0"),
     ]:
         with pytest.raises(DataError, match=fault):
             require_trainable(parse(*messages), "line 1")

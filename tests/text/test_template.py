@@ -1,4 +1,5 @@
 import copy
+import json
 
 import pytest
 
@@ -116,7 +117,15 @@ def test_tool_contents():
 
     assert content("as it is\n") == Span("as it is\n<turn_end>", False, "tool")
     assert content({"a": "ä"}).text == '{"a": "ä"}<turn_end>'
-    assert content([{"name": "f"}, {"name": "g"}]).text == 'new tools: {"name": "f"}\n{"name": "g"}<turn_end>'
+    flat, openai = {"name": "f", "parameters": {}}, {"type": "function", "function": {"name": "g"}}
+    shown = '{"name": "f", "parameters": {}}\n{"type": "function", "function": {"name": "g"}}'
+    assert content([flat, openai]).text == f"new tools: {shown}<turn_end>"
+    for result in ([], [1, "ä"], [{"name": "Ana"}], [flat, 1], [{"function": {"name": "f", "arguments": "{}"}}]):
+        assert content(result).text == f"{json.dumps(result, ensure_ascii=False)}<turn_end>"
+    parts = [{"type": "text", "text": "-3"}, {"type": "text", "text": " °C", "image_url": None}]
+    assert content(parts).text == "-3 °C<turn_end>"
+    files = [{"type": "file", "name": "a.txt"}]  # a listing of files, and no part
+    assert content(files).text == f"{json.dumps(files)}<turn_end>"
 
 
 def test_response_format():

@@ -91,7 +91,7 @@ def conversation(rng):
 def tool_use(rng):
     arguments = rng.choice([json.dumps(value(rng)), json.dumps(value(rng), separators=(",", ":")), "no json", ""])
     calls = [{"function": {"name": words(rng, 1), "arguments": arguments}} for _ in range(rng.randint(1, 2))]
-    result = rng.choice([words(rng), {"r": value(rng)}, [definition(rng) for _ in range(rng.randint(0, 2))]])
+    result = rng.choice([words(rng), {"r": value(rng)}, [definition(rng) for _ in range(rng.randint(1, 2))]])
     yield {"role": "assistant", "content": words(rng), "tool_calls": calls}
     yield {"role": rng.choice(["tool", "function"]), "content": result}
 

@@ -116,6 +116,9 @@ def test_files_that_are_no_model(tmp_path, model_files):
     with pytest.raises(FormatError, match="no such file"):
         AFMTokenizer.from_file(path)
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(FormatError, match="a Git LFS pointer"):
+        AFMTokenizer.from_file(path)
+    path.write_bytes(b"version of something else")
     with pytest.raises(FormatError, match="not a SentencePiece model"):
         AFMTokenizer.from_file(path)
     pieces = toy_pieces()

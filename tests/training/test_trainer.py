@@ -22,6 +22,7 @@ from mlx_afm.training import (
     TrainConfig,
     TrainingFinished,
     TrainingStarted,
+    is_recorded,
     to_record,
     train,
 )
@@ -67,7 +68,7 @@ def test_training_lowers_the_loss_and_tells_what_happens():
     assert not model.training
     after = dict(tree_flatten(model.parameters()))
     assert all(np.array_equal(array, np.array(after[name])) for name, array in before.items()), "the base moved"
-    assert [to_record(event)["event"] for event in events[:2]] == ["start", "eval"]
+    assert [to_record(event)["event"] for event in events if is_recorded(event)][:2] == ["start", "eval"]
 
 
 def test_epochs_use_every_example_and_the_last_partial_window():

@@ -136,7 +136,7 @@ def test_it_is_active_and_adapters_start_from_it(model_folder, data_folder, tmp_
     done = convert(model_folder, tmp_path / "q", quantization=APPLE, init_adapter=InitConfig(rank=4, scale=2.0))
     model = load_model(done.folder)
     add_adapter(model, LoRAConfig(rank=4, scale=2.0))
-    weights = {name: mx.array(tensor.read()) for name, tensor in base_adapter(done.folder).weights.items()}
+    weights = {name: mx.array(tensor.read_values()) for name, tensor in base_adapter(done.folder).weights.items()}
     set_adapter_weights(model, weights, where="test")
     assert mx.array_equal(model(TOKENS), mlx_afm.load(done.folder)[0](TOKENS))
     assert not (done.folder / "toolkit" / "base-model-config.json").exists(), "it names another adapter"
@@ -161,7 +161,7 @@ def test_calibrated_directions_are_others(model_folder, data_folder, tmp_path):
         )
         for name, more in (("plain", {}), ("seen", {"calibration": Calibration(data=data_folder, examples=8)}))
     ]
-    arrays = [base_adapter(done.folder).weights["model.layers.0.mlp.up_proj.lora_a"].read() for done in folders]
+    arrays = [base_adapter(done.folder).weights["model.layers.0.mlp.up_proj.lora_a"].read_values() for done in folders]
     assert not np.allclose(*arrays, atol=1e-3)
 
 

@@ -27,7 +27,7 @@ SMALL = 0.02  # of B: an adapter of the size of a trained one
 
 
 def values(path, base=None):
-    return {name: np.array(t.read(), np.float32) for name, t in read_adapter(path, base).weights.items()}
+    return {name: np.array(t.read_values(), np.float32) for name, t in read_adapter(path, base).weights.items()}
 
 
 @pytest.fixture
@@ -37,10 +37,13 @@ def new_folder(model_folder, tmp_path):
     def make(config=None, size=1.0):
         adapter = random_adapter(read_config(model_folder), config)
         scaled = {
-            name: (t.read() * np.float32(size if name.endswith("b") else 1)) for name, t in adapter.weights.items()
+            name: (t.read_values() * np.float32(size if name.endswith("b") else 1))
+            for name, t in adapter.weights.items()
         }
         folder = tmp_path / "adapter"
-        tensors = {name: replace(adapter.weights[name], read=lambda a=array: a) for name, array in scaled.items()}
+        tensors = {
+            name: replace(adapter.weights[name], read_stored=lambda a=array: a) for name, array in scaled.items()
+        }
         write_adapter_folder(folder, replace(adapter, weights=tensors))
         return folder
 
@@ -111,7 +114,7 @@ def test_partial_adapters_take_the_base_models_tensors(new_folder, model_folder,
     result = exported(folder, tmp_path, model=model_folder)
     own, trained = base_adapter(model_folder).weights, values(folder)
     for name, array in values(result.package).items():
-        expected = trained[name] if name in trained else own[name].read()
+        expected = trained[name] if name in trained else own[name].read_values()
         assert np.array_equal(array, expected.astype(np.float16)), name
     assert result.logits.mean_change < tolerances.ADAPTER_FP16
     zeros = exported(folder, tmp_path, zero_untrained=True)

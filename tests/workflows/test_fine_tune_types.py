@@ -119,7 +119,7 @@ def test_full_on_a_sixteen_bit_base_is_trained_in_float32_and_loaded_in_its_dtyp
     arrays = dict(tree_flatten(model.parameters()))
     for name, tensor in adapter.weights.items():
         assert arrays[name].dtype == mx.bfloat16
-        assert mx.array_equal(arrays[name], mx.array(tensor.read()).astype(mx.bfloat16))
+        assert mx.array_equal(arrays[name], mx.array(tensor.read_values()).astype(mx.bfloat16))
 
 
 @pytest.mark.parametrize("form", ["folder", "pt", "fmadapter"])
@@ -128,7 +128,7 @@ def test_from_the_values_of_an_adapter_of_any_form(form, model_folder, adapter_f
     start_adapter(model, model_folder, LoRAConfig(), seed=0, adapter_file=adapter_forms[form])
     arrays = dict(tree_flatten(model.trainable_parameters()))
     assert set(arrays) == set(given.weights)
-    assert all(np.array_equal(np.array(arrays[name]), tensor.read()) for name, tensor in given.weights.items())
+    assert all(np.array_equal(np.array(arrays[name]), tensor.read_values()) for name, tensor in given.weights.items())
 
 
 def test_a_feature_adapter_grows_from_another(model_folder, data_folder, adapter_forms, tmp_path):
@@ -139,14 +139,16 @@ def test_a_feature_adapter_grows_from_another(model_folder, data_folder, adapter
     )  # fmt: skip
     mlx_afm.train(job)
     grown, given = read_adapter(job.adapter_path), read_adapter(adapter_forms["folder"])
-    changed = {n for n, t in grown.weights.items() if not np.array_equal(t.read(), given.weights[n].read())}
+    changed = {
+        n for n, t in grown.weights.items() if not np.array_equal(t.read_values(), given.weights[n].read_values())
+    }
     assert changed == {f"model.layers.0.self_attn.out_proj.lora_{side}" for side in "ab"}
     named = replace(
         job, adapter_path=tmp_path / "b", resume_adapter_file=adapter_forms["folder"] / "adapters.safetensors"
     )
     mlx_afm.train(named)
     same = read_adapter(named.adapter_path).weights
-    assert all(np.array_equal(tensor.read(), grown.weights[name].read()) for name, tensor in same.items())
+    assert all(np.array_equal(tensor.read_values(), grown.weights[name].read_values()) for name, tensor in same.items())
     with pytest.raises(ConfigError, match=r"adapter to start from: the run has [0-9a-f]{12}, asked for none"):
         mlx_afm.train(replace(job, resume=True, resume_adapter_file=None))
 
@@ -158,7 +160,7 @@ def test_what_the_adapter_lacks_is_new(model_folder, data_folder, tmp_path):
     form = start_adapter(model, model_folder, wanted, seed=0, adapter_file=first.adapter_path)
     assert (form.targets, form.layers) == (("q", "v"), "0-1")
     arrays, given = dict(tree_flatten(model.trainable_parameters())), read_adapter(first.adapter_path).weights
-    assert all(np.array_equal(np.array(arrays[name]), tensor.read()) for name, tensor in given.items())
+    assert all(np.array_equal(np.array(arrays[name]), tensor.read_values()) for name, tensor in given.items())
     assert all(not mx.any(array).item() for name, array in arrays.items() if name.endswith(".v.lora_b"))
     assert len(arrays) == 2 * len(given)
 

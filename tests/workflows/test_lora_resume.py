@@ -121,9 +121,9 @@ def test_killed_around_every_write(short, tmp_path, monkeypatch, what, after):
 def test_killed_while_starting_anew_over_an_older_run(job, whole, monkeypatch):
     """The older run's files are never taken for the new one's."""
     shutil.copytree(whole, job.adapter_path)
-    (job.adapter_path / "best" / ".adapters.safetensors.abc.part").write_bytes(b"half")
-    (job.adapter_path / f".{STATE}.abc.part").write_bytes(b"half")
-    new = replace(job, train=replace(CONFIG, seed=5))
+    (job.adapter_path / "best" / ".adapters.safetensors.abcdefgh.part").write_bytes(b"half")
+    (job.adapter_path / f".{STATE}.abcdefgh.part").write_bytes(b"half")
+    new = replace(job, train=replace(CONFIG, seed=5), overwrite=True)
 
     def dying(*arguments):
         raise Killed
@@ -133,7 +133,7 @@ def test_killed_while_starting_anew_over_an_older_run(job, whole, monkeypatch):
         with pytest.raises(Killed):
             mlx_afm.train(new)
     assert not (job.adapter_path / "best").exists()
-    mlx_afm.train(replace(new, resume=True))
+    mlx_afm.train(replace(new, resume=True, overwrite=False))
     fresh = replace(new, adapter_path=job.adapter_path.parent / "fresh")
     mlx_afm.train(fresh)
     require_equal(job.adapter_path, fresh.adapter_path)
@@ -194,10 +194,10 @@ def test_a_schedule_that_knows_its_length_cannot_grow(job):
     mlx_afm.train(cosine)
     with pytest.raises(ConfigError, match=r"steps: the run has 2, asked for 4; with a cosine schedule"):
         mlx_afm.train(replace(cosine, resume=True, train=replace(cosine.train, iters=4)))
-    share = replace(job, train=replace(CONFIG, warmup=0.5, iters=2))
+    share = replace(job, train=replace(CONFIG, warmup=0.5, iters=2), overwrite=True)
     mlx_afm.train(share)
     with pytest.raises(ConfigError, match="warm-up as a share"):
-        mlx_afm.train(replace(share, resume=True, train=replace(share.train, iters=4)))
+        mlx_afm.train(replace(share, resume=True, overwrite=False, train=replace(share.train, iters=4)))
 
 
 def test_an_unfinished_run_that_is_replaced_is_said_to_be(job):
@@ -208,8 +208,10 @@ def test_an_unfinished_run_that_is_replaced_is_said_to_be(job):
     (notice,) = [event.text for event in events if isinstance(event, Notice)]
     assert notice.startswith(f"starting anew: the unfinished run in {job.adapter_path} (step 3 of 9) is replaced")
     events.clear()
-    mlx_afm.train(replace(job, train=replace(CONFIG, iters=1)), events.append)
-    assert not [event for event in events if isinstance(event, Notice)], "that run was finished"
+    mlx_afm.train(replace(job, train=replace(CONFIG, iters=1), overwrite=True), events.append)
+    assert [event.text for event in events if isinstance(event, Notice)] == [
+        f"starting anew: a finished run of 1 steps in {job.adapter_path} is replaced"
+    ]
 
 
 def test_an_adapter_without_its_run_is_not_resumed(job, whole):
@@ -242,7 +244,9 @@ def test_a_damaged_state_is_one_clear_error(job, whole):
     with pytest.raises(FormatError):
         mlx_afm.train(replace(job, resume=True))
     events = []
-    mlx_afm.train(replace(job, train=replace(CONFIG, iters=1)), events.append)
+    with pytest.raises(ConfigError, match="an adapter without a readable state of its run"):
+        mlx_afm.train(replace(job, train=replace(CONFIG, iters=1)))
+    mlx_afm.train(replace(job, train=replace(CONFIG, iters=1), overwrite=True), events.append)
     assert any(isinstance(event, Notice) and "cannot be read" in event.text for event in events)
 
 

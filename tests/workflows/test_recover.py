@@ -115,7 +115,9 @@ def test_two_tiers(codes, model_folder, data_folder, tmp_path, copy_of):
     stored = base_adapter(folder).weights
     changed = mlx_afm.load(folder, feature.adapter_path)[0]
     assert {name: a.shape for name, a in adapter_weights(changed).items()} == {n: t.shape for n, t in stored.items()}
-    assert any(not np.array_equal(np.array(a), stored[name].read()) for name, a in adapter_weights(changed).items())
+    assert any(
+        not np.array_equal(np.array(a), stored[name].read_values()) for name, a in adapter_weights(changed).items()
+    )
     with pytest.raises(ConfigError, match=r"active adapter.*expected rank 4, scale 0.5, found rank 8"):
         mlx_afm.train(replace(feature, lora=LoRAConfig(rank=8), adapter_path=tmp_path / "g"))
 
@@ -125,7 +127,7 @@ def test_of_next_token_the_best_is_kept(codes, data_folder, tmp_path, copy_of):
     job = job_of(folder, None, data_folder, tmp_path / "a", loss="next-token", into_base=True)
     recover(replace(job, run=replace(job.run, train=fast)))
     kept, best, last = (
-        read_adapter(path).weights["model.layers.0.mlp.up_proj.lora_a"].read()
+        read_adapter(path).weights["model.layers.0.mlp.up_proj.lora_a"].read_values()
         for path in (folder / "base_adapter", job.run.adapter_path / "best", job.run.adapter_path)
     )
     assert np.array_equal(kept, best)
@@ -154,10 +156,10 @@ def test_an_interrupted_run_leaves_the_base_alone(codes, model_folder, data_fold
     ("changes", "says"),
     [
         ({"teacher": None}, "teacher: expected the unquantised model's folder, found None"),
-        ({"loss": "next-token"}, "teacher: expected none, since it is not asked"),
+        ({"loss": "next-token"}, "teacher: expected none: with loss next-token no teacher is used"),
         ({"loss": "mse"}, "loss: expected distill or next-token, found mse"),
-        ({"into_base": True, "lora": LoRAConfig(targets=("q",))}, "sits on all projections"),
-        ({"lora": LoRAConfig(fine_tune_type="dora")}, "fine_tune_type: expected lora, found dora"),
+        ({"into_base": True, "lora": LoRAConfig(targets=("q",))}, "has all projections"),
+        ({"lora": LoRAConfig(fine_tune_type="dora")}, "fine_tune_type: recover trains lora only, found dora"),
     ],
 )
 def test_settings_that_do_not_go_together(changes, says, codes, model_folder, data_folder, tmp_path):

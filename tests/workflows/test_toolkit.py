@@ -38,9 +38,11 @@ def test_assets_are_where_said_else_named_else_here(assets, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_precision_is_the_dtype_of_the_base(precision, assets):
+def test_a_precision_is_the_dtype_of_the_base(precision, assets, tmp_path):
     folder = model_folder(assets, precision)
-    assert folder == assets.parent / "mlx-afm" / PRECISIONS[precision].dtype
+    assert folder.name == PRECISIONS[precision].dtype
+    assert folder.parent.parent == tmp_path / "cache" / "toolkit"
+    assert [path.name for path in assets.parent.iterdir()] == ["assets"]  # nothing beside the assets
     dtypes = {tensor.dtype for tensor in read_safetensors(folder / "model.safetensors").values()}
     assert PRECISIONS[precision].dtype in dtypes
     adapter = read_safetensors(folder / "base_adapter" / "adapters.safetensors")
@@ -62,6 +64,12 @@ def test_the_model_is_converted_once_and_again_when_it_changed(assets):
     (folder / MADE_FROM).unlink()  # as after being killed between the two
     model_folder(assets, "f32", on_note=notes.append)
     assert len(notes) == 3
+
+
+def test_a_model_that_an_earlier_release_put_beside_the_assets_is_used(assets):
+    made = model_folder(assets, "f32")
+    shutil.move(made, assets.parent / "mlx-afm" / "float32")
+    assert model_folder(assets, "f32", on_note=pytest.fail) == assets.parent / "mlx-afm" / "float32"
 
 
 def test_the_place_can_be_chosen_and_others_files_are_left_alone(assets, tmp_path, monkeypatch):
@@ -101,7 +109,7 @@ def test_leaving_at_epochs_changes_nothing(settings, tmp_path):
     wanted = read_safetensors(job.adapter_path / "adapters.safetensors")
     assert len(ours) == len(wanted)
     for found, tensor in zip(ours.values(), wanted.values()):
-        np.testing.assert_array_equal(found.read(), tensor.read())
+        np.testing.assert_array_equal(found.read_values(), tensor.read_values())
 
     def reports(told):
         return [(e.step, e.loss, e.learning_rate) for e in told if isinstance(e, StepsReported)]
@@ -124,7 +132,7 @@ def test_the_best_two_epochs_are_kept(settings, monkeypatch):
     names = {path.name for path in settings.checkpoint_dir.glob("*.pt")}
     assert names == {"adapter-final.pt", "adapter-epoch1.pt", "adapter-epoch4.pt"}
     final, last = (read_torch(settings.checkpoint_dir / f"adapter-{name}.pt") for name in ("final", "epoch4"))
-    assert all(np.array_equal(final[name].read(), last[name].read()) for name in final)
+    assert all(np.array_equal(final[name].read_values(), last[name].read_values()) for name in final)
     assert not [path for path in settings.checkpoint_dir.iterdir() if path.name.startswith(".")]
 
 
