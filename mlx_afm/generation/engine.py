@@ -209,7 +209,8 @@ class Engine:
             self.prefix_cache.store(ids[:end], prefill.caches, self._kind(request))
         if request.on_progress is not None:
             mx.eval([cache.state for cache in prefill.caches])
-            request.on_progress(end, len(ids))
+            known = prefill.rows[0].cached_tokens
+            request.on_progress(end - known, len(ids) - known)
         if logits is None:
             return []
         self._prefills.remove(prefill)

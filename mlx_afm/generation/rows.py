@@ -12,7 +12,7 @@ from mlx_afm.generation.sampling import LogitsProcessor, Sampler, TokenLogprob
 
 STOP, LENGTH = "stop", "length"  # finish reasons
 
-Progress = Callable[[int, int], None]  # tokens of the prompt computed, and of how many
+Progress = Callable[[int, int], None]  # tokens of the prompt computed, and of how many that were not known before
 
 
 @dataclass(frozen=True, kw_only=True)

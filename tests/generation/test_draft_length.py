@@ -67,9 +67,9 @@ def test_a_row_is_never_slower_than_plain_decoding_by_more_than_five_percent(dra
     run = Simulated([row], draft=draft, noise=noise).run(1000)
     plain = PLAIN * (1 + noise / 2)
     assert row.seconds <= 1.05 * plain * row.tokens
-    best = min(
-        run.seconds(length) / sum(chance**count for count in range(length + 1)) for length in (0, *LENGTHS)
-    ) * (1 + noise / 2)  # as if it were known from the start
+    best = min(run.seconds(length) / sum(chance**count for count in range(length + 1)) for length in (0, *LENGTHS)) * (
+        1 + noise / 2
+    )  # as if it were known from the start
     assert row.seconds <= 1.15 * best * row.tokens
 
 
