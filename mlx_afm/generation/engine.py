@@ -17,7 +17,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
@@ -45,8 +45,8 @@ class _Prefill:
     """A prompt that is being computed, up to `done`."""
 
     rows: list[Row]
-    caches: list[KVCache]
-    done: int
+    caches: list[KVCache] = field(default_factory=list)
+    done: int = 0
 
 
 class Engine:
@@ -171,26 +171,27 @@ class Engine:
             while self._waiting and self.rows_in_use + len(self._waiting[0]) <= max(
                 self.batch_size, len(self._waiting[0])
             ):
-                self._prefills.append(self._start(self._waiting.popleft()))
+                self._prefills.append(_Prefill(self._waiting.popleft()))
             if not self._prefills:
                 return events
             events += self._read(self._prefills[0])
             if not self._prompts_first and self.rows:
                 return events
 
-    def _start(self, rows: list[Row]) -> _Prefill:
-        request = rows[0].request
-        caches = self.decoder.form.model.make_cache(quantized=request.config.kv_bits is not None)
-        done = 0
+    def _start(self, prefill: _Prefill) -> None:
+        """Takes what the prefix cache holds of a prompt; only now, when all earlier prompts are in it."""
+        request = prefill.rows[0].request
+        prefill.caches = self.decoder.form.model.make_cache(quantized=request.config.kv_bits is not None)
         if self.prefix_cache is not None:
             found = self.prefix_cache.fetch(request.ids, self._kind(request), request.prefix_boundaries)
-            caches, done = found or (caches, 0)
-        for row in rows:
-            row.cached_tokens = done
-        return _Prefill(rows, caches, done)
+            prefill.caches, prefill.done = found or (prefill.caches, 0)
+        for row in prefill.rows:
+            row.cached_tokens = prefill.done
 
     def _read(self, prefill: _Prefill) -> list[TokenEvent]:
         """Computes the next piece of a prompt; after the last one its rows join the batch."""
+        if not prefill.caches:
+            self._start(prefill)
         request = prefill.rows[0].request
         ids, boundaries = request.ids, request.prefix_boundaries or ()
         end = next((boundary for boundary in boundaries if boundary > prefill.done), len(ids))
