@@ -88,7 +88,7 @@ class Engine:
         self._cache: BatchCache | None = None
         self._sampled: Sampled | None = None  # each row's newest token, not given out and not in the cache yet
         self._routes: Mapping[str, Slots] = {}
-        self._steps = self._batch_steps = 0
+        self._steps = self._batch_steps = self._pieces = 0
         self._accepted: dict[Row, deque[tuple[TokenLogprob, mx.array]]] = {}  # proposals that are not given out yet
         self._drafts = self._lengths = None
         if speculation is not None:
@@ -150,12 +150,12 @@ class Engine:
             return self._give_accepted()
         if self._lengths is not None:
             self._lengths.finish()
-        alone = not self._waiting and not self._prefills
+        pieces = self._pieces
         events = self._drop_faulty() + self._prefill()
         if not self.rows:
             return events
         length = self._planned_length()
-        events += self._round(length) if length else self._plain(alone=alone)
+        events += self._round(length) if length else self._plain(alone=pieces == self._pieces)
         self._steps += 1
         if self._steps % CLEAR_CACHE_INTERVAL == 0:
             mx.clear_cache()
@@ -203,7 +203,7 @@ class Engine:
             mx.eval([cache.state for cache in prefill.caches])
             mx.clear_cache()
         logits = None if end < len(ids) else self.decoder.prefill(tokens, prefill.caches, routes)
-        prefill.done = end
+        prefill.done, self._pieces = end, self._pieces + 1
         if self.prefix_cache is not None and (
             end == len(ids) if request.prefix_boundaries is None else end in boundaries
         ):
