@@ -4,8 +4,8 @@
 
 Cases, each an answer of --tokens tokens, sampled; both sides in turns in one process, with one BLAS:
 
-    good_auto, bad_auto         a draft that agrees with the target mostly, and one with other random weights; the number adapts
-    good_fixed, bad_fixed       the same with 5 proposals in each round
+    good_auto, bad_auto         a draft that agrees with the target mostly, and one with other random weights; the
+    number adapts good_fixed, bad_fixed       the same with 5 proposals in each round
     costly_auto                 the bad one with half the target's layers
 
 `time_ratio` is with draft / without, the median over the repeats of pairs; `low` and `high` are its quartiles.

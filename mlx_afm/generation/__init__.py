@@ -1,8 +1,8 @@
 """Text from a model: one prompt or many, token by token or whole.
 
 `engine` answers requests in one batch; `decode` runs its steps, `batch_cache` and `prefix_cache` hold keys and values,
-`sampling` chooses tokens, `text_stream` makes text of them. `generate`, `answers`, `jsonl` and `chat` are its callers here.
-mlx-lm's parts are imported when first used.
+`sampling` chooses tokens, `text_stream` makes text of them. `generate`, `answers`, `jsonl` and `chat` are its callers
+here. mlx-lm's parts are imported when first used.
 """
 
 from mlx_afm.generation.answers import Answer, batch_generate, iter_answers

@@ -1,7 +1,7 @@
 """One step of all rows of a batch: tokens and caches to logits, compiled where that pays.
 
-Both ways run the same function. Compiled, it is traced once for each shape (rows of the storage, its room, tokens a row)
-and set of adapters; weights, adapters and caches are its inputs, so that changed weights are never missed.
+Both ways run the same function. Compiled, it is traced once for each shape (rows of the storage, its room, tokens a
+row) and set of adapters; weights, adapters and caches are its inputs, so that changed weights are never missed.
 """
 
 from __future__ import annotations

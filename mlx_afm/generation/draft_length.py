@@ -1,7 +1,7 @@
-"""How many tokens a draft model proposes: the number with the most tokens per time, or none where plain steps are faster.
+"""How many tokens a draft model proposes: what gives most tokens per time, or none where plain steps are faster.
 
-What decides are measured times (of plain steps, and of rounds by their number of proposals) and the shares of proposals
-that were accepted lately, of each row. Every row has a budget of time that it may lose against plain decoding.
+What decides are measured times (of plain steps, and of rounds by their number of proposals) and the share of proposals
+that each row accepted lately. Every row has a budget of time that it may lose against plain decoding.
 """
 
 from __future__ import annotations
@@ -25,11 +25,16 @@ SAMPLES, ENOUGH_SAMPLES, MAX_AGE_STEPS = 9, 2, 256  # measured times that count
 
 @dataclass(eq=False)
 class Acceptance:
-    """The share of proposals that are accepted, recent ones counting more; what follows a refused one is not counted."""
+    """The share of a row's proposals that are accepted.
+
+    Attributes:
+        hits, tries: accepted and judged ones, earlier ones counting less; what follows a refused one was not judged.
+        lead_steps: tokens given, beyond those that plain steps would have given in the same time, and the slack.
+    """
 
     hits: float = 2 / 3 * PRIOR_TRIES
     tries: float = PRIOR_TRIES
-    lead_steps: float = SLACK_STEPS  # tokens given, beyond those that plain steps would have given in the same time
+    lead_steps: float = SLACK_STEPS
 
     @property
     def share(self) -> float:
@@ -167,7 +172,7 @@ class DraftLength:
         return median(recent) if len(recent) >= enough else None
 
     def _estimated(self, rows: int, length: int, plain: float) -> float:
-        """Seconds of a step; between or beyond those that were timed, by what a proposal took in the nearest of these."""
+        """Seconds of a step; of one that was not timed, by what a proposal took in the nearest one that was."""
         if length == 0:
             return plain
         timed = {other: found for other in LENGTHS if (found := self._measured(rows, other)) is not None}

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import mlx.core as mx
 
 from mlx_afm.generation.batch_cache import BatchCache
-from mlx_afm.generation.decode import Decoder
+from mlx_afm.generation.decode import Decoder, Routes
 from mlx_afm.generation.rows import Row
 from mlx_afm.generation.speculation import Speculation
 from mlx_afm.generation.speculative import Proposals, propose_tokens
 from mlx_afm.model import KVCache
 
 FED_TOKENS = 2  # at the begin of a round: a row lacks one token, or two if all its proposals were accepted
+TIMED_STEPS = 4  # plain ones, for a comparison, after one that is not timed
 MOST_FED_TOKENS = 16  # of rows that lack more, after plain steps; what lacks still more is computed like a prompt
 
 
@@ -23,16 +25,19 @@ class DraftRows:
     Args:
         speculation: the draft model.
         target: the decoder of the target; the draft's steps are compiled where its steps are.
-        keeps_prefixes: keep keys and values of prompts, for others that begin with the same ids.
+        prefix_bytes: of the keys and values of prompts that are kept for others which begin with the same ids; 0 keeps
+            none.
 
-    Cost: one step of the draft for each proposed token of all rows. The first takes the last two tokens of every row: what
-        a row has of them already is computed again, and written where it stands.
+    Cost: one step of the draft for each proposed token of all rows. The first step takes the last two tokens of every
+        row: what a row has of them already is computed again, and written where it stands.
     """
 
-    def __init__(self, speculation: Speculation, target: Decoder, *, keeps_prefixes: bool = False) -> None:
+    def __init__(self, speculation: Speculation, target: Decoder, *, prefix_bytes: int = 0) -> None:
         held = speculation.draft_decoder(target)
         self.decoder, self._route = held.decoder, held.route
-        self._prefixes = speculation.prefixes if keeps_prefixes else None
+        self._prefixes = speculation.prefixes if prefix_bytes else None
+        if self._prefixes is not None:
+            self._prefixes.limit_bytes = prefix_bytes
         self._cache = self.decoder.new_cache()
 
     def clear(self) -> None:
@@ -138,3 +143,17 @@ def padded_rows(tokens_BL: mx.array, cache: BatchCache) -> mx.array:
     """The tokens with zeros for idle rows of the storage."""
     missing = cache.rows - tokens_BL.shape[0]
     return mx.pad(tokens_BL, [(0, missing), (0, 0)]) if missing else tokens_BL
+
+
+def plain_step_seconds(decoder: Decoder, cache: BatchCache, routes: Routes, *, steps_done: int) -> float:
+    """What a plain step of the rows takes, behind what they hold; what it writes is never read.
+
+    Cost: five such steps.
+    """
+    tokens_B1, started = mx.zeros((cache.rows, 1), mx.int32), 0.0
+    for step in range(TIMED_STEPS + 1):
+        if step == 1:
+            started = time.perf_counter()
+        logits_BLV = decoder.step(tokens_B1, cache, routes, steps_done=steps_done)
+        mx.eval(mx.argmax(logits_BLV, axis=-1), cache.keys, cache.values)
+    return (time.perf_counter() - started) / TIMED_STEPS

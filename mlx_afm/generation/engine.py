@@ -8,8 +8,8 @@
 Rows join and leave between two tokens, each with its own adapter, settings and randomness; an answer does not depend on
 its neighbours. All callers use it: one prompt, files of prompts, chat, samples in training, and the server.
 
-With a draft model, one pass of the target may give a row several tokens. They are given out one a step all the same, so that
-a caller can end a row behind each; nothing is computed meanwhile.
+With a draft model, one pass of the target may give a row several tokens. They are given out one a step all the same, so
+that a caller can end a row behind each; nothing is computed meanwhile.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mlx_afm.errors import ConfigError, SettingError
 from mlx_afm.generation.batch_cache import BatchCache
 from mlx_afm.generation.config import require_fitting
 from mlx_afm.generation.decode import Decoder
-from mlx_afm.generation.draft_rows import DraftRows, padded_rows
+from mlx_afm.generation.draft_rows import DraftRows, padded_rows, plain_step_seconds
 from mlx_afm.generation.prefix_cache import PrefixCache, prefix_owner
 from mlx_afm.generation.rows import LENGTH, STOP, Progress, Request, Row, TokenEvent
 from mlx_afm.generation.sampling import Sampled, Sampler, TokenLogprob, sample
@@ -36,7 +36,6 @@ from mlx_afm.model.low_rank import Slots
 from mlx_afm.text.tokenizer import require_token_ids
 
 BATCH_SIZE = 16
-TIMED_STEPS = 4  # plain ones, for a comparison, after one that is not timed
 CLEAR_CACHE_INTERVAL = 256  # steps after which freed memory goes back to the system, as in mlx-lm
 
 
@@ -60,8 +59,13 @@ class Engine:
         routes: the slots of some rows' adapters, and of one adapter alone; see `adapters.inference`.
         prompts_first: compute all waiting prompts before the next token, as throughput wants it; else one piece of one
             prompt for each token, so that nobody waits long.
-        speculation: a draft model, whose proposals are verified for all rows in one pass; None decodes plainly.
+        speculation: a draft model, whose proposals are verified for all rows in one pass; None decodes plainly. It keeps
+            prefixes of its own, in as many bytes again, if there is a prefix cache.
         keep_answers: store prompt and answer in the prefix cache when a row ends, for the next turn of a conversation.
+
+    Attributes:
+        rows: the answers that decode.
+        overflow: engines of the same decoder that take the answers of a request which find no room here, in this order.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class Engine:
         self._waiting: deque[list[Row]] = deque()
         self._prefills: deque[_Prefill] = deque()
         self.rows: list[Row] = []
+        self.overflow: Sequence[Engine] = ()
         self._cache: BatchCache | None = None
         self._sampled: Sampled | None = None  # each row's newest token, not given out and not in the cache yet
         self._routes: Mapping[str, Slots] = {}
@@ -92,13 +97,19 @@ class Engine:
         self._accepted: dict[Row, deque[tuple[TokenLogprob, mx.array]]] = {}  # proposals that are not given out yet
         self._drafts = self._lengths = None
         if speculation is not None:
-            self._drafts = DraftRows(speculation, decoder, keeps_prefixes=prefix_cache is not None)
+            size = 0 if prefix_cache is None else prefix_cache.limit_bytes
+            self._drafts = DraftRows(speculation, decoder, prefix_bytes=size)
             self._lengths = speculation.adaptive_length(decoder.form.model)
 
     @property
     def busy(self) -> bool:
         """Whether an answer is under way or waiting."""
         return bool(self.rows or self._waiting or self._prefills)
+
+    @property
+    def reading(self) -> bool:
+        """Whether a prompt is being computed or waits for that."""
+        return bool(self._waiting or self._prefills)
 
     @property
     def rows_in_use(self) -> int:
@@ -144,6 +155,14 @@ class Engine:
         """Ends all answers."""
         self.remove(self._all_rows())
 
+    def reroute(self) -> None:
+        """Looks up the slots of the rows' adapters again; to be called after adapters were added or removed."""
+        # Idle rows of the storage take the first row's.
+        names = [row.request.adapter for row in self.rows]
+        if self._cache is not None and names:
+            names += [names[0]] * (self._cache.rows - len(names))
+        self._routes = self._routes_of(names)
+
     def step(self) -> list[TokenEvent]:
         """Computes waiting prompts, then gives at most one token of each row; finished rows leave."""
         if self._accepted:
@@ -168,15 +187,18 @@ class Engine:
     def _prefill(self) -> list[TokenEvent]:
         events: list[TokenEvent] = []
         while True:
-            while self._waiting and self.rows_in_use + len(self._waiting[0]) <= max(
-                self.batch_size, len(self._waiting[0])
-            ):
+            while self._waiting and self._has_room(len(self._waiting[0])):
                 self._prefills.append(_Prefill(self._waiting.popleft()))
             if not self._prefills:
                 return events
             events += self._read(self._prefills[0])
-            if not self._prompts_first and self.rows:
+            if not self._prompts_first:
                 return events
+
+    def _has_room(self, rows: int) -> bool:
+        """Whether a request with so many answers can start; one that is larger than all room waits for all of it."""
+        free = sum(max(engine.batch_size - engine.rows_in_use, 0) for engine in (self, *self.overflow))
+        return rows <= free or not self.rows_in_use
 
     def _start(self, prefill: _Prefill) -> None:
         """Takes what the prefix cache holds of a prompt; only now, when all earlier prompts are in it."""
@@ -204,9 +226,7 @@ class Engine:
             mx.clear_cache()
         logits = None if end < len(ids) else self.decoder.prefill(tokens, prefill.caches, routes)
         prefill.done, self._pieces = end, self._pieces + 1
-        if self.prefix_cache is not None and (
-            end == len(ids) if request.prefix_boundaries is None else end in boundaries
-        ):
+        if self.prefix_cache is not None and _is_kept(request, end):
             self.prefix_cache.store(ids[:end], prefill.caches, self._kind(request))
         if request.on_progress is not None:
             mx.eval([cache.state for cache in prefill.caches])
@@ -218,7 +238,16 @@ class Engine:
         return self._join(prefill, logits)
 
     def _join(self, prefill: _Prefill, logits_1V: mx.array) -> list[TokenEvent]:
-        rows = prefill.rows
+        events, rows = [], prefill.rows
+        for engine in (self, *self.overflow) if self.overflow else ():
+            room = max(engine.batch_size - len(engine.rows), 0)
+            if room and rows:
+                events += engine._take(rows[:room], prefill, logits_1V)
+                rows = rows[room:]
+        return events + self._take(rows, prefill, logits_1V) if rows else events
+
+    def _take(self, rows: list[Row], prefill: _Prefill, logits_1V: mx.array) -> list[TokenEvent]:
+        """Puts rows behind the others, with their first tokens, which are given out with the next step."""
         sampled = sample([row.sampler for row in rows], mx.repeat(logits_1V, len(rows), axis=0), [0] * len(rows))
         if self._cache is None or not self.rows:
             quantized = rows[0].request.config.kv_bits is not None
@@ -231,7 +260,7 @@ class Engine:
             self._drafts.join(rows)
         self._sampled = sampled if self._sampled is None else self._sampled.joined(sampled)
         self.rows = [*self.rows, *rows]
-        self._reroute()
+        self.reroute()
         return self._drop_faulty()
 
     def _kind(self, request: Request) -> Hashable:
@@ -359,15 +388,16 @@ class Engine:
         if self._keep_answers and self.prefix_cache is not None:
             for index in sorted(set(range(len(self.rows))) - set(indices)):
                 self._store_answer(index)
-        if not indices and self.speculation is not None and self.speculation.compares:
-            self._time_plain_steps(self.speculation)
+        if not indices and self.speculation is not None and self.speculation.wants_plain_time:
+            seconds = plain_step_seconds(self.decoder, self._cache, self._routes, steps_done=self._batch_steps)
+            self.speculation.plain_step_seconds = seconds
         self.rows = [self.rows[index] for index in indices]
         self._accepted = {row: held for row, held in self._accepted.items() if row in self.rows}
         self._cache.keep(indices)
         if self._drafts is not None:
             self._drafts.keep(indices)
         self._sampled = self._sampled.rows(indices) if self._sampled is not None and indices else None
-        self._reroute()
+        self.reroute()
 
     def _store_answer(self, index: int) -> None:
         assert self._cache is not None
@@ -378,29 +408,19 @@ class Engine:
         if self._drafts is not None:
             self._drafts.store(index, row)
 
-    def _time_plain_steps(self, speculation: Speculation) -> None:
-        """Times plain steps behind what the rows hold, once, for the speed-up; what they write is never read."""
-        if speculation.plain_step_seconds is not None or speculation.rounds < 2:
-            return
-        assert self._cache is not None
-        tokens_B1, started = mx.zeros((self._cache.rows, 1), mx.int32), 0.0
-        for step in range(TIMED_STEPS + 1):
-            if step == 1:
-                started = time.perf_counter()
-            logits = self.decoder.step(tokens_B1, self._cache, self._routes, steps_done=self._batch_steps)
-            mx.eval(mx.argmax(logits, axis=-1), self._cache.keys, self._cache.values)
-        speculation.plain_step_seconds = (time.perf_counter() - started) / TIMED_STEPS
-
-    def _reroute(self) -> None:
-        """The routes of the rows as they are now; idle rows of the storage take the first row's."""
-        names = [row.request.adapter for row in self.rows]
-        if self._cache is not None and names:
-            names += [names[0]] * (self._cache.rows - len(names))
-        self._routes = self._routes_of(names)
-
     def _all_rows(self) -> list[Row]:
         waiting = [row for rows in self._waiting for row in rows]
         return [*self.rows, *(row for prefill in self._prefills for row in prefill.rows), *waiting]
+
+
+def _is_kept(request: Request, end: int) -> bool:
+    """Whether the first `end` tokens of a prompt are stored: the whole prompt, or up to the first or last boundary.
+
+    Prompts of other conversations share the first, and the next turn of this one has the last.
+    """
+    if request.prefix_boundaries is None:
+        return end == len(request.ids)
+    return bool(request.prefix_boundaries) and end in (request.prefix_boundaries[0], request.prefix_boundaries[-1])
 
 
 __all__ = ["BATCH_SIZE", "LENGTH", "STOP", "Engine", "Progress", "Request", "Row", "TokenEvent"]

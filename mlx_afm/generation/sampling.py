@@ -17,7 +17,8 @@ import mlx.core as mx
 
 from mlx_afm.generation.config import GenerateConfig
 
-# Given all tokens so far, prompt included, (N,) and the logits (1, V) of the next one, gives other logits; mlx-lm's form.
+# Given all tokens so far, prompt included, (N,) and the logits (1, V) of the next one, gives other logits; mlx-lm's
+# form.
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 _STRIDE = 0x9E3779B97F4A7C15  # odd, so that no two tokens of an answer share a key
 
@@ -92,7 +93,8 @@ class Sampled:
     Attributes:
         tokens_B: int32.
         logits_BV: that they were sampled from, before penalties and processors.
-        wanted: of each row, the arrays of its log probabilities: of the token; the most likely tokens (N,); theirs (N,).
+        wanted: of each row, the arrays of its log probabilities: of the token; the most likely tokens (N,); theirs
+            (N,).
         processed_BV: the logits after penalties and processors, for rows that keep all log probabilities.
     """
 

@@ -20,7 +20,8 @@ class Speculation:
 
     Attributes:
         draft: the draft model; its vocabulary is the target's.
-        num_draft_tokens: proposed in each round; None adapts it to what is accepted and to measured times, down to none.
+        num_draft_tokens: proposed in each round; None adapts it to what is accepted and to measured times, down to
+            none.
         rounds: passes of the target over proposals.
         row_rounds: the rows of all of them together.
         drafted: tokens proposed, over all rows; none counts that would stand behind the last of an answer.
@@ -69,6 +70,11 @@ class Speculation:
         if self.plain_step_seconds is None or not self.seconds:
             return None
         return self.plain_step_seconds * self._timed_tokens / self.seconds
+
+    @property
+    def wants_plain_time(self) -> bool:
+        """Whether there is something to compare with plain steps that were not timed yet."""
+        return self.compares and self.plain_step_seconds is None and self.rounds > 1
 
     @property
     def lengths(self) -> tuple[int, ...]:

@@ -1,17 +1,19 @@
-"""Speculative decoding of the rows of a batch: a draft model proposes tokens, one pass of the target judges those of all rows.
+"""Speculative decoding of a batch: a draft model proposes tokens, and one pass of the target judges those of all rows.
 
-Each row accepts its own number of tokens; what it refuses lowers its own length and moves nobody else. Greedy answers are
-those of plain decoding. Sampled ones are distributed as the target's, by one of two rules:
+Each row accepts its own number of tokens; what it refuses lowers its own length and moves nobody else. Greedy answers
+are those of plain decoding. Sampled ones are distributed as the target's, by one of two rules:
 
 - A fixed number of proposals: they are accepted with probability min(1, p / q), and the token behind them is drawn from
   what p has more than q. Of all rules this accepts the most.
-- A number that adapts to measured times, and rows whose logits depend on their tokens (penalties, constraints): a proposal
-  is accepted if it is the token that plain decoding samples. Draft and target draw with the same noise at each place, so
-  that they mostly agree, and the answer is that of plain decoding whatever the number of proposals is.
+- A number that adapts to measured times, and rows whose logits depend on their tokens (penalties, constraints): a
+proposal
+  is accepted if it is the token that plain decoding samples. Draft and target draw with the same noise at each place,
+  so that they mostly agree, and the answer is that of plain decoding whatever the number of proposals is.
 
 Shape suffixes: B rows, N proposed tokens, M one more, V vocabulary.
-Source: Leviathan, Kalman and Matias, "Fast inference from transformers via speculative decoding", 2023, algorithm 1; Daliri,
-Musco and Suresh, "Coupling without communication and drafter-invariant speculative decoding", 2024, Gumbel sampling.
+Source: Leviathan, Kalman and Matias, "Fast inference from transformers via speculative decoding", 2023, algorithm 1;
+Daliri, Musco and Suresh, "Coupling without communication and drafter-invariant speculative decoding", 2024, Gumbel
+sampling.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ class Verdict:
     _processed: Mapping[int, Sequence[mx.array]]
 
     def tokens(self, index: int) -> list[tuple[TokenLogprob, mx.array]]:
-        """A row's accepted tokens, each with the log probabilities (V,) of all tokens, not computed unless they are read."""
+        """A row's accepted tokens, each with the log probabilities (V,) of all tokens, computed when they are read."""
         found = []
         count, sampler = self.accepted[index], self._rows[index].sampler
         for place in range(count):
@@ -86,8 +88,8 @@ class Verdict:
 def length_needed(row: Row, *, fixed: bool) -> int:
     """Proposals that can be of use to a row which has one token to come besides.
 
-    A row that is sampled by the rule of a fixed number takes all its tokens from rounds, also the last: what it draws must
-    not depend on how many proposals its neighbours need.
+    A row that is sampled by the rule of a fixed number takes all its tokens from rounds, also the last: what it draws
+    must not depend on how many proposals its neighbours need.
     """
     left = row.max_tokens - len(row.tokens)
     return left if _is_drawn(row, fixed=fixed) else left - 1

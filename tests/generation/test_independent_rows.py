@@ -1,7 +1,8 @@
-"""A row's answer is the same alone, in any batch, behind any prefix cache, beside any adapter, plain, compiled or drafted.
+"""A row's answer is the same alone, in any batch, behind any cache, beside any adapter, plain, compiled or drafted.
 
-Three hundred random rows. "The same" means equal tokens up to the first place where the reference hesitates: where its best
-score leads the second by less than `MARGIN` (float32; BLAS adds in another order for other shapes). Such rows are few.
+Three hundred random rows. "The same" means equal tokens up to the first place where the reference hesitates: where its
+best score leads the second by less than `MARGIN` (float32; BLAS adds in another order for other shapes). Such rows are
+few.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def cuts(text, rng):
 
 
 def reference(text, stop):
-    """Up to where the first stop text to be complete begins; of several that are complete at once the longest counts."""
+    """Up to where the first stop text to be complete begins; of several complete at once the longest counts."""
     for end in range(len(text) + 1):
         starts = [end - len(each) for each in stop if text[:end].endswith(each)]
         if starts:
