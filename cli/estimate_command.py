@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from mlx_afm.files import format_bytes
+
 from .lora_options import ESTIMATED
 from .output import json_option, note, show
 from .parameters import PATH, SIZE, refuse_given
@@ -70,7 +72,7 @@ def command(
     show({**result, "ways_to_fit": ways}, as_json) if as_json else show(result, False)
     if limit is not None and not as_json:
         for way, size in ways.items():
-            note(f"fits: {way}: {estimate.gigabytes(size)}")
+            note(f"fits: {way}: {format_bytes(size)}")
     return 0
 
 

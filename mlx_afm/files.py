@@ -285,13 +285,13 @@ def disk_full(target: Path, wanted_bytes: int | None, written_bytes: int = 0) ->
     return DiskFullError(
         "not enough disk space",
         where=target,
-        expected=f"{'more than ' if wanted_bytes is None else ''}{to_text(needed)} free",
-        found=to_text(free_bytes(target) + written_bytes, like=needed),
+        expected=f"{'more than ' if wanted_bytes is None else ''}{format_bytes(needed)} free",
+        found=format_bytes(free_bytes(target) + written_bytes, like=needed),
         advice="Free some space, or choose a target on another disk.",
     )
 
 
-def to_text(count: int, like: int | None = None) -> str:
+def format_bytes(count: float, like: int | None = None) -> str:
     """A number of bytes in GB, or in MB if it is small; `like` is another number that chooses the unit."""
     unit, size = ("GB", 1e9) if (count if like is None else like) >= 5e7 else ("MB", 1e6)
     return f"{count / size:.2f} {unit}"

@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from mlx_afm.errors import ConfigError
-from mlx_afm.files import DISK_FULL, PARTIAL, disk_full, lock_descriptor, remove, size_of, to_text
+from mlx_afm.files import DISK_FULL, PARTIAL, disk_full, format_bytes, lock_descriptor, remove, size_of
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # some network disks
 INNER_LOCK = ".mlx-afm.lock"
@@ -118,7 +118,7 @@ def _clear(path: Path, target: Path, old: bool) -> str:
     if old and not target.exists():
         os.replace(path, target)
         return f"put back {target}, which a killed process had moved to {path.name}"
-    size = to_text(size_of(path))
+    size = format_bytes(size_of(path))
     remove(path)
     return f"removed {path} ({size}), the unfinished output of a killed process"
 

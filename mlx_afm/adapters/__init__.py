@@ -19,6 +19,7 @@ from mlx_afm.adapters.store import (
     adapter_shapes,
     is_zero,
     read_adapter,
+    read_system_prompts,
     write_adapter_folder,
     write_adapter_weights,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "is_zero",
     "package_tensors",
     "read_adapter",
+    "read_system_prompts",
     "remove_adapter",
     "restart_dead_components",
     "set_adapter_weights",

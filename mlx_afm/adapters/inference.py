@@ -5,24 +5,31 @@
     routes = adapters.routes(["poet", None])        row 0 with the adapter, row 1 without
     decoder.step(tokens, cache, routes, ...)
 
-DoRA adapters multiply rows of the base and have no place in a stack: each is an inference model of its own, which shares
-the base's arrays.
+DoRA adapters multiply rows of the base and have no place in a stack: each is an inference model of its own, which
+shares the base's arrays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import sha256
+from math import prod
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from mlx_afm.adapters.attach import adapter_weights
 from mlx_afm.errors import AdapterError
 from mlx_afm.model import Model
 from mlx_afm.model.inference import InferenceModel, fused_matrices
 from mlx_afm.model.lora import PARTS, LoRAFusedLinear, LoRALinear
-from mlx_afm.model.low_rank import AdaptedFusedLinear, AdaptedGateUp, Bucket, LowRankStack, PairStack, Slots
+from mlx_afm.model.low_rank import (
+    AdaptedFusedLinear,
+    AdaptedGateUp,
+    Bucket,
+    LowRankStack,
+    MagnitudeLinear,
+    Slots,
+)
 
 Weights = Mapping[str, Callable[[], mx.array]]
 
@@ -33,14 +40,15 @@ class AdapterStacks:
     Args:
         form: whose modules hold the stacks.
 
-    Cost: each adapter's matrices once, in the model's dtype; of the fused projection B with zeros between its parts, 2 R
-        (Q + 2 K) values a layer for nothing. `add` and `remove` copy the stacks of one bucket, a module at a time.
+    Cost: each adapter's matrices once, in the model's dtype; of the fused projection B with zeros between its parts,
+        2 R (Q + 2 K) values a layer for nothing. `add` and `remove` copy the stacks of one bucket, a module at a time.
     """
 
     def __init__(self, form: InferenceModel) -> None:
         self._form = form
         self._modules = form.adaptable()
         self._slots: dict[Bucket, list[str]] = {}
+        self._stacks: dict[Bucket, dict[str, LowRankStack]] = {}
         self.sizes: dict[str, int] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -50,7 +58,7 @@ class AdapterStacks:
         """Puts an adapter beside the others; returns its bytes.
 
         Args:
-            weights: what gives `...lora_a` (D, R) and `...lora_b` (R, O), float32, by our names; each is asked for once.
+            weights: what gives `...lora_a` (D, R) and `...lora_b` (R, O), float32, by our names.
             scale: of B A.
 
         Raises:
@@ -59,16 +67,16 @@ class AdapterStacks:
         if name in self:
             raise AdapterError("there is an adapter of this name", where=name)
         pairs = _pairs(weights)
-        bucket, size = _bucket(pairs), 0
-        for path, (a, b) in self._matrices(pairs, scale):
-            stacks, stack = self._modules[path].stacks, PairStack if b.shape[0] == 2 else LowRankStack
-            if bucket in stacks:
-                held = stacks[bucket]
-                stacks[bucket] = stack(mx.concatenate([held.lora_a, a]), mx.concatenate([held.lora_b, b]))
-            else:
-                stacks[bucket] = stack(a, b)
-            mx.eval(stacks[bucket].parameters())
-            size += a.nbytes + b.nbytes
+        bucket, size, done = _bucket(pairs), 0, list[str]()
+        try:
+            for path, (a, b) in self._matrices(pairs, scale):
+                size += a.nbytes + b.nbytes
+                self._append(path, bucket, a, b)
+                done.append(path)
+        except BaseException:  # a file that cannot be read to its end leaves nothing behind
+            for path in done:
+                self._drop(path, bucket, len(self._slots.get(bucket, ())))
+            raise
         self._slots.setdefault(bucket, []).append(name)
         self.sizes[name] = size
         return size
@@ -80,19 +88,30 @@ class AdapterStacks:
         bucket = self._bucket_of(name)
         slot = self._slots[bucket].index(name)
         del self._slots[bucket][slot]
-        for module in self._modules.values():
-            if bucket not in module.stacks:
-                continue
-            if not self._slots[bucket]:
-                del module.stacks[bucket]
-                continue
-            held, width = module.stacks[bucket], 2 if isinstance(module, AdaptedGateUp) else 1
-            a = mx.concatenate([held.lora_a[:slot], held.lora_a[slot + 1 :]])
-            b = mx.concatenate([held.lora_b[: width * slot], held.lora_b[width * (slot + 1) :]])
-            module.stacks[bucket] = type(held)(a, b)
-            mx.eval(a, b)
+        for path in list(self._stacks[bucket]):
+            self._drop(path, bucket, slot)
         if not self._slots[bucket]:
-            del self._slots[bucket]
+            del self._slots[bucket], self._stacks[bucket]
+
+    def size_of(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        """Bytes that `add` would return for an adapter with these shapes, by our names."""
+        ranks = {name.removesuffix(".lora_a"): shape[1] for name, shape in shapes.items() if name.endswith(".lora_a")}
+        values = 0
+        for path, module in self._modules.items():
+            if isinstance(module, AdaptedFusedLinear):
+                parts = [part for part in PARTS if f"{path}.{part}" in ranks]
+                outputs = module.linear.q_dims + 2 * module.linear.kv_dims
+                values += sum(
+                    shapes[f"{path}.{part}.lora_a"][0] * ranks[f"{path}.{part}"] + ranks[f"{path}.{part}"] * outputs
+                    for part in parts
+                )
+            elif isinstance(module, AdaptedGateUp):
+                parent = path.rpartition(".")[0]
+                found = [p for part in ("gate", "up") if (p := f"{parent}.{part}_proj") in ranks]
+                values += 2 * sum(map(prod, _shapes_of(shapes, found[0]))) if found else 0
+            elif path in ranks:
+                values += sum(map(prod, _shapes_of(shapes, path)))
+        return values * self._form.dtype.size
 
     def routes(self, names: Sequence[str | None]) -> dict[Bucket, Slots]:
         """The slots of rows with these adapters; None is the base alone."""
@@ -101,8 +120,8 @@ class AdapterStacks:
             slots = [held.index(name) if name in held else -1 for name in names]
             if max(slots, default=-1) < 0:
                 continue
-            mask = None if min(slots) >= 0 else mx.array([slot >= 0 for slot in slots])[:, None, None]
-            routes[bucket] = Slots(mx.array([max(slot, 0) for slot in slots], mx.int32), mask)
+            mask = None if min(slots) >= 0 else mx.array([slot >= 0 for slot in slots])
+            routes[bucket] = Slots(self._stacks[bucket], mx.array([max(slot, 0) for slot in slots], mx.int32), mask)
         return routes
 
     def route(self, name: str | None) -> dict[Bucket, Slots]:
@@ -110,7 +129,28 @@ class AdapterStacks:
         if name is None:
             return {}
         bucket = self._bucket_of(name)
-        return {bucket: Slots(self._slots[bucket].index(name))}
+        return {bucket: Slots(self._stacks[bucket], self._slots[bucket].index(name))}
+
+    def _append(self, path: str, bucket: Bucket, a: mx.array, b: mx.array) -> None:
+        """Puts an adapter's matrices behind those in one module."""
+        stacks = self._stacks.setdefault(bucket, {})
+        if path in stacks:
+            held = stacks[path]
+            a, b = mx.concatenate([held.lora_a, a]), mx.concatenate([held.lora_b, b])
+        mx.eval(a, b)
+        stacks[path] = LowRankStack(a, b)
+
+    def _drop(self, path: str, bucket: Bucket, slot: int) -> None:
+        """Takes one slot out of the stacks of one module."""
+        stacks = self._stacks[bucket]
+        held, width = stacks[path], len(stacks[path].lora_b) // len(stacks[path].lora_a)
+        if len(held.lora_a) == 1:
+            del stacks[path]
+            return
+        a = mx.concatenate([held.lora_a[:slot], held.lora_a[slot + 1 :]])
+        b = mx.concatenate([held.lora_b[: width * slot], held.lora_b[width * (slot + 1) :]])
+        mx.eval(a, b)
+        stacks[path] = LowRankStack(a, b)
 
     def _bucket_of(self, name: str) -> Bucket:
         return next(bucket for bucket, names in self._slots.items() if name in names)
@@ -164,14 +204,39 @@ def _bucket(pairs: Mapping[str, Mapping[str, Callable[[], mx.array]]]) -> Bucket
     return f"rank {rank} {sha256(' '.join(sorted(pairs)).encode()).hexdigest()[:12]}"
 
 
+def _shapes_of(shapes: Mapping[str, Sequence[int]], path: str) -> tuple[Sequence[int], Sequence[int]]:
+    return shapes[f"{path}.lora_a"], shapes[f"{path}.lora_b"]
+
+
+def dora_size(form: InferenceModel, shapes: Mapping[str, Sequence[int]]) -> int:
+    """Bytes of a DoRA adapter in its inference form, from the shapes of its tensors, by our names."""
+    modules, values, fused = form.adaptable(), 0, set()
+    for name in shapes:
+        path, _, kind = name.rpartition(".")
+        if kind != "lora_a":
+            continue
+        (inputs, rank), (_, outputs) = _shapes_of(shapes, path)
+        parent, _, part = path.rpartition(".")
+        if part in PARTS:
+            linear = modules[parent].linear
+            outputs = linear.q_dims + 2 * linear.kv_dims
+        values += rank * (inputs + outputs) + (0 if parent in fused else outputs)
+        if part in PARTS:
+            fused.add(parent)
+    return values * form.dtype.size
+
+
+def magnitude_bytes(form: InferenceModel) -> int:
+    """Bytes that the DoRA layers of an inference model hold beside the base's arrays, which are computed if need be."""
+    layers = [module for module in form.model.modules() if isinstance(module, MagnitudeLinear)]
+    own = [array for layer in layers for array in (layer.lora_a, layer.lora_b, layer.factor)]
+    mx.eval(own)
+    return sum(array.nbytes for array in own)
+
+
 def own_weights(model: Model) -> tuple[Weights, float] | None:
-    """The LoRA adapter on a model, as `AdapterStacks.add` takes it; None if there is none (or DoRA, or whole weights)."""
+    """The LoRA adapter on a model, as `AdapterStacks.add` takes it; None if there is none (DoRA, whole weights)."""
     layers = [module for module in model.modules() if isinstance(module, (LoRALinear, LoRAFusedLinear))]
     if not layers:
         return None
     return {name: (lambda array=array: array) for name, array in adapter_weights(model).items()}, layers[0].scale
-
-
-def form_arrays(form: InferenceModel) -> int:
-    """Bytes of everything that an inference model holds."""
-    return sum(array.nbytes for _, array in tree_flatten(form.model.parameters()))

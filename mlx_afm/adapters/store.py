@@ -30,7 +30,8 @@ from mlx_afm.checkpoints.names import (
 )
 from mlx_afm.errors import AdapterError, ConfigError
 from mlx_afm.files import atomic_folder, read_json, to_path, write_json
-from mlx_afm.formats.fmadapter import read_fmadapter
+from mlx_afm.formats.fmadapter import METADATA_FILE, read_fmadapter
+from mlx_afm.formats.fmadapter_metadata import read_metadata
 from mlx_afm.formats.safetensors_file import read_safetensors, write_safetensors
 from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.formats.torch_file import read_torch
@@ -102,6 +103,19 @@ def read_adapter(path: str | Path, base: AFMConfig | None = None, scale: float |
     return adapter
 
 
+def read_system_prompts(path: str | Path) -> SystemPrompts:
+    """The system prompts that an adapter names, without its tensors; a `.pt` names none.
+
+    Raises:
+        FormatError: no such thing, or damaged. AdapterError: system prompts of another form.
+    """
+    path = to_path(path)
+    if path.suffix == ".fmadapter":
+        metadata, _ = read_metadata(path / METADATA_FILE)
+        return _system_prompts(metadata.creator_defined.get(OURS), path / METADATA_FILE)
+    return () if path.suffix == ".pt" else _system_prompts(_read_config(path), path / CONFIG)
+
+
 def _require_no_lists(names: Iterable[str], path: Path) -> None:
     """Checks that the fused projection has a pair for each part and not the lists of mlx-lm's own afm7 class."""
     lists = [name for name in names if name.rpartition(".")[2].isdecimal()]
@@ -161,16 +175,19 @@ def adapter_entries(base: AFMConfig, config: LoRAConfig, name: str = DEFAULT_ADA
 
 
 def _read_folder(path: Path) -> Adapter:
-    if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
-        raise AdapterError(
-            "no adapter here", where=path, expected=f"a folder with {WEIGHTS} and {CONFIG}, a .pt or a .fmadapter"
-        )
-    values = read_json(path / CONFIG)
+    values = _read_config(path)
     config, base = parse_adapter_json(values, where=path / CONFIG)
     name, prompts = str(values.get("toolkit_name", DEFAULT_ADAPTER)), _system_prompts(values, path / CONFIG)
     tensors = read_safetensors(path / WEIGHTS)
     _require_no_lists(tensors, path / WEIGHTS)
     return Adapter(config, base, tensors, name, prompts)
+
+
+def _read_config(path: Path) -> Any:
+    if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
+        expected = f"a folder with {WEIGHTS} and {CONFIG}, a .pt or a .fmadapter"
+        raise AdapterError("no adapter here", where=path, expected=expected)
+    return read_json(path / CONFIG)
 
 
 def _system_prompts(values: Any, where: object) -> SystemPrompts:
@@ -227,7 +244,7 @@ def _read_package(path: Path) -> Adapter:
     config = LoRAConfig(rank=metadata.rank, scale=DEFAULT_SCALE)
     # Adapters are float32 everywhere else; fp16 widens exactly.
     weights = {entry.ours: cast(tensors[entry.toolkit], "float32") for entry in adapter_entries(base, config)}
-    prompts = _system_prompts(metadata.creator_defined.get(OURS), path / "metadata.json")
+    prompts = _system_prompts(metadata.creator_defined.get(OURS), path / METADATA_FILE)
     return Adapter(config, base, weights, system_prompts=prompts)
 
 

@@ -24,6 +24,7 @@ from mlx_afm.data.report import MAX_KEPT, DataReport
 from mlx_afm.data.sources import SPLITS, Files, file_faults, is_json_lines, iter_rows
 from mlx_afm.errors import ConfigError, DataError, FormatError
 from mlx_afm.files import atomic_folder, to_optional_path, to_path
+from mlx_afm.folders import is_empty
 
 REASONS = {
     "duplicate": "left out: the same example stands before it",
@@ -99,7 +100,7 @@ def fix_data(
     """
     folder = to_path(folder)
     tokenizer_file = to_optional_path(tokenizer_file)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.exists() and not is_empty(folder):
         raise ConfigError("the folder for the fixed copy exists", where=folder, advice="Choose another, or remove it.")
     found = survey(splits, config, tokenizer_file, workers=workers, on_progress=on_progress)
     if found.unreadable:

@@ -14,7 +14,7 @@ from mlx_afm.generation.generate import responses
 from mlx_afm.generation.prefix_cache import PrefixCache
 from mlx_afm.generation.prompts import to_prompt_ids
 from mlx_afm.generation.rows import LENGTH, Request, Row
-from mlx_afm.generation.speculation import Speculation
+from mlx_afm.generation.speculation import Speculation, require_pair
 from mlx_afm.generation.text_stream import TextStream
 from mlx_afm.model import Model
 from mlx_afm.text.messages import parse_messages
@@ -82,6 +82,8 @@ class Chat:
 
     def __post_init__(self) -> None:
         require_fitting(self.config, self.model)
+        if self.speculation is not None:
+            require_pair(self.model, self.speculation.draft)
         self.forget()
 
     def forget(self) -> None:

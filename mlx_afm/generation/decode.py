@@ -1,7 +1,8 @@
 """One step of all rows of a batch: tokens and caches to logits, compiled where that pays.
 
 Both ways run the same function. Compiled, it is traced once for each shape (rows of the storage, its room, tokens a
-row) and set of adapters; weights, adapters and caches are its inputs, so that changed weights are never missed.
+row) and shapes of the adapters' matrices. Tokens, caches, adapters and steps of quantizers are its inputs; the weights
+of the inference form are its constants, since no form ever gets others (`forms.decoder_of` makes a new one).
 """
 
 from __future__ import annotations
@@ -70,7 +71,6 @@ class Decoder:
     def __post_init__(self) -> None:
         if self.compiled is None:
             self.compiled = compiles_by_default()
-        self._steps: list[Any] = []  # of the quantizers, by layer, if the caches are int8
         self._functions: dict[bool, Any] = {}
 
     def new_cache(self, *, quantized: bool = False) -> BatchCache:
@@ -107,46 +107,67 @@ class Decoder:
         """
         length = tokens_BL.shape[1]
         cache.reserve(max(cache.lengths) + length)
-        arguments = tokens_BL, cache.offsets, cache.keys, cache.values, routes
+        arguments = tokens_BL, cache.offsets, cache.keys, cache.values
         if self.compiled and steps_done >= self.plain_steps:
             self.counters.compiled_steps += 1
-            given = {bucket: [slots.index, slots.mask_B11] for bucket, slots in routes.items()}
-            logits, cache.keys, cache.values = self._compiled(cache.quantized)(*arguments[:4], given)
+            if cache.quantized not in self._functions:
+                self._functions[cache.quantized] = _compiled_step(self.form, self.counters, cache.quantized)
+            step = self._functions[cache.quantized]
+            logits, cache.keys, cache.values = step(*arguments, self.form.quantizer_steps, _arrays_of(routes))
             return logits
         self.counters.plain_steps += 1
         visible = max(cache.lengths) + length
-        logits, cache.keys, cache.values = self._run(*arguments, quantized=cache.quantized, visible=visible)
+        logits, cache.keys, cache.values = _step(
+            self.form, *arguments, routes, quantized=cache.quantized, visible=visible
+        )
         return logits
 
-    def _compiled(self, quantized: bool) -> Any:
-        if quantized not in self._functions:
 
-            def traced(tokens: Any, offsets: Any, keys: Any, values: Any, given: Any) -> Any:
-                self.counters.traces += 1
-                routes = {bucket: Slots(index, mask) for bucket, (index, mask) in given.items()}
-                return self._run(tokens, offsets, keys, values, routes, quantized=quantized, visible=None)
+def _compiled_step(form: InferenceModel, counters: Counters, quantized: bool) -> Any:
+    """`_step` as a compiled function. It refers to no decoder, so that dropping the decoder frees it at once."""
 
-            self._functions[quantized] = mx.compile(traced, inputs=self.form.state)
-        return self._functions[quantized]
+    def traced(tokens: Any, offsets: Any, keys: Any, values: Any, steps: Any, given: Any) -> Any:
+        counters.traces += 1
+        with form.with_quantizer_steps(steps):
+            return _step(form, tokens, offsets, keys, values, _routes_of(given), quantized=quantized, visible=None)
 
-    def _run(
-        self,
-        tokens_BL: mx.array,
-        offsets_B: mx.array,
-        keys: list[mx.array],
-        values: list[mx.array],
-        routes: Routes,
-        *,
-        quantized: bool,
-        visible: int | None,
-    ) -> tuple[mx.array, list[mx.array], list[mx.array]]:
-        model = self.form.model
-        attentions = [layer.self_attn for layer in model.model.layers]
-        steps = [(at.quant_key_scale, at.quant_value_scale) if quantized else None for at in attentions]
-        caches = [RowKVCache(k, v, offsets_B, steps=step, visible=visible) for k, v, step in zip(keys, values, steps)]
-        self.form.routing.slots = routes
-        try:
-            logits = model(tokens_BL, caches)
-        finally:
-            self.form.routing.slots = {}
-        return logits, [cache.keys for cache in caches], [cache.values for cache in caches]
+    return mx.compile(traced)
+
+
+def _step(
+    form: InferenceModel,
+    tokens_BL: mx.array,
+    offsets_B: mx.array,
+    keys: list[mx.array],
+    values: list[mx.array],
+    routes: Routes,
+    *,
+    quantized: bool,
+    visible: int | None,
+) -> tuple[mx.array, list[mx.array], list[mx.array]]:
+    """Logits and the storage with the tokens in it; `visible` as in `RowKVCache`."""
+    steps = form.quantizer_steps if quantized else [None] * len(keys)
+    caches = [RowKVCache(k, v, offsets_B, steps=step, visible=visible) for k, v, step in zip(keys, values, steps)]
+    form.routing.slots = routes
+    try:
+        logits = form.model(tokens_BL, caches)
+    finally:
+        form.routing.slots = {}
+    return logits, [cache.keys for cache in caches], [cache.values for cache in caches]
+
+
+def _arrays_of(routes: Routes) -> dict[str, Any]:
+    """What a compiled step takes of the adapters: the matrices of the modules, the index and the mask."""
+    return {
+        bucket: [
+            {path: slots.matrices(path) for path in slots.stacks},
+            None if isinstance(slots.index, int) else slots.index,
+            slots.mask_B,
+        ]
+        for bucket, slots in routes.items()
+    }
+
+
+def _routes_of(given: dict[str, Any]) -> Routes:
+    """The routes that `_arrays_of` was given, over traced arrays."""
+    return {bucket: Slots(stacks, index, mask) for bucket, (stacks, index, mask) in given.items()}

@@ -29,7 +29,7 @@ from mlx_afm.generation.draft_rows import DraftRows, padded_rows, plain_step_sec
 from mlx_afm.generation.prefix_cache import PrefixCache, prefix_owner
 from mlx_afm.generation.rows import LENGTH, STOP, Progress, Request, Row, TokenEvent
 from mlx_afm.generation.sampling import Sampled, Sampler, TokenLogprob, sample
-from mlx_afm.generation.speculation import Speculation
+from mlx_afm.generation.speculation import Speculation, require_pair
 from mlx_afm.generation.speculative import Verdict, judge, length_needed
 from mlx_afm.model import KVCache
 from mlx_afm.model.low_rank import Slots
@@ -97,6 +97,7 @@ class Engine:
         self._accepted: dict[Row, deque[tuple[TokenLogprob, mx.array]]] = {}  # proposals that are not given out yet
         self._drafts = self._lengths = None
         if speculation is not None:
+            require_pair(decoder.form.model, speculation.draft)
             size = 0 if prefix_cache is None else prefix_cache.limit_bytes
             self._drafts = DraftRows(speculation, decoder, prefix_bytes=size)
             self._lengths = speculation.adaptive_length(decoder.form.model)

@@ -15,7 +15,7 @@ from mlx_afm.generation.prefix_cache import PrefixCache
 from mlx_afm.generation.prompts import Prompt, require_tokenizer, to_prompt_ids
 from mlx_afm.generation.rows import LENGTH, STOP, Progress, Request, TokenEvent
 from mlx_afm.generation.sampling import LogitsProcessor, Sampler
-from mlx_afm.generation.speculation import Speculation
+from mlx_afm.generation.speculation import Speculation, require_pair
 from mlx_afm.generation.text_stream import TextStream
 from mlx_afm.model import Model
 from mlx_afm.text.tokenizer import AFMTokenizer
@@ -47,12 +47,14 @@ def stream_generate(
 
     Raises:
         ConfigError: a folder without tokenizer, settings out of range, a prompt that fills the context or has
-            an id outside the vocabulary.
+            an id outside the vocabulary, a draft model of another vocabulary.
         DataError: messages that the template cannot render.
     """
     tokenizer = require_tokenizer(tokenizer)
     config = GenerateConfig(**settings) if config is None else config
     require_fitting(config, model)
+    if speculation is not None:
+        require_pair(model, speculation.draft)
     ids = to_prompt_ids(tokenizer, prompt, vocabulary=model.args.vocab_size)
     held = decoder_of(model)
     engine = Engine(held.decoder, prefix_cache=prefix_cache, routes=held.routes, speculation=speculation)

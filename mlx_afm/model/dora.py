@@ -25,6 +25,7 @@ from mlx_afm.model.lora import (
     low_rank_delta,
     weight_to_merge,
 )
+from mlx_afm.model.recompute import Dropout
 
 SMALLEST = 1e-30  # squared length
 
@@ -73,7 +74,7 @@ class DoRALinear(nn.Module):
         output_dims, input_dims = weight.shape
         self.linear = linear
         self.scale = scale
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.lora_a = initial_lora_a(input_dims, rank, key)
         self.lora_b = mx.zeros((rank, output_dims))
         self._squares = squared_rows(weight)
@@ -121,7 +122,7 @@ class DoRAFusedLinear(nn.Module):
         super().__init__()
         self.linear = linear
         self.scale = scale
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         keys = [None] * len(PARTS) if key is None else mx.random.split(key, len(PARTS))
         for part, part_key, rows in zip(PARTS, keys, self._rows()):
             if part in parts:

@@ -1,11 +1,13 @@
 """The inference form of a model: the same arrays in modules that launch fewer kernels.
 
-Gate and up become one product, adapters are cast to the model's dtype once and their scale is folded into B, and nothing
-is kept for gradients. The model itself stays as it is: it can still be trained, fused and saved exactly.
+Gate and up become one product, adapters are cast to the model's dtype once and their scale is folded into B, and
+nothing is kept for gradients. The model itself stays as it is: it can still be trained, fused and saved exactly.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -15,7 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_afm.model import backend
 from mlx_afm.model.cpu.layout import lay_out_for_decoding
 from mlx_afm.model.dora import DoRAFusedLinear, DoRALinear, adapted_lengths, dense_weight
-from mlx_afm.model.layers import FeedForward, Linear, RMSNorm
+from mlx_afm.model.layers import FeedForward, FusedLinear, Linear, RMSNorm
 from mlx_afm.model.lora import PARTS, LoRAFusedLinear, LoRALinear
 from mlx_afm.model.low_rank import (
     Adaptable,
@@ -37,6 +39,8 @@ class InferenceModel:
 
     Args:
         model: its LoRA adapter, if it has one, is left out: `adapters.inference` adds it. DoRA layers are kept.
+        beside: another inference form of this model, whose joined gate and up weights are used here too, so that they
+            are in memory once.
 
     Attributes:
         model: a `Model` that shares its arrays with the given one. Its modules take adapters, see `low_rank`.
@@ -47,46 +51,80 @@ class InferenceModel:
         on the CPU the layout of `cpu.layout`.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, *, beside: InferenceModel | None = None) -> None:
         lay_out_for_decoding(model)
+        # By the ids of both weights, which are kept here so that no other arrays can have these ids.
+        self._joined: dict[tuple[int, int], tuple[list[mx.array], GateUpLinear]] = beside._joined if beside else {}
         self.routing = Routing()
         self.dtype = model.head.dtype if isinstance(model.head, Quantized) else model.head.weight.dtype
-        self.model: Model = self._form(model)
+        self.model: Model = self._form(model, ())
         self.model.eval()
 
     @property
-    def state(self) -> Any:
-        """All arrays, as a tree: what a compiled function of the model captures as inputs."""
-        return self.model.state
+    def quantizer_steps(self) -> list[tuple[mx.array, mx.array]]:
+        """Steps of each full layer's key and value quantizers, float32 scalars; empty if the model has none."""
+        attentions = [layer.self_attn for layer in self.model.model.layers]
+        return [(at.quant_key_scale, at.quant_value_scale) for at in attentions if "quant_key_scale" in at]
+
+    @contextmanager
+    def with_quantizer_steps(self, steps: Sequence[tuple[mx.array, mx.array]]) -> Iterator[None]:
+        """Other steps for a while: those of a trace, which would take single values into the text of its kernels."""
+        held = self.quantizer_steps
+        self._put_steps(steps)
+        try:
+            yield
+        finally:
+            self._put_steps(held)
+
+    def _put_steps(self, steps: Sequence[tuple[mx.array, mx.array]]) -> None:
+        for layer, (key_step, value_step) in zip(self.model.model.layers, steps):
+            layer.self_attn.quant_key_scale, layer.self_attn.quant_value_scale = key_step, value_step
 
     def adaptable(self) -> dict[str, Adaptable]:
         """The modules that take adapters, by path."""
         return {path: module for path, module in self.model.named_modules() if isinstance(module, Adaptable)}
 
-    def _form(self, module: nn.Module) -> Any:
-        """The inference form of a module and all within it."""
+    def _form(self, module: nn.Module, path: tuple[str, ...]) -> Any:
+        """The inference form of the module at a path and of all within it."""
         if isinstance(module, (LoRALinear, LoRAFusedLinear)):
             module = module.linear
         if isinstance(module, (DoRALinear, DoRAFusedLinear)):
             return self._with_magnitudes(module)
         if isinstance(module, (Linear, QuantizedLinear)):
-            return AdaptedLinear(_shallow(module), self.routing)
+            return AdaptedLinear(_held(module), self.routing, ".".join(path))
         if isinstance(module, RMSNorm) and module.weight.dtype != self.dtype:
             norm = _shallow(module)
             norm.weight = module.weight.astype(self.dtype)
             return norm
-        if hasattr(module, "q_dims"):
-            return AdaptedFusedLinear(_shallow(module), self.routing)
+        if isinstance(module, (FusedLinear, QuantizedFusedLinear)):
+            return AdaptedFusedLinear(_held(module), self.routing, ".".join(path))
         formed = _shallow(module)
-        joined = _joined(module) if isinstance(module, FeedForward) and not backend.on_cpu() else None
+        joined = self._join(module) if isinstance(module, FeedForward) and not backend.on_cpu() else None
         for name, child in module.children().items():
             if joined is not None and name in ("gate_proj", "up_proj"):
                 del formed[name]
             else:
-                formed[name] = [self._form(item) for item in child] if isinstance(child, list) else self._form(child)
+                formed[name] = self._form_child(child, (*path, name))
         if joined is not None:
-            formed.gate_up_proj = AdaptedGateUp(joined, self.routing)
+            formed.gate_up_proj = AdaptedGateUp(joined, self.routing, ".".join((*path, "gate_up_proj")))
         return formed
+
+    def _form_child(self, child: Any, path: tuple[str, ...]) -> Any:
+        if isinstance(child, list):
+            return [self._form(item, (*path, str(number))) for number, item in enumerate(child)]
+        return self._form(child, path)
+
+    def _join(self, module: FeedForward) -> GateUpLinear | None:
+        """Gate and up as one projection, joined once for all inference forms beside each other."""
+        pair = [_base(projection).get("weight") for projection in (module.gate_proj, module.up_proj)]
+        held = self._joined.get((id(pair[0]), id(pair[1])))
+        if held is not None:
+            return held[1]
+        joined = _joined(module)
+        if joined is not None:
+            views = [_base(projection).weight for projection in (module.gate_proj, module.up_proj)]
+            self._joined[id(views[0]), id(views[1])] = views, joined
+        return joined
 
     def _with_magnitudes(self, module: Any) -> MagnitudeLinear:
         """A DoRA layer with its magnitudes divided by the lengths of the adapted rows, once."""
@@ -94,7 +132,7 @@ class InferenceModel:
             weight = dense_weight(module.linear)
             lengths = adapted_lengths(weight, module._squares, module.lora_a, module.lora_b, module.scale)
             arrays = module.lora_a, module.scale * module.lora_b, module.m / lengths
-            return MagnitudeLinear(_shallow(module.linear), *(array.astype(self.dtype) for array in arrays))
+            return MagnitudeLinear(_held(module.linear), *(array.astype(self.dtype) for array in arrays))
         rows = dict(zip(PARTS, module._rows()))
         pairs = {part: module[part] for part in PARTS if part in module}
         factors = [
@@ -107,7 +145,7 @@ class InferenceModel:
         sizes = {part: len(rows[part]) for part in PARTS}
         a, b = fused_matrices({part: (pair.lora_a, module.scale * pair.lora_b) for part, pair in pairs.items()}, sizes)
         arrays = a, b, mx.concatenate(factors)
-        return MagnitudeFusedLinear(_shallow(module.linear), *(array.astype(self.dtype) for array in arrays))
+        return MagnitudeFusedLinear(_held(module.linear), *(array.astype(self.dtype) for array in arrays))
 
 
 def fused_matrices(pairs: dict[str, tuple[mx.array, mx.array]], sizes: dict[str, int]) -> tuple[mx.array, mx.array]:
@@ -124,12 +162,39 @@ def fused_matrices(pairs: dict[str, tuple[mx.array, mx.array]], sizes: dict[str,
     return mx.concatenate([a for a, _ in pairs.values()], axis=1), mx.concatenate(rows)
 
 
+class TransposedLinear(nn.Module):
+    """A dense projection that holds its matrix as (inputs, outputs): a view that no step has to make.
+
+    Args:
+        linear: a projection, or the one to queries, keys and values.
+    """
+
+    def __init__(self, linear: Linear | FusedLinear) -> None:
+        super().__init__()
+        self.weight_DO = linear.weight.T
+        mx.eval(self.weight_DO)
+        if isinstance(linear, FusedLinear):
+            self.q_dims, self.kv_dims = linear.q_dims, linear.kv_dims
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """The projection of x (..., D)."""
+        return x @ self.weight_DO
+
+    def plus(self, x: mx.array, residual: mx.array) -> mx.array:
+        """residual + the projection of x: one kernel, rounded once."""
+        return mx.addmm(residual, x, self.weight_DO)
+
+    def rows(self, x: mx.array, rows: slice) -> mx.array:
+        """The projection to some of the outputs."""
+        return x @ (self.weight_DO if rows == slice(None) else self.weight_DO[:, rows])
+
+
 class GateUpLinear(nn.Module):
     """Gate and up as one product; `linear` holds the rows of both, one after the other."""
 
     def __init__(self, linear: Linear | QuantizedLinear) -> None:
         super().__init__()
-        self.linear = linear
+        self.linear = _held(linear)
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Both, each (..., F)."""
@@ -153,7 +218,7 @@ def _joined(module: FeedForward) -> GateUpLinear | None:
         joined: Linear | QuantizedLinear = gate.with_weight(mx.concatenate([gate.weight, up.weight]))
         names = ["weight"]
     elif isinstance(gate, QuantizedLinear) and isinstance(up, QuantizedLinear) and gate.scheme == up.scheme:
-        arrays = [mx.concatenate(pair) for pair in zip(gate.packed.arrays, up.packed.arrays)]
+        arrays = [mx.concatenate(list(pair)) for pair in zip(gate.packed.arrays, up.packed.arrays)]
         joined = quantized(Linear(1, 1), Packed(gate.scheme, *arrays), gate.dtype)  # type: ignore[assignment]
         names = ["weight", "scales", "biases"][: len(arrays)]
     else:
@@ -170,6 +235,11 @@ def _joined(module: FeedForward) -> GateUpLinear | None:
 
 def _base(module: Any) -> Any:
     return module.linear if isinstance(module, LoRALinear) else module
+
+
+def _held(module: Any) -> Any:
+    """A projection as the inference form holds it."""
+    return TransposedLinear(module) if isinstance(module, (Linear, FusedLinear)) else _shallow(module)
 
 
 def _shallow(module: Any) -> Any:

@@ -1,6 +1,6 @@
 """Building blocks that are the same in both kinds of layers.
 
-Shape suffixes: B batch, L tokens, H heads, E head width, D model width.
+Shape suffixes: B batch, L tokens, H heads, E head width, P pairs of it, D model width.
 """
 
 from __future__ import annotations
@@ -164,8 +164,10 @@ class FeedForward(nn.Module):
             return self.down_proj.plus(silu_times(*self.gate_and_up(norm(x))), x)
         gate, up = recomputed([norm, self.gate_proj, self.up_proj], lambda x: self.gate_and_up(norm(x)), x)
         if backend.on_cpu():
-            return x + recomputed([self.down_proj], lambda silu, up: self.down_proj(silu * up), kept_silu(gate), up)
-        return x + recomputed([self.down_proj], lambda gate, up: self.down_proj(swiglu(gate, up)), gate, up)
+            gate, act = kept_silu(gate), mx.multiply
+        else:
+            act = swiglu
+        return recomputed([self.down_proj], lambda gate, up, x: self.down_proj.plus(act(gate, up), x), gate, up, x)
 
     def gate_and_up(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Both projections of x, each (..., F); one product where the inference form has joined them."""
@@ -284,7 +286,7 @@ def rotary_frequencies(head_dim: int, theta: float) -> tuple[float, ...]:
 
 
 def rotary_tables(positions_BL: mx.array, config: AFMConfig, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-    """Cosines and sines as `rotate` takes them, each (B, L, 1, E): angles in float32, then cast to `dtype`.
+    """Cosines and sines as `rotate` takes them, each (B, L, 1, P, 2): angles in float32, then cast to `dtype`.
 
     Both values of a pair have its cosine; the first has its sine with the sign changed.
 
@@ -294,14 +296,19 @@ def rotary_tables(positions_BL: mx.array, config: AFMConfig, dtype: mx.Dtype) ->
     frequencies = mx.array(rotary_frequencies(config.head_dim, config.rope_theta))
     angles = positions_BL.astype(mx.float32)[..., None, None, None] * frequencies[:, None]
     cos, sin = mx.cos(angles).astype(dtype), mx.sin(angles).astype(dtype)
-    shape = (*positions_BL.shape, 1, config.head_dim)
-    return mx.repeat(cos, 2, axis=-1).reshape(shape), mx.concatenate([-sin, sin], axis=-1).reshape(shape)
+    return mx.repeat(cos, 2, axis=-1), mx.concatenate([-sin, sin], axis=-1)
 
 
-def rotate(x_BLHE: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    """Turns each interleaved pair (x[2i], x[2i + 1]) by its angle; tables from `rotary_tables`."""
-    swapped = x_BLHE.reshape(*x_BLHE.shape[:-1], -1, 2)[..., ::-1].reshape(x_BLHE.shape)
-    return _turned(x_BLHE, swapped, cos, sin)
+def rotate(x_BLHP2: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    """Turns each interleaved pair of values by its angle; tables from `rotary_tables`."""
+    return _turned(x_BLHP2, x_BLHP2[..., ::-1], cos, sin)  # in this shape the exchanged pairs are a view
+
+
+def rotate_in_training(x_BLHP2: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    """The same; its gradient is turned back in as few operations."""
+    turn = mx.custom_function(lambda x: rotate(x, cos, sin))
+    turn.vjp(lambda _, cotangent, __: cotangent * cos - cotangent[..., ::-1] * sin)
+    return turn(x_BLHP2)  # type: ignore[no-any-return, operator]
 
 
 @backend.one_kernel

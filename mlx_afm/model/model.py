@@ -22,7 +22,7 @@ from mlx_afm.model.cache_int8 import Int8KVCache
 from mlx_afm.model.config import AFMConfig
 from mlx_afm.model.layers import Embedding, FeedForward, RMSNorm
 from mlx_afm.model.recompute import recomputed
-from mlx_afm.model.views import Packing, View, full_view, packed_view, take_rows
+from mlx_afm.model.views import Packing, View, full_view, packed_view
 
 
 class OrdinaryLayer(nn.Module):
@@ -85,7 +85,8 @@ class AFMModel(nn.Module):
 
     def __call__(self, tokens_BL: mx.array, call: Call) -> mx.array:
         """Final hidden states; see `Model.hidden`."""
-        x = self.embedding(tokens_BL)
+        one_token = call.cache is not None and call.needed_BN is None and tokens_BL.shape[1] == 1
+        x = self.embedding(tokens_BL[:, 0] if one_token else tokens_BL)
         length, needed_BN = tokens_BL.shape[1], call.needed_BN
         caches = [None] * len(self.layers) if call.cache is None else list(call.cache)
         if len(caches) != len(self.layers):
@@ -102,7 +103,8 @@ class AFMModel(nn.Module):
         read = view if needed_BN is None else view.at(needed_BN, length, k.shape[2])
         for layer in self.kv_reuse_layers:
             x = run(layer, lambda x, k, v, layer=layer: layer(x, read, k, v), x, k, v)
-        return self.output_norm(x)
+        x = self.output_norm(x)
+        return x[:, None] if one_token else x
 
     def _view(self, dtype: mx.Dtype, length: int, call: Call, cache: Any) -> View:
         if call.packing is not None:

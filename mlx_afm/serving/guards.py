@@ -5,9 +5,9 @@ from __future__ import annotations
 import hmac
 from urllib.parse import urlsplit
 
+from mlx_afm.serving.api_error import APIError
 from mlx_afm.serving.config import ServeConfig, is_loopback
 from mlx_afm.serving.http import Request
-from mlx_afm.serving.refusal import Refusal
 
 
 def require_allowed(request: Request, config: ServeConfig) -> None:
@@ -17,20 +17,20 @@ def require_allowed(request: Request, config: ServeConfig) -> None:
     user's browser send requests here whose answers it cannot read.
 
     Raises:
-        Refusal: 401 or 403.
+        APIError: 401 or 403.
     """
     if config.api_key is not None:
         if request.path != "/health" and not _has_key(request, config.api_key):
             expected = "Authorization: Bearer KEY"
-            raise Refusal(401, "the API key is missing or wrong", code="invalid_api_key", expected=expected)
+            raise APIError(401, "the API key is missing or wrong", code="invalid_api_key", expected=expected)
         return
     if not names_this_machine(request):
         advice, found = "Use localhost, or set an API key.", repr(request.headers["host"][:80])
-        raise Refusal(403, "a name that is not this machine's", code="wrong_host", found=found, advice=advice)
+        raise APIError(403, "a name that is not this machine's", code="wrong_host", found=found, advice=advice)
     origin = request.headers.get("origin")
     if origin is not None and not _is_local_origin(origin):
         advice, found = "Set an API key.", repr(origin[:80])
-        raise Refusal(403, "a web page from elsewhere", code="wrong_origin", found=found, advice=advice)
+        raise APIError(403, "a web page from elsewhere", code="wrong_origin", found=found, advice=advice)
 
 
 def _is_local_origin(origin: str) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from mlx_afm.errors import DataError
 from mlx_afm.spelling import nearest_name
 from mlx_afm.text.content import Content, join_results, kind_of, parse_content
-from mlx_afm.text.values import at, is_good_text, parse_arguments, refuse_in, require_json
+from mlx_afm.text.values import at, is_good_text, parse_arguments, present, refuse_in, require_json
 from mlx_afm.text.weights import WEIGHT_KEYS, parse_weight
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -64,8 +64,7 @@ def to_dict(message: Message) -> dict[str, Any]:
         "tools": None if message.tools is None else list(message.tools),
         "weight": message.weight,
     }
-    present = {name: value for name, value in optional.items() if value is not None}
-    return {"role": message.role, "content": message.content, **present}
+    return {"role": message.role, "content": message.content, **present(optional)}
 
 
 def parse_messages(value: object, *, where: object, special_pieces: Sequence[str] = ()) -> tuple[Message, ...]:
@@ -194,7 +193,7 @@ def _parse_message(item: object, where: str) -> Message:
             expected='{"role": ..., "content": ...}',
             found=kind_of(item),
         )
-    item = {key: value for key, value in _present(item).items() if not (key in _LISTS and value == [])}
+    item = {key: value for key, value in present(item).items() if not (key in _LISTS and value == [])}
     role = item.get("role")
     role = _OTHER_NAMES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
@@ -211,11 +210,6 @@ def _parse_message(item: object, where: str) -> Message:
     )
     fields = {name: parse(item[name], where) for name, parse in optional if item.get(name) is not None}
     return Message(role, _content(item, role, where), **fields, weight=parse_weight(item, role, where))
-
-
-def _present(value: Any) -> Any:
-    """An object without its null keys; any other value as it is."""
-    return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
 
 
 def _unknown_keys(unknown: list[str], role: str, where: str) -> DataError:
@@ -247,8 +241,8 @@ def _content(item: dict[str, Any], role: str, where: str) -> Content:
 
 def _tool_calls(value: object, where: str) -> tuple[dict[str, Any], ...]:
     shape = '{"function": {"name": ..., "arguments": ...}} each'
-    calls = tuple(map(_present, _dicts(value, "tool_calls", where)))
-    calls = tuple({**call, "function": _present(call.get("function"))} for call in calls)
+    calls = tuple(map(present, _dicts(value, "tool_calls", where)))
+    calls = tuple({**call, "function": present(call.get("function"))} for call in calls)
     for call in calls:
         function = call.get("function")
         known = set(call) <= {"function", "id", "type"} and call.get("type", "function") == "function"
@@ -267,7 +261,7 @@ def _response_format(value: object, where: str) -> dict[str, Any]:
     expected = '{"type": "json_schema", "json_schema": {"name", "description", "schema"}}'
     facts: dict[str, Any] = {"expected": expected, "found": repr(value)[:120]}
     fault = DataError("response_format has the wrong form", kind="wrong-response-format", where=where, **facts)
-    value = _present(value)
+    value = present(value)
     if not isinstance(value, dict) or set(value) != {"type", "json_schema"} or value["type"] != "json_schema":
         raise fault
     schema = value["json_schema"]

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 from mlx_afm.errors import DataError
 
@@ -22,6 +23,11 @@ def parse_arguments(arguments: object) -> object:
         raise DataError("arguments are nested too deeply", kind="nested-too-deeply") from error
     except ValueError:
         return arguments
+
+
+def present(value: Any) -> Any:
+    """An object without its null keys, which mean the same as absent ones; any other value as it is."""
+    return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
 
 
 def require_json(value: object, name: str, where: object, *, kind: str | None = None) -> None:

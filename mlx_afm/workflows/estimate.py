@@ -19,7 +19,7 @@ from mlx_afm.checkpoints.model_folder import NORM, read_config, read_quantizatio
 from mlx_afm.checkpoints.names import Kind, plan_names
 from mlx_afm.data import Tokens, make_batch
 from mlx_afm.errors import ConfigError, SettingError
-from mlx_afm.files import to_path
+from mlx_afm.files import format_bytes, to_path
 from mlx_afm.formats.mlx_folder import read_shards
 from mlx_afm.memory import Base, Layout, MemoryEstimate, estimate_training, layout_of
 from mlx_afm.model import AFMConfig, ToolkitConfig
@@ -205,13 +205,13 @@ def require_memory(plan: Plan, memory_bytes: int | None) -> None:
     peak = plan.estimate().peak_bytes
     if memory_bytes is None or peak <= memory_bytes:
         return
-    ways = [f"{change}: {gigabytes(size)}" for change, size in ways_to_fit(plan, USABLE_SHARE * memory_bytes)]
+    ways = [f"{change}: {format_bytes(size)}" for change, size in ways_to_fit(plan, USABLE_SHARE * memory_bytes)]
     advice = "Shorten examples (--max-seq-length) or choose one of the settings below; --ignore-memory tries anyway."
     if not ways:
         advice = "Shorten examples (--max-seq-length), or find a larger machine; --ignore-memory tries anyway."
-    expected = f"at most {gigabytes(memory_bytes)}, this machine's memory"
+    expected = f"at most {format_bytes(memory_bytes)}, this machine's memory"
     what = "this run needs more memory than there is"
-    raise ConfigError(what, expected=expected, found=f"a peak of {gigabytes(peak)}", advice=advice, details=ways)
+    raise ConfigError(what, expected=expected, found=f"a peak of {format_bytes(peak)}", advice=advice, details=ways)
 
 
 def as_event(estimate: MemoryEstimate) -> MemoryEstimated:
@@ -224,8 +224,3 @@ def as_event(estimate: MemoryEstimate) -> MemoryEstimated:
         working_bytes=estimate.working_bytes,
         loss_bytes=estimate.loss_bytes,
     )
-
-
-def gigabytes(size: float) -> str:
-    """A size for people, powers of 1000."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

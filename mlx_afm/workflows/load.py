@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,6 +11,7 @@ from mlx_afm.adapters import (
     add_adapter,
     is_zero,
     read_adapter,
+    read_system_prompts,
     set_adapter_weights,
     set_coded_weights,
     set_full_weights,
@@ -21,6 +21,7 @@ from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.checkpoints.model_folder import BASE_ADAPTER, kept_settings, load_model, read_config, read_toolkit_config
 from mlx_afm.errors import ConfigError, FormatError
 from mlx_afm.files import to_path
+from mlx_afm.folders import OnNote, ignore_note
 from mlx_afm.model import Model
 from mlx_afm.text.system_prompt import (
     SYSTEM_PROMPTS,
@@ -33,10 +34,6 @@ from mlx_afm.text.system_prompt import (
 from mlx_afm.text.tokenizer import AFMTokenizer
 
 TOKENIZER = "tokenizer.model"
-
-
-def ignore(text: str) -> None:
-    """Takes a notice and does nothing."""
 
 
 def load(
@@ -73,7 +70,7 @@ def load_for_answers(
     path: str | Path,
     adapter_path: Path | None,
     system: str | None = None,
-    on_note: Callable[[str], None] = ignore,
+    on_note: OnNote = ignore_note,
 ) -> tuple[Model, AFMTokenizer]:
     """Model and tokenizer to answer with, and the system prompt of the answers decided.
 
@@ -93,8 +90,7 @@ def load_for_answers(
         tokenizer.system_prompt = parse_system_prompt(system)
         return model, tokenizer
     folder = resolve(path)
-    adapter = None if adapter_path is None else open_adapter(folder, adapter_path)
-    notice = system_prompt_notice(system_prompts_of(folder, adapter), adapter_path or folder)
+    notice = system_prompt_notice(trained_system_prompts_of(folder, adapter_path), adapter_path or folder)
     if notice is not None:
         on_note(notice)
     return model, tokenizer
@@ -112,6 +108,16 @@ def system_prompts_of(folder: Path, adapter: Adapter | None) -> SystemPrompts:
         return parse_system_prompts(kept_settings(folder).get(SYSTEM_PROMPTS))
     except ConfigError as error:
         raise FormatError(str(error), where=folder / "config.json") from error
+
+
+def trained_system_prompts_of(folder: Path, adapter_path: str | Path | None) -> SystemPrompts:
+    """The same for the file or folder of an adapter, without reading its tensors.
+
+    Raises:
+        FormatError, AdapterError: see `read_system_prompts` and `system_prompts_of`.
+    """
+    named = () if adapter_path is None else read_system_prompts(adapter_path)
+    return named or system_prompts_of(folder, None)
 
 
 def load_tokenizer(folder: str | Path) -> AFMTokenizer | None:

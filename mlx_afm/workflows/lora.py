@@ -40,7 +40,7 @@ from mlx_afm.training.hooks import ignore, notes_of
 from mlx_afm.training.step import Loss, batch_loss
 from mlx_afm.workflows.estimate import as_event, layouts_of_data, machine_memory, plan_of_folder, require_memory
 from mlx_afm.workflows.lineage import BASE_SOURCE, fingerprint_of_model
-from mlx_afm.workflows.load import TOKENIZER, load, load_tokenizer, open_adapter, system_prompts_of
+from mlx_afm.workflows.load import TOKENIZER, load, load_tokenizer, trained_system_prompts_of
 from mlx_afm.workflows.lora_run import Run, notices, require_prompts
 from mlx_afm.workflows.lora_start import start_adapter
 from mlx_afm.workflows.reports import require_reports
@@ -329,8 +329,7 @@ def score(
     model_path = resolve(model_path)
     _require_tokenizer(model_path)
     if reading is None or own_system_prompt:
-        adapter = None if adapter_path is None else open_adapter(model_path, adapter_path)
-        own = default_system_prompt(system_prompts_of(model_path, adapter))
+        own = default_system_prompt(trained_system_prompts_of(model_path, adapter_path))
         reading = replace(reading or DataConfig(), system=own)
     examples = read_tokens(split_files(data, "test"), model_path / TOKENIZER, reading, cache=cache)
     model, _ = load(model_path, adapter_path)

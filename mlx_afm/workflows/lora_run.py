@@ -15,6 +15,7 @@ from mlx_afm.adapters.config import to_adapter_json
 from mlx_afm.checkpoints.model_folder import read_toolkit_config
 from mlx_afm.checkpoints.names import DEFAULT_ADAPTER
 from mlx_afm.data import find_splits
+from mlx_afm.errors import ConfigError, DataError, SettingError
 from mlx_afm.files import require_space, sha256_of
 from mlx_afm.generation import GenerateConfig, generate, to_prompt_ids
 from mlx_afm.model import Model
@@ -82,11 +83,14 @@ def require_prompts(job: LoRAJob, tokenizer: AFMTokenizer) -> None:
     """Checks that the sample prompts can be answered, before anything is written.
 
     Raises:
-        DataError: special tokens in a prompt. ConfigError: a prompt that fills the context.
+        SettingError: special tokens in a prompt, or a prompt that fills the context.
     """
-    for prompt in job.sample_prompts:
-        ids = to_prompt_ids(tokenizer, prompt)
-        GenerateConfig(max_tokens=job.sample_tokens).answer_tokens(len(ids))
+    for number, prompt in enumerate(job.sample_prompts, 1):
+        try:
+            ids = to_prompt_ids(tokenizer, prompt)
+            GenerateConfig(max_tokens=job.sample_tokens).answer_tokens(len(ids))
+        except (ConfigError, DataError) as error:
+            raise SettingError(f"sample_prompt {number} cannot be used: {error}") from error
 
 
 def notices(job: LoRAJob, saved: SavedRun | None, total_steps: int) -> Iterator[str]:

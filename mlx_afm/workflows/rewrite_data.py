@@ -93,8 +93,6 @@ def convert(
             advice = "Choose another name, or replace it with --overwrite."
             raise ConfigError("the file exists", where=target, advice=advice)
         return {str(target): convert_data(splits["train"], target, dialect, reading, columns)}
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError("the output folder is not empty", where=target, advice="Choose another.")
     written: dict[str, int] = {}
     with new_folder(target, "target", on_note), atomic_folder(target) as partial:
         for name, files in splits.items():

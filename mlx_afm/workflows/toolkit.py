@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +18,13 @@ from mlx_afm.checkpoints.toolkit import find_toolkit_files
 from mlx_afm.data import cache_folder
 from mlx_afm.errors import ConfigError
 from mlx_afm.files import read_json, to_optional_path, to_path, write_json
+from mlx_afm.folders import OnNote, ignore_note
 from mlx_afm.training import Event, Notice
 from mlx_afm.workflows.convert import OnProgress, convert
 
 ASSETS_VARIABLE, CACHE_VARIABLE = "MLX_AFM_TOOLKIT_ASSETS", "MLX_AFM_TOOLKIT_CACHE"
 BESIDE = "mlx-afm"
 MADE_FROM = "made-from.json"
-OnNote = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def model_folder(
     assets: str | Path,
     precision: str,
     *,
-    on_note: OnNote = lambda text: None,
+    on_note: OnNote = ignore_note,
     on_progress: OnProgress = lambda done, total: None,
 ) -> Path:
     """The MLX folder of the toolkit's base model, converted if it is not there yet.

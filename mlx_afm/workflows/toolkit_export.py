@@ -11,13 +11,14 @@ from typing import Any
 from mlx_afm.checkpoints.toolkit import find_toolkit_files
 from mlx_afm.errors import ConfigError, FormatError
 from mlx_afm.files import read_json, to_optional_path, to_path
+from mlx_afm.folders import OnNote, ignore_note
 from mlx_afm.formats.asset_pack import AssetPack
 from mlx_afm.formats.fmadapter import METADATA_FILE, no_files
 from mlx_afm.formats.fmadapter_metadata import read_metadata
 from mlx_afm.model import AFMConfig, parse_toolkit_config
 from mlx_afm.workflows.draft_pair import open_draft_pair
 from mlx_afm.workflows.export import ExportConfig, Exported, export_package
-from mlx_afm.workflows.toolkit import OnNote, find_assets, model_folder
+from mlx_afm.workflows.toolkit import find_assets, model_folder
 
 
 def export_checkpoint(
@@ -25,7 +26,7 @@ def export_checkpoint(
     assets: str | Path | None,
     *,
     draft_checkpoint: str | Path | None = None,
-    on_note: OnNote = lambda text: None,
+    on_note: OnNote = ignore_note,
 ) -> Exported:
     """Makes a package of a toolkit checkpoint, with the draft pair if there is a draft checkpoint.
 

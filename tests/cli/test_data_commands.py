@@ -159,7 +159,7 @@ def test_convert_refusals(folder, tmp_path, expect_refusal):
     (folder / "valid.jsonl").write_text(json.dumps({"text": "plain"}) + "\n")
     says = ["valid.jsonl line 1: the dialect sharegpt cannot say this", "Nothing was written"]
     expect_refusal("data", "convert", folder, tmp_path / "out", "--to", "sharegpt", says=says)
-    expect_refusal("data", "convert", folder, folder, says=["the output folder is not empty"])
+    expect_refusal("data", "convert", folder, folder, says=["the target exists already"])
     expect_refusal("data", "convert", tmp_path / "none", tmp_path / "out", says=["no such file or folder"])
     expect_refusal(
         "data",

@@ -134,15 +134,18 @@ def test_resume_wins_over_overwrite_in_the_file(run, model_folder, data_folder, 
     assert ran.code == 0, ran.err
     assert "nothing left to do" in ran.err
     both = cli(*line, "--overwrite", "--resume")
-    assert both.code == 1
+    assert both.code == 2
     assert "overwrite: expected without resume" in both.err
 
 
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        (("--sample-tokens", 0), "sample_tokens: expected at least 1, found 0"),
-        (("--sample-prompt", "<turn_end>"), "special token '<turn_end>'"),
+        (("--sample-tokens", 0, "--sample-prompt", "x"), "sample_tokens: expected at least 1, found 0"),
+        (
+            ("--sample-prompt", "<turn_end>"),
+            "sample_prompt 1 cannot be used",
+        ),
         (("--sample-prompt", ""), "sample_prompts: expected texts that are not empty"),
         (("--sample-prompt", "word " * 5000), "leaves no room for an answer"),
         (("--name", "a-b"), "a-b"),

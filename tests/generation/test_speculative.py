@@ -12,6 +12,7 @@ import mlx_afm
 import tolerances
 from mlx_afm.errors import ConfigError
 from mlx_afm.generation import GenerateConfig, PrefixCache, Request, Sampler, speculative
+from mlx_afm.generation.chat import Chat
 from mlx_afm.generation.prefix_cache import prefix_owner
 from mlx_afm.generation.speculation import Speculation, require_pair
 from tiny import tiny_model
@@ -341,6 +342,17 @@ def test_stream_generate_takes_a_draft(model_folder):
     )
     assert [response.from_draft for response in responses[:5]] == [False, True, True, True, False]
     assert alone.speed_up is None
+
+
+def test_a_draft_of_another_vocabulary_is_refused_when_it_is_used(model_folder):
+    model, tokenizer = mlx_afm.load(model_folder)
+    speculation = Speculation(draft=tiny_model(vocab_size=64, **DRAFT_SIZES))
+    with pytest.raises(ConfigError, match=r"another vocabulary .expected 512 tokens, found 64 tokens"):
+        mlx_afm.generate(model, tokenizer, "list the files", max_tokens=4, speculation=speculation)
+    with pytest.raises(ConfigError, match="another vocabulary"):
+        Chat(model=model, tokenizer=tokenizer, speculation=speculation)
+    with pytest.raises(ConfigError, match="another vocabulary"):
+        mlx_afm.batch_generate(model, tokenizer, ["list the files"], max_tokens=4, speculation=speculation)
 
 
 def test_timing_plain_steps_leaves_the_cache(target, draft):

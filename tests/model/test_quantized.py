@@ -7,10 +7,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlx_afm.model.packed as packed_module
-from mlx_afm.model import backend
-from mlx_afm.model.cpu import quantized as cpu_quantized
 import tolerances
 from mlx_afm.errors import AdapterError, ConfigError
+from mlx_afm.model import backend
+from mlx_afm.model.cpu import quantized as cpu_quantized
 from mlx_afm.model.layers import Embedding, FusedLinear, Linear
 from mlx_afm.model.packed import Packed
 from mlx_afm.model.quantized import (
