@@ -19,7 +19,7 @@ from .output import json_option, note, read_stdin, show
 from .parameters import PATH, is_given, refuse_given
 from .system_prompt_options import system_prompt_options
 
-OF_ONE_PROMPT = ("prompt_cache_file", "transform", "draft_model", "num_draft_tokens", "verbose")
+OF_ONE_PROMPT = ("prompt_cache_file", "transform", "verbose")
 OF_A_FILE = ("output", "batch_size", "dialect", "field", "transform")
 SAMPLING = ("top_p", "top_k", "min_p", "seed")
 
@@ -70,8 +70,6 @@ def command(
     _require_sense(of_file, options)
     if of_file:
         assert output is not None
-        for name in ("draft_model", "num_draft_tokens"):
-            del options[name]
         answer_prompts(to_path(prompt), output, batch_size, reading, as_json, **options)
     else:
         text = read_stdin() if prompt == "-" else prompt

@@ -8,10 +8,12 @@ from numbers import Number
 from typing import Any
 
 from mlx_afm.generation.config import GenerateConfig
-from mlx_afm.generation.engine import BATCH_SIZE, LENGTH, STOP, Engine, Request, Row
+from mlx_afm.generation.engine import BATCH_SIZE, Engine
 from mlx_afm.generation.forms import decoder_of
 from mlx_afm.generation.prefix_cache import PrefixCache
 from mlx_afm.generation.prompts import Prompt, require_tokenizer, to_prompt_ids
+from mlx_afm.generation.rows import LENGTH, STOP, Request, Row
+from mlx_afm.generation.speculation import Speculation
 from mlx_afm.generation.text_stream import TextStream
 from mlx_afm.model import Model
 from mlx_afm.text.tokenizer import AFMTokenizer
@@ -41,6 +43,7 @@ def iter_answers(
     *,
     batch_size: int = BATCH_SIZE,
     prefix_cache: PrefixCache | None = None,
+    speculation: Speculation | None = None,
 ) -> Iterator[tuple[int, Answer]]:
     """The number of each request, from 0, and its answer, as they finish.
 
@@ -49,15 +52,19 @@ def iter_answers(
         requests: see `Request`.
         batch_size: answered at once.
         prefix_cache: see `Engine`; by default one of its own, so that a common beginning is computed once.
+        speculation: a draft model that proposes tokens to all rows; counts what came of it.
 
     Raises:
         ConfigError: see `Engine.add`; before anything is computed.
     """
     held = decoder_of(model)
     prefixes = PrefixCache() if prefix_cache is None else prefix_cache
-    engine = Engine(held.decoder, batch_size=batch_size, prefix_cache=prefixes, routes=held.routes)
+    engine = Engine(
+        held.decoder, batch_size=batch_size, prefix_cache=prefixes, routes=held.routes, speculation=speculation
+    )
     ends = frozenset(tokenizer.eos_token_ids)
-    numbers, texts = {}, {}
+    numbers: dict[Row, int] = {}
+    texts: dict[Row, _Text] = {}
     for number, request in enumerate(requests):
         (row,) = engine.add(replace(request, stop_token_ids=ends))
         numbers[row] = number
@@ -102,6 +109,7 @@ def batch_generate(
     *,
     batch_size: int = BATCH_SIZE,
     prefix_cache: PrefixCache | None = None,
+    speculation: Speculation | None = None,
     **settings: Any,
 ) -> list[Answer]:
     """Answers to many prompts, in their order; see `generate` for one.
@@ -111,7 +119,7 @@ def batch_generate(
         prompts: of each form that `to_prompt_ids` takes. A string, a list of message dicts, or ids are one
             prompt, and the result a list of one answer.
         config: settings; or give single ones by name. Row n draws with `seed + n`.
-        batch_size, prefix_cache: see `iter_answers`.
+        batch_size, prefix_cache, speculation: see `iter_answers`.
 
     Raises:
         DataError, ConfigError: see `stream_generate`.
@@ -124,7 +132,8 @@ def batch_generate(
     for number, prompt in enumerate(several):
         ids = to_prompt_ids(tokenizer, prompt, vocabulary=rows, where=f"prompts, prompt {number}")
         requests.append(Request(ids=ids, config=seeded(config, number)))
-    found = dict(iter_answers(model, tokenizer, requests, batch_size=batch_size, prefix_cache=prefix_cache))
+    options: dict[str, Any] = {"batch_size": batch_size, "prefix_cache": prefix_cache, "speculation": speculation}
+    found = dict(iter_answers(model, tokenizer, requests, **options))
     return [found[number] for number in range(len(requests))]
 
 

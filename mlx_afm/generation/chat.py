@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 from mlx_afm.errors import ConfigError, DataError
 from mlx_afm.generation.config import GenerateConfig, require_fitting
-from mlx_afm.generation.engine import LENGTH, Engine, Request, Row
+from mlx_afm.generation.engine import Engine
 from mlx_afm.generation.forms import decoder_of
 from mlx_afm.generation.generate import responses
 from mlx_afm.generation.prefix_cache import PrefixCache
 from mlx_afm.generation.prompts import to_prompt_ids
+from mlx_afm.generation.rows import LENGTH, Request, Row
 from mlx_afm.generation.speculation import Speculation, require_pair
 from mlx_afm.generation.text_stream import TextStream
 from mlx_afm.model import Model

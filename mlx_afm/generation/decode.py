@@ -1,8 +1,8 @@
 """One step of all rows of a batch: tokens and caches to logits, compiled where that pays.
 
-Both ways run the same function. Compiled, it is traced once for each shape (rows of the storage, its room, tokens a row)
-and shapes of the adapters' matrices. Tokens, caches, adapters and steps of quantizers are its inputs; the weights of the
-inference form are its constants, since no form ever gets others (`forms.decoder_of` makes a new one).
+Both ways run the same function. Compiled, it is traced once for each shape (rows of the storage, its room, tokens a
+row) and shapes of the adapters' matrices. Tokens, caches, adapters and steps of quantizers are its inputs; the weights
+of the inference form are its constants, since no form ever gets others (`forms.decoder_of` makes a new one).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The decode engine: prompts become rows of one batch, and every step gives one token of each row.
+"""The decode engine: prompts become rows of one batch, and every step gives a token of each row.
 
     engine = Engine(decoder)
     row = engine.add(Request(ids=ids, config=config))
@@ -7,10 +7,14 @@
 
 Rows join and leave between two tokens, each with its own adapter, settings and randomness; an answer does not depend on
 its neighbours. All callers use it: one prompt, files of prompts, chat, samples in training, and the server.
+
+With a draft model, one pass of the target may give a row several tokens. They are given out one a step all the same, so
+that a caller can end a row behind each; nothing is computed meanwhile.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,90 +23,20 @@ import mlx.core as mx
 
 from mlx_afm.errors import ConfigError, SettingError
 from mlx_afm.generation.batch_cache import BatchCache
-from mlx_afm.generation.config import GenerateConfig, require_fitting
+from mlx_afm.generation.config import require_fitting
 from mlx_afm.generation.decode import Decoder
+from mlx_afm.generation.draft_rows import DraftRows, padded_rows, plain_step_seconds
 from mlx_afm.generation.prefix_cache import PrefixCache, prefix_owner
-from mlx_afm.generation.sampling import LogitsProcessor, Sampled, Sampler, TokenLogprob, sample
-from mlx_afm.generation.speculation import Speculation
+from mlx_afm.generation.rows import LENGTH, STOP, Progress, Request, Row, TokenEvent
+from mlx_afm.generation.sampling import Sampled, Sampler, TokenLogprob, sample
+from mlx_afm.generation.speculation import Speculation, require_pair
+from mlx_afm.generation.speculative import Verdict, judge, length_needed
 from mlx_afm.model import KVCache
 from mlx_afm.model.low_rank import Slots
 from mlx_afm.text.tokenizer import require_token_ids
 
 BATCH_SIZE = 16
 CLEAR_CACHE_INTERVAL = 256  # steps after which freed memory goes back to the system, as in mlx-lm
-STOP, LENGTH = "stop", "length"  # finish reasons
-
-Progress = Callable[[int, int], None]  # tokens of the prompt computed, and of how many
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """A prompt and how to answer it.
-
-    Attributes:
-        ids: the prompt.
-        samplers: one for each answer wanted; they share the prompt's computation. Without any there is one, of `config`
-            and `logits_processors`.
-        max_tokens: of each answer; None for what `config` and the context leave.
-        config: prefill size, cache kind and context; how to sample, where `samplers` are not given.
-        logits_processors: see `Sampler`.
-        stop_token_ids: ids that end an answer.
-        adapter: a name that the routes know; None for the base.
-        prefix_boundaries: lengths of the prompt's beginnings that other prompts may share, ascending. The prompt is
-            always computed from boundary to boundary, so that an answer has the same bits whether one was held or not.
-            None shares any common beginning.
-        on_progress: told of the prompt's computation.
-    """
-
-    ids: Sequence[int]
-    config: GenerateConfig = field(default_factory=GenerateConfig)
-    samplers: Sequence[Sampler] = ()
-    logits_processors: Sequence[LogitsProcessor] = ()
-    max_tokens: int | None = None
-    stop_token_ids: frozenset[int] = frozenset()
-    adapter: str | None = None
-    prefix_boundaries: Sequence[int] | None = None
-    on_progress: Progress | None = None
-
-
-@dataclass(eq=False)
-class Row:
-    """One answer under way.
-
-    Attributes:
-        request, sampler: what was asked for.
-        max_tokens: of the answer.
-        tokens: given out so far.
-        cached_tokens: of the prompt, how many came from the prefix cache.
-    """
-
-    request: Request
-    sampler: Sampler
-    max_tokens: int
-    tokens: list[int] = field(default_factory=list)
-    cached_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class TokenEvent:
-    """A token of a row.
-
-    Attributes:
-        row: whose.
-        token: its id, with log probabilities if the row's sampler asks for them.
-        logprobs_V: of all tokens, float32, not computed unless it is read.
-        finish_reason: "stop" with a stop token, "length" with the last token of `max_tokens`; else None. A finished row
-            has left.
-        from_draft: whether a draft model proposed it.
-        error: why the row ended without this token; its logits could not be processed.
-    """
-
-    row: Row
-    token: TokenLogprob
-    logprobs_V: mx.array | None = None
-    finish_reason: str | None = None
-    from_draft: bool = False
-    error: Exception | None = None
 
 
 @dataclass(eq=False)
@@ -110,8 +44,8 @@ class _Prefill:
     """A prompt that is being computed, up to `done`."""
 
     rows: list[Row]
-    caches: list[KVCache]
-    done: int
+    caches: list[KVCache] = field(default_factory=list)
+    done: int = 0
 
 
 class Engine:
@@ -125,7 +59,8 @@ class Engine:
         routes: the slots of some rows' adapters, and of one adapter alone; see `adapters.inference`.
         prompts_first: compute all waiting prompts before the next token, as throughput wants it; else one piece of one
             prompt for each token, so that nobody waits long.
-        speculation: a draft model, whose proposals are verified for all rows in one pass; None decodes plainly.
+        speculation: a draft model, whose proposals are verified for all rows in one pass; None decodes plainly. It keeps
+            prefixes of its own, in as many bytes again, if there is a prefix cache.
         keep_answers: store prompt and answer in the prefix cache when a row ends, for the next turn of a conversation.
 
     Attributes:
@@ -158,7 +93,14 @@ class Engine:
         self._cache: BatchCache | None = None
         self._sampled: Sampled | None = None  # each row's newest token, not given out and not in the cache yet
         self._routes: Mapping[str, Slots] = {}
-        self._steps = self._batch_steps = 0
+        self._steps = self._batch_steps = self._pieces = 0
+        self._accepted: dict[Row, deque[tuple[TokenLogprob, mx.array]]] = {}  # proposals that are not given out yet
+        self._drafts = self._lengths = None
+        if speculation is not None:
+            require_pair(decoder.form.model, speculation.draft)
+            size = 0 if prefix_cache is None else prefix_cache.limit_bytes
+            self._drafts = DraftRows(speculation, decoder, prefix_bytes=size)
+            self._lengths = speculation.adaptive_length(decoder.form.model)
 
     @property
     def busy(self) -> bool:
@@ -203,9 +145,16 @@ class Engine:
         gone = set(map(id, rows))
         self._waiting = deque(kept for held in self._waiting if (kept := [row for row in held if id(row) not in gone]))
         for prefill in self._prefills:
-            prefill.rows = [row for row in prefill.rows if id(row) not in gone]
+            prefill.rows, left = [row for row in prefill.rows if id(row) not in gone], prefill.rows
+            if not prefill.rows and self._keep_answers and self.prefix_cache is not None and prefill.done:
+                request = left[0].request
+                self.prefix_cache.store(request.ids[: prefill.done], prefill.caches, self._kind(request))
         self._prefills = deque(prefill for prefill in self._prefills if prefill.rows)
         self._keep([index for index, row in enumerate(self.rows) if id(row) not in gone])
+
+    def remove_all(self) -> None:
+        """Ends all answers."""
+        self.remove(self._all_rows())
 
     def reroute(self) -> None:
         """Looks up the slots of the rows' adapters again; to be called after adapters were added or removed."""
@@ -216,24 +165,23 @@ class Engine:
         self._routes = self._routes_of(names)
 
     def step(self) -> list[TokenEvent]:
-        """Computes waiting prompts, then gives a token of each row; finished rows leave."""
-        events = self._prefill()
+        """Computes waiting prompts, then gives at most one token of each row; finished rows leave."""
+        if self._accepted:
+            return self._give_accepted()
+        if self._lengths is not None:
+            self._lengths.finish()
+        pieces = self._pieces
+        events = self._drop_faulty() + self._prefill()
         if not self.rows:
             return events
-        assert self._sampled is not None
-        sampled, rows = self._sampled, self.rows
-        lookahead = not any(row.sampler.changes_logits for row in rows)
-        if lookahead and any(len(row.tokens) + 1 < row.max_tokens for row in rows):
-            self._decode(unread=1)  # under way while the caller looks at these tokens
-        given = [self._give(row, index, token, sampled) for index, (row, token) in enumerate(zip(rows, sampled.read()))]
-        self._keep([index for index, event in enumerate(given) if event.finish_reason is None])
-        if not lookahead and self.rows:
-            self._decode(unread=0)
-            events += self._drop_faulty()
+        length = self._planned_length()
+        events += self._round(length) if length else self._plain(alone=pieces == self._pieces)
         self._steps += 1
         if self._steps % CLEAR_CACHE_INTERVAL == 0:
             mx.clear_cache()
-        return events + given
+        if self._lengths is not None and not self.rows:
+            self._lengths.abandon()  # who knows when the next step will be
+        return events
 
     # Prompts.
 
@@ -241,7 +189,7 @@ class Engine:
         events: list[TokenEvent] = []
         while True:
             while self._waiting and self._has_room(len(self._waiting[0])):
-                self._prefills.append(self._start(self._waiting.popleft()))
+                self._prefills.append(_Prefill(self._waiting.popleft()))
             if not self._prefills:
                 return events
             events += self._read(self._prefills[0])
@@ -253,37 +201,38 @@ class Engine:
         free = sum(max(engine.batch_size - engine.rows_in_use, 0) for engine in (self, *self.overflow))
         return rows <= free or not self.rows_in_use
 
-    def _start(self, rows: list[Row]) -> _Prefill:
-        request = rows[0].request
-        caches = self.decoder.form.model.make_cache(quantized=request.config.kv_bits is not None)
-        done = 0
+    def _start(self, prefill: _Prefill) -> None:
+        """Takes what the prefix cache holds of a prompt; only now, when all earlier prompts are in it."""
+        request = prefill.rows[0].request
+        prefill.caches = self.decoder.form.model.make_cache(quantized=request.config.kv_bits is not None)
         if self.prefix_cache is not None:
             found = self.prefix_cache.fetch(request.ids, self._kind(request), request.prefix_boundaries)
-            caches, done = found or (caches, 0)
-        for row in rows:
-            row.cached_tokens = done
-        return _Prefill(rows, caches, done)
+            prefill.caches, prefill.done = found or (prefill.caches, 0)
+        for row in prefill.rows:
+            row.cached_tokens = prefill.done
 
     def _read(self, prefill: _Prefill) -> list[TokenEvent]:
         """Computes the next piece of a prompt; after the last one its rows join the batch."""
+        if not prefill.caches:
+            self._start(prefill)
         request = prefill.rows[0].request
         ids, boundaries = request.ids, request.prefix_boundaries or ()
         end = next((boundary for boundary in boundaries if boundary > prefill.done), len(ids))
         end = min(end, prefill.done + request.config.prefill_step_size)
         tokens = mx.array([list(ids[prefill.done : end])])
         routes = self._routes_of([request.adapter])
-        prefill.done, logits = end, None
         if end < len(ids):
             self.decoder.prefill(tokens, prefill.caches, routes, logits=False)
             mx.eval([cache.state for cache in prefill.caches])
             mx.clear_cache()
-        else:
-            logits = self.decoder.prefill(tokens, prefill.caches, routes)
+        logits = None if end < len(ids) else self.decoder.prefill(tokens, prefill.caches, routes)
+        prefill.done, self._pieces = end, self._pieces + 1
         if self.prefix_cache is not None and _is_kept(request, end):
             self.prefix_cache.store(ids[:end], prefill.caches, self._kind(request))
         if request.on_progress is not None:
             mx.eval([cache.state for cache in prefill.caches])
-            request.on_progress(end, len(ids))
+            known = prefill.rows[0].cached_tokens
+            request.on_progress(end - known, len(ids) - known)
         if logits is None:
             return []
         self._prefills.remove(prefill)
@@ -304,8 +253,12 @@ class Engine:
         if self._cache is None or not self.rows:
             quantized = rows[0].request.config.kv_bits is not None
             self._cache, self._batch_steps = self.decoder.new_cache(quantized=quantized), 0
+            if self._drafts is not None:
+                self._drafts.clear()
         for _ in rows:
             self._cache.append(prefill.caches, prefill.done)
+        if self._drafts is not None:
+            self._drafts.join(rows)
         self._sampled = sampled if self._sampled is None else self._sampled.joined(sampled)
         self.rows = [*self.rows, *rows]
         self.reroute()
@@ -316,18 +269,42 @@ class Engine:
 
     # Tokens.
 
+    def _plain(self, *, alone: bool) -> list[TokenEvent]:
+        """Gives the newest token of each row, and computes the next one; `alone` if no prompt was computed before."""
+        assert self._sampled is not None
+        if self._lengths is not None:
+            self._lengths.start(self.rows, 0, counts=alone)
+        sampled, rows = self._sampled, self.rows
+        lookahead = not any(row.sampler.changes_logits for row in rows)
+        if lookahead and any(len(row.tokens) + 1 < row.max_tokens for row in rows):
+            self._decode(unread=1)  # under way while the caller looks at these tokens
+        given = self._give_newest(sampled)
+        if not lookahead and self.rows:
+            self._decode(unread=0)
+            return self._drop_faulty() + given
+        return given
+
     def _decode(self, *, unread: int) -> None:
         """Computes each row's next token; `unread` of its tokens are sampled and not given out yet."""
         assert self._cache is not None
         assert self._sampled is not None
-        tokens_B = self._sampled.padded(self._cache.rows)
-        logits_BV = self.decoder.step(tokens_B[:, None], self._cache, self._routes, steps_done=self._batch_steps)[:, -1]
+        tokens_B1 = padded_rows(self._sampled.tokens_B[:, None], self._cache)
+        logits_BV = self.decoder.step(tokens_B1, self._cache, self._routes, steps_done=self._batch_steps)[:, -1]
         self._batch_steps += 1
         self._cache.lengths = [length + 1 for length in self._cache.lengths]
         counts = [len(row.tokens) + unread for row in self.rows]
         self._sampled = sample([row.sampler for row in self.rows], logits_BV[: len(self.rows)], counts)
 
-    def _give(self, row: Row, index: int, token: TokenLogprob, sampled: Sampled) -> TokenEvent:
+    def _give_newest(self, sampled: Sampled) -> list[TokenEvent]:
+        """Gives sampled tokens, one of each row; finished rows leave."""
+        given = [
+            self._give(row, token, sampled.logprobs(index))
+            for index, (row, token) in enumerate(zip(self.rows, sampled.read()))
+        ]
+        self._keep([index for index, event in enumerate(given) if event.finish_reason is None])
+        return given
+
+    def _give(self, row: Row, token: TokenLogprob, logprobs_V: mx.array, *, from_draft: bool = False) -> TokenEvent:
         row.tokens.append(token.token)
         row.sampler.tokens.append(token.token)
         reason = None
@@ -335,7 +312,65 @@ class Engine:
             reason = STOP
         elif len(row.tokens) >= row.max_tokens:
             reason = LENGTH
-        return TokenEvent(row, token, sampled.logprobs(index), reason)
+        return TokenEvent(row, token, logprobs_V, reason, from_draft)
+
+    # Tokens that a draft model proposes.
+
+    def _planned_length(self) -> int:
+        """Proposals of the next round; 0 for a plain step."""
+        if self.speculation is None:
+            return 0
+        return self.speculation.num_draft_tokens or (0 if self._lengths is None else self._lengths.plan(self.rows))
+
+    def _round(self, length: int) -> list[TokenEvent]:
+        """Gives the newest token of each row, and has the target judge some proposals for the next ones."""
+        assert self._sampled is not None
+        assert self._cache is not None
+        assert self._drafts is not None
+        assert self.speculation is not None
+        given = self._give_newest(self._sampled)
+        if not self.rows:
+            return given
+        fixed = self._lengths is None
+        needed = [length_needed(row, fixed=fixed) for row in self.rows]
+        length = next(held for held in (0, *self.speculation.lengths) if held >= min(length, max(needed)))
+        if not length:
+            self._decode(unread=0)
+            return given + self._drop_faulty()
+        started = time.perf_counter()
+        if self._lengths is not None:
+            self._lengths.start(self.rows, length, counts=not self._drafts.lags(self.rows))
+        verdict = self._judged(length, fixed=fixed)
+        self._drafts.accept(self.rows, verdict.accepted)
+        self._cache.lengths = [held + 1 + count for held, count in zip(self._cache.lengths, verdict.accepted)]
+        self._sampled = verdict.own
+        self._accepted = {row: deque(tokens) for n, row in enumerate(self.rows) if (tokens := verdict.tokens(n))}
+        drafted = [max(min(length, count), 0) for count in needed]
+        accepted = [min(pair) for pair in zip(drafted, verdict.accepted)]
+        seconds = time.perf_counter() - started
+        self.speculation.add_round(sum(drafted), sum(accepted), seconds, rows=len(self.rows))
+        if self._lengths is not None:
+            self._lengths.add(self.rows, drafted, accepted)
+        return given
+
+    def _judged(self, length: int, *, fixed: bool) -> Verdict:
+        """What one pass of the target makes of so many proposals for each row."""
+        assert self._cache is not None
+        assert self._drafts is not None
+        proposals = self._drafts.propose(self.rows, length, steps_done=self._batch_steps)
+        newest_B1 = mx.array([row.tokens[-1:] for row in self.rows], mx.int32)
+        tokens_BM = padded_rows(mx.concatenate([newest_B1, proposals.tokens_BN], axis=1), self._cache)
+        logits_BMV = self.decoder.step(tokens_BM, self._cache, self._routes, steps_done=self._batch_steps)
+        self._batch_steps += 1
+        return judge(self.rows, logits_BMV[: len(self.rows)], proposals, fixed=fixed)
+
+    def _give_accepted(self) -> list[TokenEvent]:
+        """Gives the next accepted token of each row that has one; finished rows leave."""
+        events = [self._give(row, *held.popleft(), from_draft=True) for row, held in self._accepted.items()]
+        self._accepted = {row: held for row, held in self._accepted.items() if held}
+        over = {id(event.row) for event in events if event.finish_reason is not None}
+        self._keep([index for index, row in enumerate(self.rows) if id(row) not in over])
+        return events
 
     def _drop_faulty(self) -> list[TokenEvent]:
         """Ends the rows whose logits could not be processed."""
@@ -354,8 +389,14 @@ class Engine:
         if self._keep_answers and self.prefix_cache is not None:
             for index in sorted(set(range(len(self.rows))) - set(indices)):
                 self._store_answer(index)
+        if not indices and self.speculation is not None and self.speculation.wants_plain_time:
+            seconds = plain_step_seconds(self.decoder, self._cache, self._routes, steps_done=self._batch_steps)
+            self.speculation.plain_step_seconds = seconds
         self.rows = [self.rows[index] for index in indices]
+        self._accepted = {row: held for row, held in self._accepted.items() if row in self.rows}
         self._cache.keep(indices)
+        if self._drafts is not None:
+            self._drafts.keep(indices)
         self._sampled = self._sampled.rows(indices) if self._sampled is not None and indices else None
         self.reroute()
 
@@ -363,9 +404,10 @@ class Engine:
         assert self._cache is not None
         assert self.prefix_cache is not None
         row = self.rows[index]
-        ids = [*row.request.ids, *row.tokens]
-        length = min(self._cache.lengths[index], len(ids))
-        self.prefix_cache.store(ids[:length], self._cache.extract(index, length), self._kind(row.request))
+        length = min(self._cache.lengths[index], row.length)
+        self.prefix_cache.store(row.ids(0, length), self._cache.extract(index, length), self._kind(row.request))
+        if self._drafts is not None:
+            self._drafts.store(index, row)
 
     def _all_rows(self) -> list[Row]:
         waiting = [row for rows in self._waiting for row in rows]
@@ -380,3 +422,6 @@ def _is_kept(request: Request, end: int) -> bool:
     if request.prefix_boundaries is None:
         return end == len(request.ids)
     return bool(request.prefix_boundaries) and end in (request.prefix_boundaries[0], request.prefix_boundaries[-1])
+
+
+__all__ = ["BATCH_SIZE", "LENGTH", "STOP", "Engine", "Progress", "Request", "Row", "TokenEvent"]

@@ -42,9 +42,9 @@ _decoders: dict[int, ModelDecoder] = {}
 def decoder_of(model: Model) -> ModelDecoder:
     """The decoder of a model as `mlx_afm.load` gives it.
 
-    Cost: the first time, see `InferenceModel`, and a copy of the adapter in the model's dtype; afterwards, a look at each
-        array. Weights that were replaced since (training, fusing, another adapter) give a new decoder, and the old one's
-        memory is free again.
+    Cost: the first time, see `InferenceModel`, and a copy of the adapter in the model's dtype; afterwards, a look at
+        each array. Weights that were replaced since (training, fusing, another adapter) give a new decoder, and the old
+        one's memory is free again.
     """
     held = _decoders.get(id(model))
     if held is not None and same_arrays(model, held.arrays):

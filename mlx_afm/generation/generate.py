@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_afm.generation.config import GenerateConfig, require_fitting
-from mlx_afm.generation.engine import LENGTH, STOP, Engine, Progress, Request, TokenEvent
+from mlx_afm.generation.engine import Engine
 from mlx_afm.generation.forms import decoder_of
 from mlx_afm.generation.prefix_cache import PrefixCache
 from mlx_afm.generation.prompts import Prompt, require_tokenizer, to_prompt_ids
+from mlx_afm.generation.rows import LENGTH, STOP, Progress, Request, TokenEvent
 from mlx_afm.generation.sampling import LogitsProcessor, Sampler
 from mlx_afm.generation.speculation import Speculation, require_pair
 from mlx_afm.generation.text_stream import TextStream
@@ -75,7 +76,7 @@ def responses(
     text: TextStream,
     prompt_tokens: int,
     should_stop: Callable[[], bool] = lambda: False,
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """The tokens of an engine's only row as mlx-lm's `GenerationResponse` objects, up to where the answer ends.
 
     Args:
@@ -114,7 +115,7 @@ def responses(
                 if over or should_stop():
                     return
         finally:
-            engine.remove(engine.rows)
+            engine.remove_all()
 
 
 def _events(engine: Engine) -> Iterator[TokenEvent]:

@@ -28,6 +28,7 @@ from mlx_afm.generation.answers import Answer, seeded
 from mlx_afm.generation.config import GenerateConfig
 from mlx_afm.generation.engine import Request
 from mlx_afm.generation.prompts import to_prompt_ids
+from mlx_afm.generation.rows import Request
 from mlx_afm.generation.sampling import LogitsProcessor
 from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.tree import shorten

@@ -48,9 +48,9 @@ class PrefixCache:
         limit_bytes: of all of them; 0 holds none. The real model takes 36 KB a token in 16 bits.
         max_tokens: of all of them, besides; None for no such limit.
 
-    Example: after `store(ids, caches, owner)`, `fetch(other_ids, owner)` gives caches of all ids that both begin with, and
-    how many these are; compute the rest (`other_ids[tokens:]`) with these caches. Prompts of different owners, such as
-    adapters, know nothing of each other. When an owner's weights change, `clear` it.
+    Example: after `store(ids, caches, owner)`, `fetch(other_ids, owner)` gives caches of all ids that both begin with,
+    and how many these are; compute the rest (`other_ids[tokens:]`) with these caches. Prompts of different owners, such
+    as adapters, know nothing of each other. When an owner's weights change, `clear` it.
 
     Attributes:
         held_bytes, tokens: of all of them.

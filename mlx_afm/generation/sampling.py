@@ -17,7 +17,8 @@ import mlx.core as mx
 
 from mlx_afm.generation.config import GenerateConfig
 
-# Given all tokens so far, prompt included, (N,) and the logits (1, V) of the next one, gives other logits; mlx-lm's form.
+# Given all tokens so far, prompt included, (N,) and the logits (1, V) of the next one, gives other logits; mlx-lm's
+# form.
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 _STRIDE = 0x9E3779B97F4A7C15  # odd, so that no two tokens of an answer share a key
 
@@ -92,7 +93,8 @@ class Sampled:
     Attributes:
         tokens_B: int32.
         logits_BV: that they were sampled from, before penalties and processors.
-        wanted: of each row, the arrays of its log probabilities: of the token; the most likely tokens (N,); theirs (N,).
+        wanted: of each row, the arrays of its log probabilities: of the token; the most likely tokens (N,); theirs
+            (N,).
         processed_BV: the logits after penalties and processors, for rows that keep all log probabilities.
     """
 
@@ -111,11 +113,6 @@ class Sampled:
         """Log probabilities (V,) of a row, not computed unless they are read."""
         return log_probabilities(self.processed_BV[row : row + 1])[0]
 
-    def padded(self, rows: int) -> mx.array:
-        """The tokens with zeros behind, int32 (rows,)."""
-        missing = rows - self.tokens_B.shape[0]
-        return mx.pad(self.tokens_B, [(0, missing)]) if missing else self.tokens_B
-
     def rows(self, indices: Sequence[int]) -> Sampled:
         """Those of some rows, in this order."""
         index = mx.array(list(indices))
@@ -129,7 +126,7 @@ class Sampled:
             (self.logits_BV, other.logits_BV),
             (self.processed_BV, other.processed_BV),
         )
-        tokens_B, logits_BV, processed_BV = (mx.concatenate(pair) for pair in pairs)
+        tokens_B, logits_BV, processed_BV = (mx.concatenate(list(pair)) for pair in pairs)
         return Sampled(tokens_B, logits_BV, self.wanted + other.wanted, processed_BV)
 
 
@@ -149,6 +146,13 @@ def sample(samplers: Sequence[Sampler], logits_BV: mx.array, places: Sequence[in
         ]
         processed_BV = mx.concatenate(rows)
     tokens_B = choose_tokens(processed_BV, [sampler.config for sampler in samplers], places)
+    return sampled_tokens(samplers, tokens_B, logits_BV, processed_BV)
+
+
+def sampled_tokens(
+    samplers: Sequence[Sampler], tokens_B: mx.array, logits_BV: mx.array, processed_BV: mx.array
+) -> Sampled:
+    """Tokens that were sampled from some logits, with the log probabilities that the rows want, under way."""
     wanted = [
         () if sampler.top_logprobs is None else _logprobs(logits_BV[row], tokens_B[row], sampler.top_logprobs)
         for row, sampler in enumerate(samplers)

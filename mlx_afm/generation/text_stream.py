@@ -1,8 +1,9 @@
 """Tokens to the text of an answer, piece by piece, up to where it ends.
 
 The rule of stop strings, for every caller: the answer ends with the first character that completes one of them, and of
-several that this character completes the longest counts. Neither the stop string nor what follows is part of the answer.
-So what a stream gives out does not depend on how the text is cut into tokens, and no token is generated after the end.
+several that this character completes the longest counts. Neither the stop string nor what follows is part of the
+answer. So what a stream gives out does not depend on how the text is cut into tokens, and no token is generated after
+the end.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ class TextStream:
         stop: strings that end the answer.
         keeps_tokens: give tokens with the text that they begin in.
 
-    Cost: each token is decoded once, with those before it that are no whole character yet. mlx-lm decodes the whole line
-        anew for each token.
+    Cost: each token is decoded once, with those before it that are no whole character yet. mlx-lm decodes the whole
+        line anew for each token.
 
-    Example: with stop "abcd" and "bc" the tokens `x`, `ab`, `cd` give "xa": the `c` completes "bc". With stop "abc" and "b"
-        the tokens `x`, `abc` give "xa": "b" is complete before "abc" is.
+    Example: with stop "abcd" and "bc" the tokens `x`, `ab`, `cd` give "xa": the `c` completes "bc". With stop "abc" and
+        "b" the tokens `x`, `abc` give "xa": "b" is complete before "abc" is.
 
     Attributes:
         stopped: whether a stop token or a stop string was met; the answer is over, and `add` gives nothing more.
