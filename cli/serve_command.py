@@ -10,6 +10,7 @@ import click
 
 from .output import json_option, note, show
 from .parameters import PATH, SIZE, SIZE_OR_NONE, named_paths
+from .speculation_options import speculation_options
 from .system_prompt_options import system_prompt_options
 
 
@@ -57,6 +58,7 @@ from .system_prompt_options import system_prompt_options
 @click.option(
     "--batch-size", type=int, default=8, show_default=True, help="Rows in one step; 1: no rounding between users."
 )
+@speculation_options
 @click.option("--kv-bits", type=click.Choice(["8"]), help="Hold keys and values in int8, as in generate.")
 @click.option(
     "--prefix-cache",
