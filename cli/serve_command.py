@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from .output import json_option, note, show
-from .parameters import PATH, SIZE, SIZE_OR_NONE, named_paths
+from .parameters import PATH, SIZE, SIZE_OR_NONE, named_paths, refuse_given
 from .speculation_options import speculation_options
 from .system_prompt_options import system_prompt_options
 
@@ -84,6 +84,8 @@ def command(model: str, named: tuple[str, ...], adapters_dir: Path | None, as_js
     from mlx_afm.serving import find_adapters, serve, settle
     from mlx_afm.serving.running import Running
 
+    if settings["draft_model"] is None:
+        refuse_given(("num_draft_tokens",), "without --draft-model")
     adapters = {} if adapters_dir is None else find_adapters(adapters_dir)
     given = named_paths(named)
     if twice := sorted(adapters.keys() & given.keys()):
