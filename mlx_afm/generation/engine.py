@@ -328,9 +328,11 @@ class Engine:
 
     def _planned_length(self) -> int:
         """Proposals of the next round; 0 for a plain step."""
-        if self.speculation is None:
+        if self.speculation is None or self._drafts is None:
             return 0
-        return self.speculation.num_draft_tokens or (0 if self._lengths is None else self._lengths.plan(self.rows))
+        if self._lengths is not None:
+            return self._lengths.plan(self.rows, self._drafts.missing(self.rows))
+        return self.speculation.num_draft_tokens or 0
 
     def _round(self) -> list[TokenEvent]:
         """Has the target judge some proposals, and gives the first accepted ones.
@@ -354,7 +356,7 @@ class Engine:
             return given + self._drop_faulty()
         started = time.perf_counter()
         if self._lengths is not None:
-            self._lengths.start(self.rows, length, counts=not self._drafts.lags(self.rows))
+            self._lengths.start(self.rows, length, missing=self._drafts.missing(self.rows))
         verdict = self._judged(length, fixed=fixed)
         self._drafts.accept(self.rows, verdict.accepted)
         self._cache.lengths = [held + 1 + count for held, count in zip(self._cache.lengths, verdict.accepted)]
