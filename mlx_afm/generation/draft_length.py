@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from weakref import WeakKeyDictionary
 
@@ -19,6 +19,7 @@ PRIOR_TRIES = 3.0
 SLACK_STEPS = 4.0  # plain steps that a row may lose at first
 SLACK_SHARE = 0.03  # and of its answer
 PROBE_LENGTH, PROBE_ROUNDS = 2, 2  # at the very beginning, and of a draft that does not pay now and then
+USUALLY_MISSING = 2  # tokens that the draft reads in each round
 PROBE_STEPS = (16, 1024)  # between probes: doubled each time, from and up to
 SAMPLES, ENOUGH_SAMPLES, MAX_AGE_STEPS = 9, 2, 256  # measured times that count
 
@@ -59,6 +60,7 @@ class _Step:
     rows: Sequence[Hashable]
     length: int
     counts: bool
+    missing: int
     given: Sequence[int] = ()
 
 
@@ -82,10 +84,16 @@ class DraftLength:
         self._seconds: dict[tuple[int, int], deque[tuple[int, float]]] = {}
         self._steps = self._last_round = self._trials = 0
         self._probe_steps, self._probe_rounds = PROBE_STEPS[0], 0
+        self._reading_seconds: deque[float] = deque(maxlen=SAMPLES)  # of each missing token
         self._step: _Step | None = None
 
-    def plan(self, rows: Sequence[Hashable]) -> int:
-        """How many tokens to propose to these rows now; 0 for a plain step."""
+    def plan(self, rows: Sequence[Hashable], missing: int = 0) -> int:
+        """How many tokens to propose to these rows now; 0 for a plain step.
+
+        Args:
+            rows: of the batch.
+            missing: tokens of a row that the draft has yet to read, after plain steps; each costs time.
+        """
         self._steps += 1
         plain = self._measured(len(rows), 0)
         if plain is None:
@@ -101,14 +109,22 @@ class DraftLength:
             self._probe_steps, self._probe_rounds = PROBE_STEPS[0], 0
         elif self._is_probe():
             best = PROBE_LENGTH
-        steps = self._estimated(len(rows), best, plain) / plain
+        reading = missing * median(self._reading_seconds) if self._reading_seconds else 0.0
+        steps = (self._estimated(len(rows), best, plain) + reading) / plain
         if best and any(share.lead_steps + share.tokens(best) < steps for share in shares):
             return 0
         return best
 
-    def start(self, rows: Sequence[Hashable], length: int, *, counts: bool = True) -> None:
-        """A step begins; one that does not count is longer for other reasons and not taken as a measure."""
-        self._step = _Step(self._clock(), list(rows), length, counts)
+    def start(self, rows: Sequence[Hashable], length: int, *, counts: bool = True, missing: int = 0) -> None:
+        """A step begins.
+
+        Args:
+            rows, length: of the step.
+            counts: False for a step that is longer for other reasons: it is not taken as a measure.
+            missing: see `plan`; a round in which the draft reads more than it usually does is no measure either.
+        """
+        counts = counts and missing <= USUALLY_MISSING
+        self._step = _Step(self._clock(), list(rows), length, counts, missing)
         if length:
             self._last_round = self._steps
 
@@ -120,9 +136,7 @@ class DraftLength:
         if any(drafted):
             self._common.add(sum(drafted) / len(rows), sum(accepted) / len(rows))  # type: ignore[arg-type]
         if self._step is not None:
-            self._step = _Step(
-                self._step.started, self._step.rows, self._step.length, self._step.counts, [1 + hit for hit in accepted]
-            )
+            self._step = replace(self._step, given=[1 + hit for hit in accepted])
 
     def finish(self) -> None:
         """The step is over: the next one begins."""
@@ -137,12 +151,16 @@ class DraftLength:
             self._seconds.setdefault(key, deque(maxlen=SAMPLES))
             if known:
                 self._seconds[key].append((self._steps, seconds))
+        expected = None if plain is None else self._estimated(len(step.rows), step.length, plain)
+        if expected is not None and step.missing > USUALLY_MISSING:
+            self._reading_seconds.append(max(seconds - expected, 0.0) / step.missing)
         for number, row in enumerate(step.rows):
             share = self._row(row)
             share.lead_steps += SLACK_SHARE * (step.given[number] if step.given else 1)
-            if step.given and plain is not None:
-                expected = self._estimated(len(step.rows), step.length, plain)
-                lost = min(seconds, 4 * expected) if known or not step.counts else expected
+            if step.given and plain is not None and expected is not None:
+                lost = seconds  # with what the draft had to read
+                if step.counts:
+                    lost = min(seconds, 4 * expected) if known else expected
                 share.lead_steps += step.given[number] - lost / plain
 
     def abandon(self) -> None:

@@ -9,12 +9,15 @@ import mlx.core as mx
 
 from mlx_afm.generation.batch_cache import BatchCache
 from mlx_afm.generation.decode import Decoder, Routes
+from mlx_afm.generation.draft_length import USUALLY_MISSING
 from mlx_afm.generation.rows import Row
 from mlx_afm.generation.speculation import Speculation
 from mlx_afm.generation.speculative import Proposals, propose_tokens
 from mlx_afm.model import KVCache
 
-FED_TOKENS = 2  # at the begin of a round: a row lacks one token, or two if all its proposals were accepted
+FED_TOKENS = (
+    USUALLY_MISSING  # at the begin of a round: a row lacks one token, or two if all its proposals were accepted
+)
 TIMED_STEPS = 4  # plain ones, for a comparison, after one that is not timed
 MOST_FED_TOKENS = 16  # of rows that lack more, after plain steps; what lacks still more is computed like a prompt
 
@@ -65,10 +68,6 @@ class DraftRows:
             length = min(self._cache.lengths[index], row.length)
             self._prefixes.store(row.ids(0, length), self._cache.extract(index, length))
 
-    def lags(self, rows: Sequence[Row]) -> bool:
-        """Whether the next round takes longer, because tokens of plain steps have yet to be read."""
-        return self._missing(rows) > FED_TOKENS
-
     def propose(self, rows: Sequence[Row], length: int, *, steps_done: int) -> Proposals:
         """So many tokens for each row; nothing is waited for, unless logits depend on tokens.
 
@@ -77,7 +76,7 @@ class DraftRows:
             length: at least 1.
             steps_done: see `Decoder.step`.
         """
-        if self._missing(rows) > MOST_FED_TOKENS:
+        if self.missing(rows) > MOST_FED_TOKENS:
             self._catch_up(rows)
         proposed: list[mx.array] = []
         drafted: list[mx.array] = []
@@ -96,13 +95,14 @@ class DraftRows:
         lengths = [row.length + count for row, count in zip(rows, accepted)]
         self._cache.lengths = [min(held, length) for held, length in zip(self._cache.lengths, lengths)]
 
-    def _missing(self, rows: Sequence[Row]) -> int:
+    def missing(self, rows: Sequence[Row]) -> int:
+        """The most tokens of a row that the draft has yet to read."""
         return max(row.length - held for row, held in zip(rows, self._cache.lengths))
 
     def _first(self, rows: Sequence[Row], steps_done: int) -> mx.array:
         """Logits (B, V) after each row's newest token."""
         width = FED_TOKENS
-        while width < self._missing(rows):
+        while width < self.missing(rows):
             width *= 2
         lengths = [row.length for row in rows]
         starts = [max(length - width, 0) for length in lengths]

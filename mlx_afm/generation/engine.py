@@ -95,6 +95,8 @@ class Engine:
         self._routes: Mapping[str, Slots] = {}
         self._steps = self._batch_steps = self._pieces = 0
         self._accepted: dict[Row, deque[tuple[TokenLogprob, mx.array]]] = {}  # proposals that are not given out yet
+        self._given: set[Row] = set()  # those whose newest token was given out and awaits a round
+        self._length = 0  # proposals of that round
         self._drafts = self._lengths = None
         if speculation is not None:
             require_pair(decoder.form.model, speculation.draft)
@@ -165,17 +167,24 @@ class Engine:
         self._routes = self._routes_of(names)
 
     def step(self) -> list[TokenEvent]:
-        """Computes waiting prompts, then gives at most one token of each row; finished rows leave."""
+        """Computes waiting prompts or the next tokens, and gives at most one of each row; finished rows leave."""
         if self._accepted:
             return self._give_accepted()
+        if self._given:
+            return self._round()
         if self._lengths is not None:
             self._lengths.finish()
         pieces = self._pieces
         events = self._drop_faulty() + self._prefill()
         if not self.rows:
             return events
-        length = self._planned_length()
-        events += self._round(length) if length else self._plain(alone=pieces == self._pieces)
+        assert self._sampled is not None
+        self._length = self._planned_length()
+        if self._length:
+            events += self._give_newest(self._sampled)
+            self._given = set(self.rows)
+        else:
+            events += self._plain(self._sampled, alone=pieces == self._pieces)
         self._steps += 1
         if self._steps % CLEAR_CACHE_INTERVAL == 0:
             mx.clear_cache()
@@ -269,14 +278,12 @@ class Engine:
 
     # Tokens.
 
-    def _plain(self, *, alone: bool) -> list[TokenEvent]:
+    def _plain(self, sampled: Sampled, *, alone: bool) -> list[TokenEvent]:
         """Gives the newest token of each row, and computes the next one; `alone` if no prompt was computed before."""
-        assert self._sampled is not None
         if self._lengths is not None:
             self._lengths.start(self.rows, 0, counts=alone)
-        sampled, rows = self._sampled, self.rows
-        lookahead = not any(row.sampler.changes_logits for row in rows)
-        if lookahead and any(len(row.tokens) + 1 < row.max_tokens for row in rows):
+        lookahead = not any(row.sampler.changes_logits for row in self.rows)
+        if lookahead and any(len(row.tokens) + 1 < row.max_tokens for row in self.rows):
             self._decode(unread=1)  # under way while the caller looks at these tokens
         given = self._give_newest(sampled)
         if not lookahead and self.rows:
@@ -296,12 +303,15 @@ class Engine:
         self._sampled = sample([row.sampler for row in self.rows], logits_BV[: len(self.rows)], counts)
 
     def _give_newest(self, sampled: Sampled) -> list[TokenEvent]:
-        """Gives sampled tokens, one of each row; finished rows leave."""
+        """Gives sampled tokens, one of each row that was not given its own yet; finished rows leave."""
+        if self._given.issuperset(self.rows):
+            return []
         given = [
             self._give(row, token, sampled.logprobs(index))
             for index, (row, token) in enumerate(zip(self.rows, sampled.read()))
+            if row not in self._given
         ]
-        self._keep([index for index, event in enumerate(given) if event.finish_reason is None])
+        self._keep_unfinished(given)
         return given
 
     def _give(self, row: Row, token: TokenLogprob, logprobs_V: mx.array, *, from_draft: bool = False) -> TokenEvent:
@@ -318,12 +328,18 @@ class Engine:
 
     def _planned_length(self) -> int:
         """Proposals of the next round; 0 for a plain step."""
-        if self.speculation is None:
+        if self.speculation is None or self._drafts is None:
             return 0
-        return self.speculation.num_draft_tokens or (0 if self._lengths is None else self._lengths.plan(self.rows))
+        if self._lengths is not None:
+            return self._lengths.plan(self.rows, self._drafts.missing(self.rows))
+        return self.speculation.num_draft_tokens or 0
 
-    def _round(self, length: int) -> list[TokenEvent]:
-        """Gives the newest token of each row, and has the target judge some proposals for the next ones."""
+    def _round(self) -> list[TokenEvent]:
+        """Has the target judge some proposals, and gives the first accepted ones.
+
+        The rows have been given their newest tokens by the step before, so that a round which fails loses none, and can
+        be tried again; but for rows of another engine's prompts, which may have joined in between.
+        """
         assert self._sampled is not None
         assert self._cache is not None
         assert self._drafts is not None
@@ -333,17 +349,18 @@ class Engine:
             return given
         fixed = self._lengths is None
         needed = [length_needed(row, fixed=fixed) for row in self.rows]
-        length = next(held for held in (0, *self.speculation.lengths) if held >= min(length, max(needed)))
+        length = next(held for held in (0, *self.speculation.lengths) if held >= min(self._length, max(needed)))
         if not length:
             self._decode(unread=0)
+            self._given = set()
             return given + self._drop_faulty()
         started = time.perf_counter()
         if self._lengths is not None:
-            self._lengths.start(self.rows, length, counts=not self._drafts.lags(self.rows))
+            self._lengths.start(self.rows, length, missing=self._drafts.missing(self.rows))
         verdict = self._judged(length, fixed=fixed)
         self._drafts.accept(self.rows, verdict.accepted)
         self._cache.lengths = [held + 1 + count for held, count in zip(self._cache.lengths, verdict.accepted)]
-        self._sampled = verdict.own
+        self._sampled, self._given = verdict.own, set()
         self._accepted = {row: deque(tokens) for n, row in enumerate(self.rows) if (tokens := verdict.tokens(n))}
         drafted = [max(min(length, count), 0) for count in needed]
         accepted = [min(pair) for pair in zip(drafted, verdict.accepted)]
@@ -351,7 +368,7 @@ class Engine:
         self.speculation.add_round(sum(drafted), sum(accepted), seconds, rows=len(self.rows))
         if self._lengths is not None:
             self._lengths.add(self.rows, drafted, accepted)
-        return given
+        return given + self._give_accepted()
 
     def _judged(self, length: int, *, fixed: bool) -> Verdict:
         """What one pass of the target makes of so many proposals for each row."""
@@ -368,9 +385,12 @@ class Engine:
         """Gives the next accepted token of each row that has one; finished rows leave."""
         events = [self._give(row, *held.popleft(), from_draft=True) for row, held in self._accepted.items()]
         self._accepted = {row: held for row, held in self._accepted.items() if held}
-        over = {id(event.row) for event in events if event.finish_reason is not None}
-        self._keep([index for index, row in enumerate(self.rows) if id(row) not in over])
+        self._keep_unfinished(events)
         return events
+
+    def _keep_unfinished(self, events: Sequence[TokenEvent]) -> None:
+        over = {event.row for event in events if event.finish_reason is not None}
+        self._keep([index for index, row in enumerate(self.rows) if row not in over])
 
     def _drop_faulty(self) -> list[TokenEvent]:
         """Ends the rows whose logits could not be processed."""
@@ -394,6 +414,7 @@ class Engine:
             self.speculation.plain_step_seconds = seconds
         self.rows = [self.rows[index] for index in indices]
         self._accepted = {row: held for row, held in self._accepted.items() if row in self.rows}
+        self._given &= set(self.rows)
         self._cache.keep(indices)
         if self._drafts is not None:
             self._drafts.keep(indices)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +32,7 @@ class Speculation:
         compares: whether the engine times plain steps too, behind an answer, to tell the speed-up.
         plain_step_seconds: what such a step takes, once it was timed.
         prefixes: the draft's keys and values of earlier prompts.
+        clock: gives the seconds by which the number adapts.
 
     Raises:
         ConfigError: fewer than one token.
@@ -45,6 +48,7 @@ class Speculation:
     compares: bool = False
     plain_step_seconds: float | None = None
     prefixes: PrefixCache = field(default_factory=PrefixCache, repr=False)
+    clock: Callable[[], float] = field(default=time.perf_counter, repr=False)
     _timed_tokens: float = field(default=0.0, repr=False)
     _lengths: DraftLength | None = field(default=None, repr=False)
     _held: ModelDecoder | None = field(default=None, repr=False)
@@ -85,7 +89,7 @@ class Speculation:
     def adaptive_length(self, target: Model) -> DraftLength | None:
         """What chooses the number of proposals for a target; None if the number is fixed."""
         if self.num_draft_tokens is None and self._lengths is None:
-            self._lengths = DraftLength(len(self.draft.layers) / len(target.layers))
+            self._lengths = DraftLength(len(self.draft.layers) / len(target.layers), self.clock)
         return self._lengths
 
     def draft_decoder(self, target: Decoder) -> ModelDecoder:

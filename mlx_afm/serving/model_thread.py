@@ -26,6 +26,7 @@ from mlx_afm.serving.pool import AdapterPool, Entry
 from mlx_afm.serving.scheduler import Log, Scheduler
 from mlx_afm.text.system_prompt import default_system_prompt, system_prompt_notice
 from mlx_afm.text.tokenizer import AFMTokenizer
+from mlx_afm.workflows.draft_model import load_draft
 from mlx_afm.workflows.load import base_adapter, load_tokenizer
 
 T = TypeVar("T")
@@ -175,10 +176,13 @@ class ModelThread:
         own = base_adapter(self.folder)
         if own is not None and is_zero(own):
             own = None
+        speculation = None
+        if (draft := self.config.draft_model) is not None:
+            speculation = load_draft(draft, model, self.tokenizer, self.config.num_draft_tokens)
         pool = AdapterPool(model, self.folder, self.config.adapter_bytes, own=own, reserved=self.model_id)
         for name, path in adapters.items():
             self.warn_of(pool.register(name, path))
-        return Scheduler(pool, self.config, self._metrics, self._log)
+        return Scheduler(pool, self.config, self._metrics, self._log, speculation)
 
     def _turn(self) -> bool:
         """One round; False when it is time to end."""

@@ -19,6 +19,7 @@ from mlx_afm.errors import AFMError, ConfigError
 from mlx_afm.generation.decode import Decoder
 from mlx_afm.generation.engine import STOP, Engine, Row, TokenEvent
 from mlx_afm.generation.prefix_cache import PrefixCache, prefix_owner
+from mlx_afm.generation.speculation import Speculation
 from mlx_afm.serving.api_error import APIError
 from mlx_afm.serving.config import ServeConfig
 from mlx_afm.serving.jobs import ChoiceSink, Job
@@ -40,11 +41,14 @@ class Scheduler:
     Attributes:
         prefixes: keys and values of the beginnings of prompts.
         waiting: requests that no engine has yet.
+        speculation: the draft model of all answers, and what came of it; None if there is none.
     """
 
-    def __init__(self, pool: AdapterPool, config: ServeConfig, metrics: Metrics, log: Log) -> None:
+    def __init__(
+        self, pool: AdapterPool, config: ServeConfig, metrics: Metrics, log: Log, speculation: Speculation | None = None
+    ) -> None:
         self.pool, self._config, self._metrics, self._log = pool, config, metrics, log
-        self.prefixes = PrefixCache(config.prefix_bytes)
+        self.prefixes, self.speculation = PrefixCache(config.prefix_bytes), speculation
         self.waiting: deque[Job] = deque()
         self._started: dict[Job, list[Row]] = {}  # with the rows that are not over
         self._rows: dict[Row, tuple[Job, ChoiceSink]] = {}
@@ -126,6 +130,7 @@ class Scheduler:
                 prefix_cache=self.prefixes,
                 routes=self.pool.routes_of(decoder),
                 prompts_first=False,
+                speculation=self.speculation,
             )
             found.append(engine)
             self._engines.append(engine)

@@ -157,6 +157,9 @@ class Server:
                 "compiled_steps": (steps.compiled_steps, "Compiled forward passes that gave rows a token."),
                 "traces": (steps.traces, "Times that the compiled step was traced."),
             }
+            if (speculation := scheduler.speculation) is not None:
+                counters["draft_tokens"] = speculation.drafted, "Tokens that the draft model proposed."
+                counters["accepted_draft_tokens"] = speculation.accepted, "Proposed tokens that were accepted."
             return counters, {
                 "rows": (scheduler.rows_in_use, "Answers under way."),
                 "waiting": (len(scheduler.waiting), "Requests that wait."),

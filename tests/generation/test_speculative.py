@@ -377,3 +377,30 @@ def test_pairs_that_do_not_fit(target, draft, model_folder, tmp_path):
     require_pair(target, draft, tokenizer, tokenizer)
     with pytest.raises(ConfigError, match=r"num_draft_tokens out of range .expected at least 1, found 0"):
         Speculation(draft=draft, num_draft_tokens=0)
+
+
+@pytest.mark.parametrize("length", [3, None])
+def test_a_round_that_fails_is_tried_again(target, draft, monkeypatch, length):
+    """Nothing that was given out is lost or said twice."""
+    engine = engine_of(target, speculation=Speculation(draft=draft, num_draft_tokens=length))
+    prompts, calls, step = [PROMPT, *OTHERS], [], type(engine.decoder).step
+
+    def fails(decoder, *arguments, **options):
+        calls.append(1)
+        if len(calls) % 5 == 0:
+            raise RuntimeError("out of memory")
+        return step(decoder, *arguments, **options)
+
+    monkeypatch.setattr(type(engine.decoder), "step", fails)
+    rows = [engine.add(request)[0] for request in requests_of(prompts, 20)]
+    given = {row: [] for row in rows}
+    failures = 0
+    while engine.busy:
+        try:
+            for event in engine.step():
+                given[event.row].append(event.token.token)
+        except RuntimeError:
+            failures += 1
+    monkeypatch.undo()
+    assert failures > 3
+    assert list(given.values()) == [row.tokens for row in rows] == [plain(target, 20, prompt=ids) for ids in prompts]
