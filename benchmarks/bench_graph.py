@@ -11,7 +11,7 @@
 A ratio is ours / mlx-lm. `launches` are nodes of MLX's graph that are no views, counted by `gpu_graph.py` (beside the
 checkout in `../shared/reference`, or where MLX_AFM_SHARED is); what `mx.compile` fused is one. `Copy`, which gradients
 make, is a view too: it shares its input's memory. `bytes` are those of inputs and outputs of these nodes, each read and
-written once, elementwise operations unfused, an update of a cache in place; `needed_bytes` are weights, the adapter in
+written once, chains of elementwise operations fused on both sides, an update of a cache in place; `needed_bytes` are weights, the adapter in
 16 bits, keys and values, and `bytes_over_needed` is ours. `python_ms` is the time of the calling thread until the graph
 is there (`wall_ms` by the clock), medians of interleaved runs with the collector off. As on a GPU, each of MLX's fused
 operations is one node there; with what they fall apart into on the CPU mlx-lm's time is `mlx_lm_python_ms_on_cpu`.
@@ -60,6 +60,9 @@ RANK, KNOWN_TOKENS, PROMPT_TOKENS = 32, 8, 512
 SWITCH = [(backend, "on_cpu")]
 VIEWS = gpu_graph.VIEWS | {"Copy"}
 IN_PLACE = {"ScatterAxis", "SliceUpdate"}  # write their updates only; a cache is donated
+ELEMENTWISE = set(
+    ["Add", "AsType", "Divide", "Maximum", "Minimum", "Multiply", "Negative", "Round", "Sigmoid", "Subtract", "Select"]
+)
 PICKING = {"Gather", "GatherAxis"}  # read what they give
 
 Step = Callable[..., mx.array]
@@ -151,18 +154,27 @@ def launches(outputs: Sequence[mx.array]) -> dict[str, int]:
 def moved_bytes(function: Step, *arguments: mx.array) -> int:
     """Bytes that the nodes of a function's graph read and write; see the top of the file."""
     sizes: dict[str, int] = {}
-    moved = 0
+    events: list[dict] = []
 
     def size(array: Sequence[Any]) -> int:
         name, shape, dtype = array
         return min(sizes.get(name, 1 << 60), int(np.prod(shape, dtype=np.int64)) * dtype.size)
 
     def visit(event: dict) -> None:
-        nonlocal moved
         if event["type"] == "constants":
             sizes.update({name: array.nbytes for name, array in event["constants"]})
-        if event["type"] != "primitive":
-            return
+        if event["type"] == "primitive":
+            events.append(event)
+
+    mx.disable_compile()  # fused nodes cannot be exported
+    try:
+        mx.export_function(visit, function, *arguments)
+    finally:
+        mx.enable_compile()
+    fused = {array[0] for event in events if event["name"] in ELEMENTWISE for array in event["outputs"]}
+    kept = {array[0] for event in events if event["name"] not in ELEMENTWISE for array in event["inputs"]}
+    moved = 0
+    for event in events:
         inputs, outputs, name = event["inputs"], event["outputs"], event["name"]
         if name in VIEWS:  # no larger than what they show
             sizes.update({array[0]: size(inputs[0]) for array in outputs if inputs})
@@ -171,21 +183,21 @@ def moved_bytes(function: Step, *arguments: mx.array) -> int:
             moved += 2 * size(inputs[-1])
         elif name in PICKING:
             moved += 2 * sum(map(size, outputs))
+        elif name in ELEMENTWISE:
+            moved += sum(size(array) for array in inputs if array[0] not in fused)
+            moved += sum(size(array) for array in outputs if array[0] in kept)
         else:
             moved += sum(map(size, [*inputs, *outputs]))
-
-    mx.disable_compile()  # fused nodes cannot be exported
-    try:
-        mx.export_function(visit, function, *arguments)
-    finally:
-        mx.enable_compile()
     return moved
 
 
 @contextlib.contextmanager
 def one_node_each() -> Iterator[None]:
     """MLX's fused operations as one node each that is made as quickly as theirs; only the time of making is of use."""
-    fast, kept = mx.fast, {name: getattr(mx.fast, name) for name in ("rms_norm", "rope", "scaled_dot_product_attention")}
+    fast, kept = (
+        mx.fast,
+        {name: getattr(mx.fast, name) for name in ("rms_norm", "rope", "scaled_dot_product_attention")},
+    )
     asked = backend.on_cpu
     fast.rms_norm = lambda x, weight, eps: mx.softmax(x, -1)
     fast.rope = lambda x, *_, **__: mx.cumsum(x, axis=-1)
