@@ -93,7 +93,8 @@ def _plus_low_rank_pair(
     """Gate and up (B, L, F) + their low-rank products of x (B, L, D); of one token a row, (B, F) and (B, D)."""
     rank, shape = b.shape[1], gate.shape
     if not isinstance(slots.index, mx.array):
-        inner_2MR = (x @ a).reshape(-1, 2, rank).swapaxes(0, 1)
+        inner = x @ a
+        inner_2MR = inner.reshape(2, 1, rank) if inner.size == 2 * rank else inner.reshape(-1, 2, rank).swapaxes(0, 1)
         more_gate, more_up = mx.split(inner_2MR @ b, 2)
         return gate + more_gate.reshape(shape), up + more_up.reshape(shape)
     batch = shape[0]
