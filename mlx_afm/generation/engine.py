@@ -59,8 +59,8 @@ class Engine:
         routes: the slots of some rows' adapters, and of one adapter alone; see `adapters.inference`.
         prompts_first: compute all waiting prompts before the next token, as throughput wants it; else one piece of one
             prompt for each token, so that nobody waits long.
-        speculation: a draft model, whose proposals are verified for all rows in one pass; None decodes plainly. It
-            keeps prefixes of its own, in as many bytes again, if there is a prefix cache.
+        speculation: a draft model, whose proposals are verified for all rows in one pass; None decodes plainly. With a
+            prefix cache it keeps prefixes of its own, in as many bytes again.
         keep_answers: store prompt and answer in the prefix cache when a row ends, for the next turn of a conversation.
 
     Attributes:

@@ -195,13 +195,15 @@ class GateUpLinear(nn.Module):
     def __init__(self, linear: Linear | QuantizedLinear) -> None:
         super().__init__()
         self.linear = _held(linear)
+        if isinstance(linear, QuantizedLinear) and linear.scheme.mode == BALANCED:
+            self.halves = mx.split(linear.packed.unit_scales(linear.dtype), 2)
+            mx.eval(self.halves)
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Both, each (..., F)."""
-        if isinstance(self.linear, QuantizedLinear) and self.linear.scheme.mode == BALANCED and not backend.on_cpu():
-            product, scales = self.linear.packed.unscaled(x)  # each half is scaled in the kernel that reads it
-            (gate, up), (gate_scales, up_scales) = mx.split(product, 2, axis=-1), mx.split(scales, 2)
-            return _times(gate, gate_scales), _times(up, up_scales)
+        if "halves" in self and not backend.on_cpu():  # each half is scaled in the kernel that reads it
+            gate, up = mx.split(self.linear.packed.unscaled(x), 2, axis=-1)
+            return _times(gate, self.halves[0]), _times(up, self.halves[1])
         gate, up = mx.split(self.linear(x), 2, axis=-1)
         return gate, up
 

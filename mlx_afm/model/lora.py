@@ -51,8 +51,8 @@ def add_low_rank(
 def add_scaled_product(y: mx.array, inner: mx.array, b: mx.array, scale: float) -> mx.array:
     """y + scale * inner b, (..., O), in one kernel.
 
-    Cost: its gradient scales the small arrays, where that of `alpha` in `mx.addmm` multiplies arrays as large as y, which
-        takes three times as long.
+    Cost: its gradient scales the small arrays; that of `alpha` in `mx.addmm` multiplies arrays as large as y, which takes
+        three times as long.
     """
 
     @mx.custom_function

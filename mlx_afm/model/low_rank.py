@@ -1,8 +1,8 @@
 """Adapters in their inference form: several of them side by side on one projection, chosen for each row of a batch.
 
 Adapters with the same rank and the same adapted modules form a bucket. In every module their matrices lie in one stack,
-a slot each: A (N, D, R) and B (N, R, O), in the model's dtype, with the scale folded into B. The base product is computed
-once for all rows; each row's low-rank product takes its own slot. A step of one token a row leaves L out.
+a slot each: A (N, D, R) and B (N, R, O), in the model's dtype, with the scale folded into B. The base product is
+computed once for all rows; each row's low-rank product takes its own slot. A step of one token a row leaves L out.
 
 Shape suffixes: B batch, L tokens, D inputs, R rank, O outputs, N slots.
 """
@@ -93,7 +93,8 @@ def _plus_low_rank_pair(
     """Gate and up (B, L, F) + their low-rank products of x (B, L, D); of one token a row, (B, F) and (B, D)."""
     rank, shape = b.shape[1], gate.shape
     if not isinstance(slots.index, mx.array):
-        inner_2MR = (x @ a).reshape(-1, 2, rank).swapaxes(0, 1)
+        inner = x @ a
+        inner_2MR = inner.reshape(2, 1, rank) if inner.size == 2 * rank else inner.reshape(-1, 2, rank).swapaxes(0, 1)
         more_gate, more_up = mx.split(inner_2MR @ b, 2)
         return gate + more_gate.reshape(shape), up + more_up.reshape(shape)
     batch = shape[0]

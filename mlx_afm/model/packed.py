@@ -64,21 +64,27 @@ class Packed:
             y = on_the_cpu.product(self.scheme, x, *self.arrays)
             return y if residual is None else residual + y
         if self.scheme.mode == BALANCED:
-            y, scales = self.unscaled(x)
+            y, scales = self.unscaled(x), self.unit_scales(x.dtype)
             return _scaled(y, scales) if residual is None else _scaled_plus(y, scales, residual)
         y = mx.quantized_matmul(x, self.weight, self.scales, self.biases, **self.scheme.to_dict()).astype(x.dtype)
         return y if residual is None else residual + y
 
-    def unscaled(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """The product of x (..., N) with balanced codes, and the scales (O,) that its columns are still to get.
+    def unscaled(self, x: mx.array) -> mx.array:
+        """The product of x (..., N) with balanced codes, whose columns are still to be multiplied by `unit_scales`.
 
         The codes go into MLX's product as affine ones of scale 1.
         """
-        unit = HALF_UNIT if x.dtype == mx.float16 else 1.0
         group_size = max(size for size in GROUP_SIZES if self.columns % size == 0)
-        scales, biases = _unit_grid(self.weight.shape[0], self.columns // group_size, unit, x.dtype)
-        y = mx.quantized_matmul(x, self.weight, scales, biases, group_size=group_size, bits=2)
-        return y, self.scales if unit == 1 else self.scales / unit
+        scales, biases = _unit_grid(self.weight.shape[0], self.columns // group_size, _unit(x.dtype), x.dtype)
+        return mx.quantized_matmul(x, self.weight, scales, biases, group_size=group_size, bits=2)
+
+    def unit_scales(self, dtype: mx.Dtype) -> mx.array:
+        """The scales (O,) of balanced codes, float32, for products in a dtype."""
+        return self.scales if _unit(dtype) == 1 else self.scales / _unit(dtype)
+
+
+def _unit(dtype: mx.Dtype) -> float:
+    return HALF_UNIT if dtype == mx.float16 else 1.0
 
 
 @backend.one_kernel

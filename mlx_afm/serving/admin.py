@@ -13,8 +13,7 @@ from mlx_afm.files import to_path
 from mlx_afm.serving.api_error import APIError
 from mlx_afm.serving.config import ServeConfig, is_loopback
 from mlx_afm.serving.fields import Fields, parse_json
-from mlx_afm.serving.guards import names_this_machine
-from mlx_afm.serving.http import Request
+from mlx_afm.serving.http import Request, names_this_machine
 from mlx_afm.serving.model_thread import ModelThread
 
 PATH = "/admin/adapters"

@@ -30,13 +30,13 @@ class ServeConfig:
             turn. None: for an adapter the one it was trained with, else the model's own.
         context_tokens: of prompt and answer together.
         rows: answers that are generated at the same time.
-        batch_size: rows of one adapter that go through the model together. With 1 nothing that others ask can
+        batch_size: rows in one forward pass, whatever their LoRA adapters. With 1 nothing that others ask can
             change a single bit of an answer; more is faster, and equal but for rounding.
-        prefill_tokens: of a prompt that are read between two steps of the answers under way.
+        prefill_tokens: of one prompt that are computed between two tokens of the answers under way.
         kv_bits: 8 holds keys and values in int8, see `GenerateConfig`.
         draft_model: MLX folder of a draft model, or its hub id, which proposes tokens to all answers; None for none.
         num_draft_tokens: proposed in each round; None adapts the number to what is accepted and to measured times.
-        adapter_bytes: adapters in memory at the same time.
+        adapter_bytes: adapters in memory at the same time, in their inference form.
         prefix_bytes: keys and values of prompts' beginnings that are kept for later requests; 0 keeps none.
         queue: requests that may wait. Beyond that they are refused with 429.
         connections: open at the same time.

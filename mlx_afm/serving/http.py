@@ -8,16 +8,18 @@ in chunks. What is not a request gets a 4xx and the connection is closed.
 from __future__ import annotations
 
 import asyncio
+import hmac
 import re
 from collections.abc import Awaitable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from mlx_afm.files import to_json
 from mlx_afm.serving.api_error import APIError
-from mlx_afm.serving.config import ServeConfig
+from mlx_afm.serving.config import ServeConfig, is_loopback
 
 HEAD_BYTES = 32 * 1024
 AHEAD_BYTES = 64 * 1024  # of a next request that may arrive while this one is answered
@@ -225,3 +227,45 @@ def _head_bytes(status: int, fields: Mapping[str, str], keep_alive: bool) -> byt
     lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", *(f"{name}: {value}" for name, value in fields.items())]
     lines.append(f"Connection: {'keep-alive' if keep_alive else 'close'}")
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+
+def require_allowed(request: Request, config: ServeConfig) -> None:
+    """Refuses whoever has not the key; and, where there is none, whoever comes by another name than this machine's.
+
+    Without the second, a web page could have its own name point here and read the answers (DNS rebinding), or have the
+    user's browser send requests here whose answers it cannot read.
+
+    Raises:
+        APIError: 401 or 403.
+    """
+    if config.api_key is not None:
+        if request.path != "/health" and not _has_key(request, config.api_key):
+            expected = "Authorization: Bearer KEY"
+            raise APIError(401, "the API key is missing or wrong", code="invalid_api_key", expected=expected)
+        return
+    if not names_this_machine(request):
+        advice, found = "Use localhost, or set an API key.", repr(request.headers["host"][:80])
+        raise APIError(403, "a name that is not this machine's", code="wrong_host", found=found, advice=advice)
+    origin = request.headers.get("origin")
+    if origin is not None and not _is_local_origin(origin):
+        advice, found = "Set an API key.", repr(origin[:80])
+        raise APIError(403, "a web page from elsewhere", code="wrong_origin", found=found, advice=advice)
+
+
+def _is_local_origin(origin: str) -> bool:
+    try:
+        return is_loopback(urlsplit(origin).hostname or "")
+    except ValueError:
+        return False
+
+
+def names_this_machine(request: Request) -> bool:
+    """Whether a request came under a name of this machine, or under none."""
+    host = request.headers.get("host", "").lower()
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    return not host or is_loopback(name)
+
+
+def _has_key(request: Request, key: str) -> bool:
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode("utf-8"), key.encode("utf-8"))

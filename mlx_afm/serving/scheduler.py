@@ -151,10 +151,10 @@ class Scheduler:
         # serves them all would otherwise stop.
         try:
             events = engine.step()
+            over = [event.row for event in events if event.row in self._rows and self._give(event)]
         except Exception as error:
             self._recover(engine, error)
             return
-        over = [event.row for event in events if event.row in self._rows and self._give(event)]
         self._release(over)
         if decodes:
             self._metrics.observe("step_seconds", time.perf_counter() - started)

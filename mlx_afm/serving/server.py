@@ -15,8 +15,7 @@ from mlx_afm.serving.answers import AnswerBuilder, TokenNames
 from mlx_afm.serving.api_error import APIError
 from mlx_afm.serving.config import ServeConfig
 from mlx_afm.serving.fields import parse_json
-from mlx_afm.serving.guards import require_allowed
-from mlx_afm.serving.http import Closed, Connection, Request
+from mlx_afm.serving.http import Closed, Connection, Request, require_allowed
 from mlx_afm.serving.jobs import Delta, End, Event, Failure, Job
 from mlx_afm.serving.metrics import Metrics
 from mlx_afm.serving.model_thread import ModelThread

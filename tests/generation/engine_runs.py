@@ -16,9 +16,7 @@ PLACES = 1200  # longest prompt and answer that a rigged model knows about
 def engine_of(model, *, compiled=False, plain_steps=0, **options):
     """An engine on a model with the adapter that is on it."""
     held = decoder_of(model)
-    decoder = held.decoder
-    if compiled:
-        decoder = Decoder(held.decoder.form, compiled=True, plain_steps=plain_steps)
+    decoder = Decoder(held.decoder.form, compiled=compiled, plain_steps=plain_steps)
     return Engine(decoder, routes=held.routes, **options)
 
 

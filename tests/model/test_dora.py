@@ -84,7 +84,7 @@ def test_it_is_mlx_lms_layer_with_its_gradients():
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
 def test_at_the_start_it_changes_nothing_to_the_last_bit(dtype):
-    """Each projection; a 16-bit model adds a plain one to the residual stream in one rounding, an adapted one in two."""
+    """Each projection. In 16 bits a plain one joins the residual stream in one rounding, an adapted one in two."""
     model = tiny_model()
     model.set_dtype(dtype)
     names = ("self_attn.qkv_proj", "self_attn.out_proj", "mlp.gate_proj", "mlp.down_proj")

@@ -167,7 +167,8 @@ def test_rotate_turns_interleaved_pairs():
     assert np.array_equal(out[0, 0], x[0, 0])
 
 
-def test_sixteen_bit_norm_rounds_once():
+def test_sixteen_bit_norm_rounds_the_normalized_value_and_then_its_product():
+    """As every MLX model's norm does (docs/decisions/0008); the mean is not rounded before."""
     from mlx_afm.model.layers import RMSNorm
 
     rng = np.random.default_rng(0)
@@ -175,8 +176,8 @@ def test_sixteen_bit_norm_rounds_once():
     norm.weight = mx.array(1 + 0.3 * rng.standard_normal(64), mx.float32).astype(mx.bfloat16)
     x = mx.array(rng.standard_normal((50, 64)), mx.float32).astype(mx.bfloat16)
     exact = np.array(x.astype(mx.float32), np.float64)
-    exact = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-5) * np.array(norm.weight.astype(mx.float32))
-    wanted = mx.array(exact.astype(np.float32)).astype(mx.bfloat16)
+    exact = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-5)
+    wanted = mx.array(exact.astype(np.float32)).astype(mx.bfloat16) * norm.weight
     assert norm(x).dtype == mx.bfloat16
     assert mx.mean(norm(x) != wanted).item() < 0.01  # ties of the float32 value itself
 

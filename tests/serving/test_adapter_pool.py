@@ -117,6 +117,32 @@ def test_removing_gives_the_memory_back(served):
         served.acquire("small")
 
 
+def test_a_compiled_step_holds_no_adapter_that_was_removed(model_folder, served_adapters):
+    """The memory comes back, and the step sees the stacks as they are now."""
+    pool = pool_over(model_folder, adapters={name: served_adapters[name] for name in ("whole", "small")})
+    pool.decoder.compiled, pool.decoder.plain_steps = True, 1
+
+    def answer(*names):
+        engine = Engine(pool.decoder, routes=pool.routes_of(pool.decoder))
+        rows = [engine.add(Request(ids=IDS, adapter=name, max_tokens=8))[0] for name in names]
+        while engine.busy:
+            engine.step()
+        return [row.tokens for row in rows]
+
+    pool.acquire("whole")
+    pool.acquire("small")
+    wanted, both = answer("small"), answer("whole", "small")
+    assert both[1] == wanted[0] != both[0]
+    gc.collect()
+    before, size = mx.get_active_memory(), {entry["name"]: entry["bytes"] for entry in pool.state()}["whole"]
+    pool.release("whole")
+    assert pool.unregister("whole")
+    gc.collect()
+    assert before - mx.get_active_memory() >= 0.95 * size
+    assert answer("small") == wanted
+    assert pool.decoder.counters.compiled_steps > 10
+
+
 def test_dropout_of_training_is_off(model_folder, tmp_path):
     base = read_config(model_folder)
     for kind in ("lora", "dora"):
@@ -159,7 +185,7 @@ def test_a_file_that_cannot_be_read_to_its_end_leaves_the_others_alone(model_fol
     def open_damaged(folder, path):
         adapter = open_adapter(folder, path)
         name = list(adapter.weights)[len(adapter.weights) // 2]
-        damaged = dataclasses.replace(adapter.weights[name], read=refuse)
+        damaged = dataclasses.replace(adapter.weights[name], read_stored=refuse)
         return dataclasses.replace(adapter, weights={**adapter.weights, name: damaged})
 
     with monkeypatch.context() as patch:
@@ -248,6 +274,9 @@ def test_sizes_are_known_before_anything_is_read(model_folder, tmp_path, monkeyp
             told = pool.register("a", tmp_path / f"{kind}{number}").size_bytes
             assert pool.acquire("a")
             assert pool.held_bytes == told > 0
-            arrays = dict(tree_flatten(pool.acquire("a").form.model.parameters()))
+            decoder = pool.acquire("a")
+            arrays = dict(tree_flatten(decoder.form.model.parameters()))
             own = [array for name, array in arrays.items() if name.endswith((".lora_a", ".lora_b", ".factor"))]
+            for slots in pool.routes_of(decoder)(["a"]).values():
+                own += [array for stack in slots.stacks.values() for array in (stack.lora_a, stack.lora_b)]
             assert sum(array.nbytes for array in own) == told

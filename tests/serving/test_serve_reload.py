@@ -53,17 +53,18 @@ def test_a_reloaded_adapter_does_not_use_the_prompts_of_the_old_one(
 
 
 def test_the_first_chat_after_a_change_has_the_new_system_prompt(model_folder, serve_config, call, tmp_path):
-    base, sizes = read_config(model_folder), []
+    base = read_config(model_folder)
     for name, prompts in (("poet", ("Rhyme.",)), ("new", ("Answer with one shell command, and say nothing else.",))):
         adapter = random_adapter(base, LoRAConfig(rank=4, scale=2.0), seed=11)
-        sizes.append(size_bytes(adapter))
         write_adapter_folder(tmp_path / name, dataclasses.replace(adapter, system_prompts=prompts))
 
     def length(server, model):
         value = {"model": model, "messages": [{"role": "user", "content": "list the files"}], "max_tokens": 1}
         return call(server.url, "POST", CHAT, value).json["usage"]["prompt_tokens"]
 
-    one_at_a_time = dataclasses.replace(serve_config, adapter_bytes=sizes[0] * 3 // 2)
+    with running(model_folder, {"new": tmp_path / "new"}, serve_config) as server:
+        (loaded,) = call(server.url, "GET", "/admin/adapters").json["adapters"]
+    one_at_a_time = dataclasses.replace(serve_config, adapter_bytes=loaded["bytes"] * 3 // 2)
     with running(model_folder, {name: tmp_path / name for name in ("poet", "new")}, one_at_a_time) as server:
         before, wanted = length(server, "poet"), length(server, "new")
         shutil.rmtree(tmp_path / "poet")

@@ -153,6 +153,28 @@ def test_an_answer_ends_at_the_first_character_that_completes_a_stop_string(scri
         assert free.message.content == cut.replace("|", "")
 
 
+def cut_at_stops(text, stops):
+    """The rule of stop strings, character by character: the first that completes one; of several the longest."""
+    for end in range(1, len(text) + 1):
+        whole = [len(stop) for stop in stops if text[:end].endswith(stop)]
+        if whole:
+            return text[: end - max(whole)]
+    return text
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_stop_strings_hold_for_any_text_cut_and_stops(data, scripted, tokenizer):
+    pieces = ["a", "b", "d", "e", "ba", "be", "da", "de", "add", "A"]
+    cut = data.draw(st.lists(st.sampled_from(pieces), min_size=1, max_size=12))
+    stops = data.draw(st.lists(st.text("abdeA", min_size=1, max_size=4), min_size=1, max_size=4))
+    ids = [*map(tokenizer.convert_tokens_to_ids, cut), tokenizer.turn_end_id]
+    wanted = cut_at_stops("".join(cut), stops)
+    whole = scripted(ids, stop=stops).choices[0].message.content
+    streamed = scripted(ids, stop=stops, stream=True)
+    assert whole == wanted == "".join(chunk.choices[0].delta.content or "" for chunk in streamed)
+
+
 @pytest.fixture
 def parrot(scripted, tokenizer):
     """A client whose answers with a response format say `SAYS`."""

@@ -10,6 +10,8 @@ from mlx_afm.model.cpu.layout import lay_out_for_decoding
 from mlx_afm.model.layers import FusedLinear, Linear
 from tiny import tiny_model, with_adapter
 
+pytestmark = pytest.mark.skipif(not backend.on_cpu(), reason="a layout of the CPU backend alone")
+
 
 def matrices(model):
     return [module.weight for module in model.modules() if isinstance(module, (Linear, FusedLinear))]
