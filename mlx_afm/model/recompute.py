@@ -26,8 +26,8 @@ def recomputed(modules: Sequence[nn.Module], function: Callable[..., Any], *arra
     `mx.checkpoint` would keep what comes out too, since it is what the second computation waits for there; here that
     waits for the gradients of what comes out.
 
-    `Dropout` draws the same numbers both times; other random numbers would be drawn anew. Matrices of LoRA are cast to the
-    first array's dtype before, since casts inside would be done twice.
+    `Dropout` draws the same numbers both times; other random numbers would be drawn anew. Matrices of LoRA are cast to
+    the first array's dtype before, since casts inside would be done twice.
     """
     if not any(module.training for module in modules):
         return function(*arrays)

@@ -1,4 +1,4 @@
-"""Keys and values of rows that each have their own length, in storage with fixed room: what a compiled step reads and writes.
+"""Keys and values of rows that each have their own length, in storage with fixed room, as a compiled step wants it.
 
 Shape suffixes: B rows, K key heads, L new tokens, R room (tokens), E head width.
 """
@@ -17,7 +17,7 @@ class RowKVCache:
         keys_BKRE, values_BKRE: storage, int8 if there are steps.
         offsets_B: int32, the tokens that each row holds. New ones are written behind them.
         steps: of the layer's key and value quantizers, float32 scalars; None holds the model's dtype.
-        visible: tokens of the room that any row can hold after the step, if that is known: what lies behind is not read.
+        visible: tokens of the room that any row can hold after the step, if known: what lies behind is not read.
 
     Cost: one kernel each to write keys and values, in place where nothing else holds the storage. With int8 the whole
         room is made dense, one kernel each.
