@@ -164,9 +164,8 @@ class FeedForward(nn.Module):
             return self.down_proj.plus(silu_times(*self.gate_and_up(norm(x))), x)
         gate, up = recomputed([norm, self.gate_proj, self.up_proj], lambda x: self.gate_and_up(norm(x)), x)
         if backend.on_cpu():
-            gate, act = kept_silu(gate), _times
-        else:
-            act = swiglu
+            gate = kept_silu(gate)
+        act = _times if backend.on_cpu() else swiglu
         return recomputed([self.down_proj], lambda gate, up, x: self.down_proj.plus(act(gate, up), x), gate, up, x)
 
     def gate_and_up(self, x: mx.array) -> tuple[mx.array, mx.array]:
