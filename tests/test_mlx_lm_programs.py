@@ -98,7 +98,7 @@ def answer_of(request, server) -> bytes:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["plain", "dropout"])
 def test_a_training_step_of_our_model_as_mlx_lm_compiles_it(dropout):
-    """`mlx_lm.lora` compiles its step over the states of model, optimizer and randomness, recomputed parts included."""
+    """`mlx_lm.lora` compiles its step with all states; it includes what is recomputed, and dropout."""
     model = with_adapter(tiny_model(), LoRAConfig(rank=4, dropout=dropout))
     model.train()
     optimizer = optimizers.Adam(learning_rate=1e-2)

@@ -1,8 +1,8 @@
 """One step of all rows of a batch: tokens and caches to logits, compiled where that pays.
 
 Both ways run the same function. Compiled, it is traced once for each shape (rows of the storage, its room, tokens a
-row) and shapes of the adapters' matrices. Tokens, caches, adapters and steps of quantizers are its inputs; the weights
-of the inference form are its constants, since no form ever gets others (`forms.decoder_of` makes a new one).
+row, the adapters' matrices). Tokens, caches, adapters and steps of quantizers are its inputs; the weights of the
+inference form are its constants, since no form ever gets others (`forms.decoder_of` makes a new one).
 """
 
 from __future__ import annotations
@@ -113,8 +113,9 @@ class Decoder:
             if cache.quantized not in self._functions:
                 self._functions[cache.quantized] = _compiled_step(self.form, self.counters, cache.quantized)
             step = self._functions[cache.quantized]
+            compiled = step(*arguments, self.form.quantizer_steps, _arrays_of(routes))
             logits: mx.array
-            logits, cache.keys, cache.values = step(*arguments, self.form.quantizer_steps, _arrays_of(routes))
+            logits, cache.keys, cache.values = compiled
             return logits
         self.counters.plain_steps += 1
         visible = max(cache.lengths) + length

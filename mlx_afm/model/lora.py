@@ -51,8 +51,8 @@ def add_low_rank(
 def add_scaled_product(y: mx.array, inner: mx.array, b: mx.array, scale: float) -> mx.array:
     """y + scale * inner b, (..., O), in one kernel.
 
-    Cost: its gradient scales the small arrays. That of `alpha` in `mx.addmm` multiplies arrays as large as y and takes
-        three times as long.
+    Cost: its gradient scales the small arrays, where that of `alpha` in `mx.addmm` multiplies arrays as large as y,
+        which takes three times as long.
     """
 
     @mx.custom_function
@@ -65,7 +65,7 @@ def add_scaled_product(y: mx.array, inner: mx.array, b: mx.array, scale: float) 
         inner_TR, cotangent_TO = inner.reshape(-1, inner.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
         return cotangent, scale * (cotangent @ b.T), scale * (inner_TR.T @ cotangent_TO)
 
-    return add(y, inner, b)  # type: ignore[no-any-return, operator, return-value]
+    return add(y, inner, b)  # type: ignore[return-value, operator]
 
 
 def low_rank_delta(lora_a: mx.array, lora_b: mx.array, scale: float) -> mx.array:

@@ -1,7 +1,7 @@
 """Adapters in their inference form: several of them side by side on one projection, chosen for each row of a batch.
 
-Adapters with the same rank and the same adapted modules form a bucket. In every module their matrices lie in one stack,
-a slot each: A (N, D, R) and B (N, R, O), in the model's dtype, with the scale folded into B. The base product is
+Adapters with the same rank and the same adapted modules form a bucket. In every module their matrices lie in one
+stack, a slot each: A (N, D, R) and B (N, R, O), in the model's dtype, with the scale folded into B. The base product is
 computed once for all rows; each row's low-rank product takes its own slot. A step of one token a row leaves L out.
 
 Shape suffixes: B batch, L tokens, D inputs, R rank, O outputs, N slots.

@@ -1,6 +1,4 @@
-"""Keys and values of rows that each have their own length, in storage with fixed room.
-
-A compiled step reads and writes them.
+"""Keys and values of rows that each have their own length, in storage with fixed room, as a compiled step wants it.
 
 Shape suffixes: B rows, K key heads, L new tokens, R room (tokens), E head width.
 """
