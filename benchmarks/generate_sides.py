@@ -93,7 +93,10 @@ class Ours:
         stacks = AdapterStacks(decoder_of(self.model).decoder.form)
         for path in paths:
             adapter = read_adapter(path, self.model.args)
-            weights = {name: (lambda tensor=tensor: to_mlx(tensor).astype(mx.float32)) for name, tensor in adapter.weights.items()}
+            weights = {
+                name: (lambda tensor=tensor: to_mlx(tensor).astype(mx.float32))
+                for name, tensor in adapter.weights.items()
+            }
             stacks.add(path.name, weights, adapter.config.scale)
         self.stacks, self.routes = stacks, stacks.routes
 

@@ -113,6 +113,7 @@ class Decoder:
             if cache.quantized not in self._functions:
                 self._functions[cache.quantized] = _compiled_step(self.form, self.counters, cache.quantized)
             step = self._functions[cache.quantized]
+            logits: mx.array
             logits, cache.keys, cache.values = step(*arguments, self.form.quantizer_steps, _arrays_of(routes))
             return logits
         self.counters.plain_steps += 1
