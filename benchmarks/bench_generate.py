@@ -203,9 +203,8 @@ def main() -> None:
             else:
                 found = as_case(in_turns(specs_of(case, folder), args.repeat))
             cases[case] = found
-            milliseconds = [f"{found[side]['seconds'] * 1e3:.1f}" for side in found if isinstance(found[side], dict)][
-                :2
-            ]
+            sides = [side for side in found.values() if isinstance(side, dict)]
+            milliseconds = [f"{side['seconds'] * 1e3:.1f}" for side in sides[:2]]
             ratios = [f"{found[name]:.3f}" for name in ("time_ratio", "cpu_time_ratio", "memory_ratio")]
             print("| " + " | ".join([case, *milliseconds, *ratios, found.get("same_tokens", "-")]) + " |", flush=True)
             for fact in ("speedup", "acceptance", "tokens_per_round", "size_ratio"):

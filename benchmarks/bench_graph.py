@@ -9,14 +9,13 @@
                                            uncompiled on both sides; mlx-lm's without checkpointing
 
 A ratio is ours / mlx-lm. `launches` are nodes of MLX's graph that are no views, counted by `gpu_graph.py` (beside the
-checkout in `../shared/reference`, or where MLX_AFM_SHARED is); what `mx.compile` fused is one. `Copy`, which
-gradients make, is a view too: it shares its input's memory. `bytes` are those of inputs and outputs of these nodes,
-each read and written once, chains of elementwise operations fused on both sides, an update of a cache in place (ours
-reads the whole room of its keys and values, 256 tokens, mlx-lm 9); `needed_bytes` are weights, the adapter in 16
-bits, keys and values, and `bytes_over_needed` is ours. `python_ms` is the time of the calling thread until the graph
-is there (`wall_ms` by the clock), medians of interleaved runs with the collector off. As on a GPU, each of MLX's
-fused operations is one node there; with what they fall apart into on the CPU mlx-lm's time is
-`mlx_lm_python_ms_on_cpu`.
+checkout in `../shared/reference`, or where MLX_AFM_SHARED is); what `mx.compile` fused is one. `Copy`, which gradients
+make, is a view too: it shares its input's memory. `bytes` are those of inputs and outputs of these nodes, each read and
+written once, chains of elementwise operations fused on both sides, an update of a cache in place (ours reads the whole
+room of its keys and values, 256 tokens, mlx-lm 9); `needed_bytes` are weights, the adapter in 16 bits, keys and values,
+and `bytes_over_needed` is ours. `python_ms` is the time of the calling thread until the graph is made (`wall_ms` by
+the clock), medians of interleaved runs with the collector off. As on a GPU, each of MLX's fused operations is one node
+there; with what they fall apart into on the CPU mlx-lm's time is `mlx_lm_python_ms_on_cpu`.
 """
 
 from __future__ import annotations
