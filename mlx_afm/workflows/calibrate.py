@@ -125,7 +125,8 @@ class _Watched(nn.Module):  # type: ignore[misc]
         return self.inner(x, *others)
 
     def plus(self, x: mx.array, residual: mx.array) -> mx.array:
-        return residual + self(x)
+        projected: mx.array = self(x)
+        return residual + projected
 
 
 def column_weights(model: Model, examples: Sequence[Tokens] | Iterable[Tokens]) -> dict[str, npt.NDArray[np.float64]]:
