@@ -211,3 +211,23 @@ def test_require_trainable():
     ]:
         with pytest.raises(DataError, match=fault):
             require_trainable(parse(*messages), "line 1")
+
+
+def nested(levels):
+    value = "leaf"
+    for _ in range(levels):
+        value = {"a": value}
+    return value
+
+
+def test_json_may_be_nested_64_levels_deep():
+    assert parse(USER, CALL, {"role": "tool", "content": nested(64)}, ANSWER)[2].content == nested(64)
+    with pytest.raises(DataError, match="content is nested too deeply .expected at most 64 levels") as error:
+        parse(USER, CALL, {"role": "tool", "content": nested(65)}, ANSWER)
+    assert error.value.kind == "nested-too-deeply"
+
+
+def test_a_number_that_json_lacks_is_an_error_of_its_field():
+    with pytest.raises(DataError, match="content cannot be written as JSON") as error:
+        parse(USER, CALL, {"role": "tool", "content": {"a": float("nan")}}, ANSWER)
+    assert error.value.kind == "wrong-content"
