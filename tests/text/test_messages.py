@@ -222,7 +222,7 @@ def nested(levels):
 
 def test_json_may_be_nested_64_levels_deep():
     assert parse(USER, CALL, {"role": "tool", "content": nested(64)}, ANSWER)[2].content == nested(64)
-    with pytest.raises(DataError, match="content is nested too deeply .expected at most 64 levels") as error:
+    with pytest.raises(DataError, match=r"content is nested too deeply .expected at most 64 levels") as error:
         parse(USER, CALL, {"role": "tool", "content": nested(65)}, ANSWER)
     assert error.value.kind == "nested-too-deeply"
 
