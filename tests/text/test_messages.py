@@ -145,6 +145,10 @@ def test_weights_of_answers():
     assert [weight(weight=0), weight(train=False), weight(label=False), weight(label=0)] == [0, 0, 0, 0]
     assert [weight(), weight(weight=1), weight(train=True), weight(label=1, weight=None)] == [1, 1, 1, 1]
     assert [weight(weight=0.25), weight(weight=3, train=True)] == [0.25, 3]
+    assert [weight(weight=1e-6), weight(weight=1e6)] == [1e-6, 1e6]
+    for outside in (0.99e-6, 1_000_001):
+        with pytest.raises(DataError, match="expected 0, or a number from 1e-06 to 1,000,000"):
+            weight(weight=outside)
     assert parse({**USER, "weight": 0}, ANSWER) == parse({**USER, "train": False}, ANSWER) == parse(USER, ANSWER)
     assert to_dict(parse(USER, {**ANSWER, "train": False})[1]) == {**ANSWER, "weight": 0}
 
