@@ -20,7 +20,7 @@ def test_64_levels_are_allowed(levels):
 
 @pytest.mark.parametrize("levels", [65, 66, 2000])
 def test_more_levels_are_refused(levels):
-    with pytest.raises(DataError, match="nested too deeply .expected at most 64 levels") as error:
+    with pytest.raises(DataError, match=r"nested too deeply .expected at most 64 levels") as error:
         parse_json(nested(levels))
     assert error.value.kind == "nested-too-deeply"
 
