@@ -88,6 +88,17 @@ def test_a_report_has_the_numbers_of_its_steps(monkeypatch):
     assert read == sum(len(tokens) - 1 for tokens in data)
 
 
+@pytest.mark.parametrize(("val_batches", "count"), [(-1, 10), (1, 4), (2, 8), (3, 10), (9, 10)])
+def test_an_evaluation_covers_the_batches_that_were_asked_for(val_batches, count):
+    events, data = [], examples(10, seed=1)
+    config = TrainConfig(iters=1, batch_size=4, val_batches=val_batches)
+    train(adapted(), examples(4), data, config, Hooks(on_event=events.append))
+    before = next(event for event in events if isinstance(event, Evaluated))
+    loss, tokens = evaluate(adapted(), [make_batch([example]) for example in data[:count]])
+    assert before.tokens == tokens == 3 * count
+    assert before.loss == pytest.approx(loss / tokens, rel=1e-5)
+
+
 def test_epochs_use_every_example_and_the_last_partial_window():
     events = []
     config = TrainConfig(epochs=2, batch_size=4, grad_accumulation_steps=2, steps_per_report=1)
