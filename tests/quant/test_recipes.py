@@ -1,6 +1,7 @@
 from importlib import import_module
 from types import SimpleNamespace
 
+import mlx.core as mx
 import pytest
 
 from mlx_afm.errors import ConfigError
@@ -118,6 +119,13 @@ def test_an_entry_of_config_json_is_read_back(mode):
 def test_a_damaged_entry_is_refused(entry):
     with pytest.raises(ConfigError):
         parse_scheme(entry, where="config.json")
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4", "nvfp4", "mxfp8"])
+def test_the_usual_sizes_of_a_mode_are_those_of_mlx(mode):
+    quantized = mx.quantize(mx.ones((64, 256)), mode=mode)
+    arrays = Scheme(mode=mode).arrays(64, 256, "float32").values()
+    assert [(f"mlx.core.{dtype}", shape) for dtype, shape in arrays] == [(str(a.dtype), a.shape) for a in quantized]
 
 
 def test_bytes_are_those_of_the_arrays():
