@@ -26,7 +26,8 @@ ADAPTERS = ("myadapter", "my-adapter", "adapter", "adapters/poet", "adapters/she
 PACKAGES = ("poet.fmadapter", "legal.fmadapter")
 DATA = ("mydata", "my_data", "D", "data", "my-task", "SRC")
 TOOLKITS = ("adapter_training_toolkit", "TOOLKIT", "toolkit")
-TARGETS = {"convert": "--mlx-path", "fuse": "--save-path", "lora": "--adapter-path", "recover": "--adapter-path"}
+TARGETS = {"convert": "--mlx-path", "fuse": "--save-path", "lora": "--adapter-path", "recover": "--adapter-path",
+           "data split": "--out"}  # fmt: skip
 # Options that make a line short and change nothing of what it shows.
 SHORT = {"lora": ["--iters", "1", "--batch-size", "2", "--no-cache"], "recover": ["--iters", "1", "--batch-size", "2"],
          "generate": ["-m", "2"], "chat": ["-m", "2"]}  # fmt: skip
@@ -148,7 +149,9 @@ def run_command(line, monkeypatch, capsys, place):
 
 
 def _clear_target(words, place):
-    option = TARGETS.get(words[0])
+    if words[:2] == ["data", "convert"]:
+        (place / words[3]).unlink(missing_ok=True)
+    option = TARGETS.get(words[0], TARGETS.get(" ".join(words[:2])))
     resumes = "--resume" in words or (words[0] == "lora" and "--train" not in words)
     if option in words and not resumes:
         target = place / Path(words[words.index(option) + 1]).expanduser()

@@ -141,7 +141,18 @@ def _trained(data: Sequence[Tokens], indices: Sequence[int]) -> int:
 
 
 def layout_by_settings(train: TrainConfig, tokens: int, share: float = TRAINED_SHARE) -> Layout:
-    """The shape of a full micro-batch of examples of that length, or of a packed row."""
+    """The shape of a full micro-batch of examples of that length, or of a packed row.
+
+    Args:
+        train: the run.
+        tokens: of each example.
+        share: of the tokens that are trained, from 0 to 1.
+
+    Raises:
+        SettingError: another share.
+    """
+    if not 0 <= share <= 1:
+        raise SettingError("trained_share out of range", expected="0 to 1", found=share)
     if train.batch_tokens is None:
         return Layout(rows=train.batch_size, tokens=tokens, needed=max(1, round(tokens * share)))
     size, needed = train.batch_tokens, max(1, round(train.batch_tokens * share))

@@ -14,6 +14,7 @@ from mlx_afm import convert, load
 from mlx_afm.checkpoints.toolkit import quantizer_scale, range_of_scale
 from mlx_afm.errors import ConfigError, FormatError, TensorsError
 from mlx_afm.formats.torch_file import read_torch, write_torch
+from tolerances import SAME_ARITHMETIC
 
 ORACLES = Path(__file__).parent.parent / "fixtures" / "oracle"
 NAMES = ["default", "default-plain", "heads", "uniform", "uniform-plain"]
@@ -260,7 +261,9 @@ def test_the_reference_loads_what_comes_back_strictly(name, tmp_path):
     with np.load(source / "logits.npz") as arrays, torch.no_grad():
         wanted = arrays["logits_base"]
         logits = model(torch.from_numpy(arrays["input_ids"])).logits.numpy()
-    assert np.abs(logits - wanted).max() < 1e-6  # its own adapter has B = 0
+    # The weights are equal bit for bit and its own adapter has B = 0. The fixture comes from another processor, whose
+    # matrix products sum in another order: 1.9e-6 was measured.
+    assert np.abs(logits - wanted).max() < SAME_ARITHMETIC
 
 
 @pytest.mark.parity

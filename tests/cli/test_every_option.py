@@ -306,14 +306,12 @@ CHANGES = {
     "data convert": {"to": ["instruction"], "dialect": ["text"]},
     "data render": {
         "split": ["valid"],
-        "no_system_prompt": [],
         "ids": [],
         "dialect": ["text"],
         "overflow": ["drop", "--max-seq-length", "30"],
     },
     "data split": {"dialect": ["text"]},
     "data stats": {
-        "no_system_prompt": [],
         "dialect": ["text"],
     },
     "toolkit export_fmadapter": {"author": ["x"], "description": ["x"], "verbose": [], "quiet": []},
@@ -408,6 +406,7 @@ def test_every_option_is_tried_in_one_of_these_ways():
     tried |= {(command, name) for command, names in OUTPUTS.items() for name in names}
     elsewhere = {  # `test_what_was_ignored_is_refused`, and the tests of each command
         ("check", "byte_exact"), ("data render", "system_prompt"), ("data stats", "system_prompt"),
+            ("data render", "no_system_prompt"), ("data stats", "no_system_prompt"),
         ("convert", "dequantize"), ("convert", "no_tokenizer"), ("fuse", "dequantize"), ("export", "reduce_rank"),
         ("export", "zero_untrained"), ("export", "compare"), ("export", "prompts"), ("export", "ignore_surplus"),
         ("adapter convert", "reduce_rank"), ("adapter convert", "zero_untrained"), ("check", "reduce_rank"),

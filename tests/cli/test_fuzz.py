@@ -155,6 +155,17 @@ def _command_line(rng, world, out):
     return [*line, *AT_THE_END.get(name, ())]
 
 
+def _with_own_model(line, world, out):
+    """A line that changes its model gets a copy of it."""
+    if "--into-base" not in line:
+        return line
+    (out / "copies").mkdir()
+    copies = {str(folder): out / "copies" / folder.name for folder in world.iterdir() if folder.is_dir()}
+    for source in {word for word in line if word in copies}:
+        shutil.copytree(source, copies[source])
+    return [str(copies.get(word, word)) for word in line]
+
+
 CHEAP = {"lora": ["--iters", "1", "--batch-size", "2"], "recover": ["--iters", "1", "--batch-size", "2"],
          "generate": ["-m", "2"], "chat": ["-m", "2"], "toolkit generate": ["--max-new-tokens", "2"],
          "toolkit train_adapter": ["--epochs", "1"], "serve": ["--port", "0"]}  # fmt: skip
@@ -216,7 +227,7 @@ def test_random_command_lines(seed, world, tmp_path, monkeypatch, capsys):
         out = tmp_path / f"case-{number}"
         (out / "cwd").mkdir(parents=True)
         monkeypatch.chdir(out / "cwd")
-        line = _command_line(rng, world, out)
+        line = _with_own_model(_command_line(rng, world, out), world, out)
         failures += [f"{fault}: mlx-afm {shlex.join(line)}" for fault in _run(line, monkeypatch, capsys)]
         failures += [f"hidden {path}: {shlex.join(line)}" for path in out.rglob(".*")]
         if changed := dict(_contents(world).items() ^ before.items()):

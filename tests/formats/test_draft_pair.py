@@ -452,7 +452,7 @@ def test_coremltools_writes_the_same_file(made, written, tmp_path):
     ours = [blob for blob in blobs if blob.metadata_offset in values or blob.type_code != INT4]
     for mine, other in zip(ours, theirs, strict=True):
         assert (mine.type_code, mine.nbytes, mine.padding_bits) == (other.type_code, other.nbytes, other.padding_bits)
-        assert mine.read_stored().tobytes() == other.read_stored().tobytes()
+        assert mine.read().tobytes() == other.read().tobytes()
 
 
 @pytest.mark.parity
