@@ -13,6 +13,8 @@
     speculative                 seconds a token with a draft model of less than a tenth of the size, of whose 5
                                 tokens at a time about 70 % are accepted; against mlx-lm's plain decoding, and
                                 (speedup) our own
+    mixed_adapters              seconds of 8 rows over 4 adapters of ranks 4 to 64 in one batch, width 1024, prompts of
+                                16 tokens and answers of 32; against a batch for each adapter in turn, ours both
 
 12 + 6 layers, vocabulary 16,384 (8,192 in the last), random weights. Each side is alone in a process that loads,
 warms up with one run, and then runs when it is its turn. Times are medians; memory is MLX's peak, weights included.
@@ -48,7 +50,9 @@ CASES = (
     "adapter_switch",
     "adapter_from_file",
     "speculative",
+    "mixed_adapters",
 )
+MIXED_RANKS = (4, 16, 32, 64)
 
 
 class Side:
@@ -167,6 +171,19 @@ def speculative(folder: Path, repeat: int) -> dict[str, object]:
     }
 
 
+def mixed_adapters(folder: Path, repeat: int) -> dict[str, object]:
+    """One batch of rows with different adapters against taking turns."""
+    spec = model_spec(1024, folder)
+    spec |= {**adapters_spec(spec, folder, MIXED_RANKS), "prompt_tokens": 16, "answer_tokens": 32}
+    specs = {
+        "ours": {"side": "ours", "run": "mixed", **spec, "turns": False},
+        "mlx-lm": {"side": "ours", "run": "mixed", **spec, "turns": True},
+    }
+    case = as_case(in_turns(specs, repeat))
+    case["turns"] = case.pop("mlx-lm")
+    return case
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default=",".join(CASES))
@@ -181,12 +198,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for case in args.cases.split(","):
-            if case == "speculative":
-                found = speculative(folder, args.repeat)
+            if case in ("speculative", "mixed_adapters"):
+                found = {"speculative": speculative, "mixed_adapters": mixed_adapters}[case](folder, args.repeat)
             else:
                 found = as_case(in_turns(specs_of(case, folder), args.repeat))
             cases[case] = found
-            milliseconds = [f"{found[side]['seconds'] * 1e3:.1f}" for side in SIDES]
+            sides = [side for side in found.values() if isinstance(side, dict)]
+            milliseconds = [f"{side['seconds'] * 1e3:.1f}" for side in sides[:2]]
             ratios = [f"{found[name]:.3f}" for name in ("time_ratio", "cpu_time_ratio", "memory_ratio")]
             print("| " + " | ".join([case, *milliseconds, *ratios, found.get("same_tokens", "-")]) + " |", flush=True)
             for fact in ("speedup", "acceptance", "tokens_per_round", "size_ratio"):

@@ -30,7 +30,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_afm.adapters import LoRAConfig, add_adapter
 from mlx_afm.model import AFMConfig, Model
-from mlx_afm.model.layout import lay_out_for_decoding
+from mlx_afm.model.cpu.layout import lay_out_for_decoding
 from mlx_afm.quant import QuantConfig, plan_schemes
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quant.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -34,11 +35,11 @@ def model_spec(width: int, folder: Path) -> dict:
     return {"config": spec["config"], "weights": spec["weights"]}
 
 
-def adapters_spec(spec: dict, folder: Path) -> dict:
-    """Two adapters on all projections, in our form and by mlx-lm's names."""
+def adapters_spec(spec: dict, folder: Path, ranks: Sequence[int] = (RANK, RANK)) -> dict:
+    """Adapters on all projections, in our form and by mlx-lm's names."""
     base, ours, theirs = AFMConfig(**spec["config"]), [], []
-    config = LoRAConfig(rank=RANK, scale=SCALE)
-    for number in range(2):
+    for number, rank in enumerate(ranks):
+        config = LoRAConfig(rank=rank, scale=SCALE)
         rng = np.random.default_rng(number)
         values = {
             name: (0.05 * rng.standard_normal(shape)).astype(np.float32)

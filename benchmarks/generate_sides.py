@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,9 @@ class Ours:
         self.spec, self.config = spec, GenerateConfig(max_tokens=4096, temp=spec.get("temp", 0.0), seed=1)
         self.model = self.load(spec["config"], spec["weights"])
         self.prefixes = PrefixCache()
+        self.routes: Any = None  # of adapters beside each other
+        self.stacks: Any = None
+        self.adapter: str | None = None
 
     @staticmethod
     def load(config: dict, weights: str) -> Any:
@@ -51,44 +55,72 @@ class Ours:
         return model
 
     def steps(self, ids: list[int], count: int, *, cached: bool = False) -> Tokens:
-        from mlx_afm.generation.steps import iter_steps
+        return self._answer(ids, count, prefix_cache=self.prefixes if cached else None)
 
-        cache, known = self.model.make_cache(), 0
-        if cached and (found := self.prefixes.fetch(ids)) is not None:
-            cache, known = found
-        for step in iter_steps(self.model, ids, self.config, cache=cache, cached_tokens=known, max_tokens=count):
-            yield step.token
-        if cached:
-            self.prefixes.store(ids, cache)
+    def _answer(self, ids: list[int], count: int, *, seed: int = 1, **options: Any) -> Tokens:
+        from mlx_afm.generation.engine import Engine, Request
+        from mlx_afm.generation.forms import decoder_of
+
+        held = decoder_of(self.model)
+        engine = Engine(held.decoder, routes=self.routes or held.routes, **options)
+        engine.add(Request(ids=ids, config=replace(self.config, seed=seed), max_tokens=count, adapter=self.adapter))
+        while engine.busy:
+            for event in engine.step():
+                yield event.token.token
 
     def switch(self, number: int) -> None:
         from mlx_afm.adapters import read_adapter, remove_adapter
-        from mlx_afm.serving.adapters import AdapterSwitch
         from mlx_afm.workflows.load import attach
 
         paths = [Path(path) for path in self.spec["adapters"]]
         if self.spec["from_file"]:
             remove_adapter(self.model)
             attach(self.model, read_adapter(paths[number % 2], self.model.args), where=paths[number % 2])
-        else:
-            if not hasattr(self, "adapters"):  # in the warm-up
-                self.adapters = AdapterSwitch(self.model)
-                for path in paths:
-                    self.adapters.add(path.name, read_adapter(path, self.model.args), where=path)
-            self.adapters.use(paths[number % 2].name)
-        self.model.eval()
-        mx.eval(self.model.parameters())
+            self.model.eval()
+            mx.eval(self.model.parameters())
+            return
+        if self.routes is None:  # in the warm-up
+            self.stack(paths)
+        self.adapter = paths[number % 2].name
+
+    def stack(self, paths: list[Path]) -> None:
+        """Puts adapters beside each other."""
+        from mlx_afm.adapters import read_adapter
+        from mlx_afm.adapters.inference import AdapterStacks
+        from mlx_afm.checkpoints.arrays import to_mlx
+        from mlx_afm.generation.forms import decoder_of
+
+        stacks = AdapterStacks(decoder_of(self.model).decoder.form)
+        for path in paths:
+            adapter = read_adapter(path, self.model.args)
+            read = {name: to_mlx(tensor).astype(mx.float32) for name, tensor in adapter.weights.items()}
+            weights = {name: (lambda array=array: array) for name, array in read.items()}
+            stacks.add(path.name, weights, adapter.config.scale)
+        self.stacks, self.routes = stacks, stacks.routes
+
+    def answers(self, prompts: list[list[int]], names: list[str], count: int, *, turns: bool) -> list[list[int]]:
+        """Answers of rows with these adapters: in one batch, or a batch for each adapter in turn."""
+        from mlx_afm.generation.engine import Engine, Request
+        from mlx_afm.generation.forms import decoder_of
+
+        decoder, found = decoder_of(self.model).decoder, {}
+        groups = [[n for n, name in enumerate(names) if name == each] for each in sorted(set(names))]
+        for group in groups if turns else [list(range(len(names)))]:
+            engine = Engine(decoder, routes=self.routes)
+            for n in group:
+                request = Request(ids=prompts[n], config=self.config, max_tokens=count, adapter=names[n])
+                found[n] = engine.add(request)[0]
+            while engine.busy:
+                engine.step()
+        return [found[n].tokens for n in range(len(prompts))]
 
     def speculate(self, ids: list[int], count: int, seed: int) -> tuple[Tokens, Any]:
         from mlx_afm.generation.speculation import Speculation
-        from mlx_afm.generation.speculative import iter_speculative_steps
 
         if not hasattr(self, "draft"):
             self.draft = self.load(*self.spec["draft"])
         speculation = Speculation(draft=self.draft, num_draft_tokens=5)
-        config, cache = replace(self.config, seed=seed), self.model.make_cache()
-        steps = iter_speculative_steps(self.model, ids, config, speculation, cache=cache, max_tokens=count)
-        return (step.token for step in steps), speculation
+        return self._answer(ids, count, seed=seed, speculation=speculation), speculation
 
 
 class MlxLm:
@@ -227,7 +259,23 @@ def speculative(side: Ours, spec: dict) -> Run:
     return run
 
 
+def mixed(side: Ours, spec: dict) -> Run:
+    """Seconds of 8 rows over 4 adapters, prompts included; `turns` answers each adapter's rows alone."""
+    paths = [Path(path) for path in spec["adapters"]]
+    side.stack(paths)
+    prompts = [prompt_ids(spec, spec["prompt_tokens"], seed=row) for row in range(8)]
+    names = [paths[row % len(paths)].name for row in range(8)]
+
+    def run() -> dict[str, Any]:
+        work = partial(side.answers, prompts, names, spec["answer_tokens"], turns=spec["turns"])
+        seconds, cpu_seconds, answers = timed(work)
+        return {"seconds": seconds, "cpu_seconds": cpu_seconds, "tokens": [token for row in answers for token in row]}
+
+    return run
+
+
 RUNS = {
+    "mixed": mixed,
     "prefill": prefill,
     "decode": decode,
     "cached": cached,

@@ -10,7 +10,7 @@ import click
 from .output import note
 from .parameters import is_given, refuse_given
 
-OF_ONE_PROMPT = ("prompt_cache_file", "transform", "draft_model", "num_draft_tokens", "verbose")
+OF_ONE_PROMPT = ("prompt_cache_file", "transform", "verbose")
 OF_A_FILE = ("output", "batch_size", "dialect", "field", "transform")
 SAMPLING = ("top_p", "top_k", "min_p", "seed")
 

@@ -66,8 +66,6 @@ def command(
     require_sense(of_file, options)
     if of_file:
         assert output is not None
-        for name in ("draft_model", "num_draft_tokens"):
-            del options[name]
         answer_prompts(to_path(prompt), output, batch_size, reading, as_json, **options)
     else:
         text = read_stdin() if prompt == "-" else prompt

@@ -1,4 +1,4 @@
-"""Options of `mlx-afm generate`: an answer that follows a schema; and of one prompt, a draft model."""
+"""Options of `mlx-afm generate`: an answer that follows a schema, and a draft model."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 from mlx_afm.data.config import DataConfig
 from mlx_afm.files import to_path
@@ -31,6 +32,8 @@ def answer_prompts(
     system: str | None,
     config: GenerateConfig,
     response_format: Path | None,
+    draft_model: Path | None,
+    num_draft_tokens: int | None,
 ) -> None:
     """Answers the file and shows how far it is, a line a second on stderr."""
     job = AnswerJob(
@@ -44,6 +47,8 @@ def answer_prompts(
         dialect=reading.dialect,
         fields=reading.fields,
         response_format=response_format,
+        draft_model=draft_model,
+        num_draft_tokens=num_draft_tokens,
     )
     shown = time.perf_counter()
 
@@ -56,5 +61,8 @@ def answer_prompts(
         note(f"{state.done}/{state.total} answers  {state.tokens / state.seconds:,.0f} tokens/s  ETA {left}")
 
     done = answer_file(job, tell, note)
-    facts = {"output": str(output), "answers": done.total, "new": done.new, "generation_tokens": done.tokens}
+    facts: dict[str, Any] = {"output": str(output), "answers": done.total, "new": done.new}
+    facts["generation_tokens"] = done.tokens
+    if done.speculation is not None:
+        facts["speculation"] = done.speculation.summary()
     show(facts, as_json)

@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from .output import json_option, note, show
-from .parameters import PATH, SIZE, SIZE_OR_NONE, named_paths
+from .parameters import PATH, SIZE, SIZE_OR_NONE, named_paths, refuse_given
+from .speculation_options import speculation_options
 from .system_prompt_options import system_prompt_options
 
 
@@ -57,6 +58,7 @@ from .system_prompt_options import system_prompt_options
 @click.option(
     "--batch-size", type=int, default=8, show_default=True, help="Rows in one step; 1: no rounding between users."
 )
+@speculation_options
 @click.option("--kv-bits", type=click.Choice(["8"]), help="Hold keys and values in int8, as in generate.")
 @click.option(
     "--prefix-cache",
@@ -82,6 +84,8 @@ def command(model: str, named: tuple[str, ...], adapters_dir: Path | None, as_js
     from mlx_afm.serving import find_adapters, serve, settle
     from mlx_afm.serving.running import Running
 
+    if settings["draft_model"] is None:
+        refuse_given(("num_draft_tokens",), "without --draft-model")
     adapters = {} if adapters_dir is None else find_adapters(adapters_dir)
     given = named_paths(named)
     if twice := sorted(adapters.keys() & given.keys()):

@@ -22,7 +22,7 @@ def _number(ctx: click.Context, parameter: click.Parameter, value: str) -> int |
 
 def speculation_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options to a command: `draft_model`, and `num_draft_tokens`, None for a number that adapts."""
-    help_number = f"Tokens it proposes at a time; {AUTO} follows how many are accepted."
+    help_number = f"Tokens it proposes at a time; {AUTO} follows what is accepted and what steps take, down to none."
     options = (
         click.option("--draft-model", type=PATH, help="MLX folder of a draft model: same answers, in less time."),
         click.option("--num-draft-tokens", default="5", show_default=True, callback=_number, help=help_number),

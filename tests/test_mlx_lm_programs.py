@@ -8,11 +8,18 @@ import subprocess
 import sys
 import time
 import urllib.request
+from functools import partial
 
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optimizers
 import pytest
+from mlx_lm.tuner.trainer import default_loss
 
 import mlx_afm
+from mlx_afm.adapters import LoRAConfig
 from mlx_afm.quant import QuantConfig
+from tiny import random_tokens, tiny_model, with_adapter
 
 QUESTIONS = ("ls", "copy notes.txt to archive", "how many lines are in data.csv", "delete the folder old_logs")
 TOKENS = 8
@@ -87,3 +94,23 @@ def answer_of(request, server) -> bytes:
                 raise
             time.sleep(0.1)
     raise AssertionError(server.communicate()[1])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["plain", "dropout"])
+def test_a_training_step_of_our_model_as_mlx_lm_compiles_it(dropout):
+    """`mlx_lm.lora` compiles its step with all states; it includes what is recomputed, and dropout."""
+    model = with_adapter(tiny_model(), LoRAConfig(rank=4, dropout=dropout))
+    model.train()
+    optimizer = optimizers.Adam(learning_rate=1e-2)
+    state = [model.state, optimizer.state, mx.random.state]
+    loss_and_grad = nn.value_and_grad(model, default_loss)
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def step(batch, lengths):
+        (loss, _), gradients = loss_and_grad(model, batch, lengths)
+        optimizer.update(model, gradients)
+        return loss
+
+    batch, lengths = random_tokens((2, 9)), mx.array([[0, 9], [2, 9]])
+    losses = [step(batch, lengths).item() for _ in range(12)]
+    assert losses[-1] < 0.9 * losses[0]

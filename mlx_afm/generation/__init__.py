@@ -1,26 +1,33 @@
 """Text from a model: one prompt or many, token by token or whole.
 
-`prompts` makes ids, `steps` and `batch` tokens, `sampling` chooses them, `answer_text` and `answers` make text of them,
-`prompt_cache` keeps what prompts have in common, `jsonl` answers files. mlx-lm's parts are imported when first used.
+`engine` answers requests in one batch; `decode` runs its steps, `batch_cache` and `prefix_cache` hold keys and values,
+`sampling` chooses tokens, `text_stream` makes text of them. `generate`, `answers`, `jsonl` and `chat` are its callers
+here. mlx-lm's parts are imported when first used.
 """
 
-from mlx_afm.generation.answer_text import AnswerText
 from mlx_afm.generation.answers import Answer, batch_generate, iter_answers
-from mlx_afm.generation.batch import BatchGenerator, Request, RowStep
 from mlx_afm.generation.config import GenerateConfig
+from mlx_afm.generation.engine import Engine
 from mlx_afm.generation.generate import generate, stream_generate
-from mlx_afm.generation.prompt_cache import PrefixCache, PromptCache, load_prompt_cache, save_prompt_cache
+from mlx_afm.generation.prefix_cache import PrefixCache, PromptCache
+from mlx_afm.generation.prompt_cache import load_prompt_cache, save_prompt_cache
 from mlx_afm.generation.prompts import to_prompt_ids
+from mlx_afm.generation.rows import Request, Row, TokenEvent
+from mlx_afm.generation.sampling import Sampler, TokenLogprob
+from mlx_afm.generation.text_stream import TextStream
 
 __all__ = [
     "Answer",
-    "AnswerText",
-    "BatchGenerator",
+    "Engine",
     "GenerateConfig",
     "PrefixCache",
     "PromptCache",
     "Request",
-    "RowStep",
+    "Row",
+    "Sampler",
+    "TextStream",
+    "TokenEvent",
+    "TokenLogprob",
     "batch_generate",
     "generate",
     "iter_answers",

@@ -7,11 +7,14 @@ from dataclasses import dataclass, replace
 from numbers import Number
 from typing import Any
 
-from mlx_afm.generation.answer_text import LENGTH, STOP, AnswerText
-from mlx_afm.generation.batch import BATCH_SIZE, BatchGenerator, Request
 from mlx_afm.generation.config import GenerateConfig
-from mlx_afm.generation.prompt_cache import PrefixCache
+from mlx_afm.generation.engine import BATCH_SIZE, Engine
+from mlx_afm.generation.forms import decoder_of
+from mlx_afm.generation.prefix_cache import PrefixCache
 from mlx_afm.generation.prompts import Prompt, require_tokenizer, to_prompt_ids
+from mlx_afm.generation.rows import LENGTH, STOP, Request, Row
+from mlx_afm.generation.speculation import Speculation
+from mlx_afm.generation.text_stream import TextStream
 from mlx_afm.model import Model
 from mlx_afm.text.tokenizer import AFMTokenizer
 
@@ -40,6 +43,7 @@ def iter_answers(
     *,
     batch_size: int = BATCH_SIZE,
     prefix_cache: PrefixCache | None = None,
+    speculation: Speculation | None = None,
 ) -> Iterator[tuple[int, Answer]]:
     """The number of each request, from 0, and its answer, as they finish.
 
@@ -47,41 +51,49 @@ def iter_answers(
         model, tokenizer: from `mlx_afm.load`.
         requests: see `Request`.
         batch_size: answered at once.
-        prefix_cache: see `BatchGenerator`; by default one of its own, so that a common beginning is computed once.
+        prefix_cache: see `Engine`; by default one of its own, so that a common beginning is computed once.
+        speculation: a draft model that proposes tokens to all rows; counts what came of it.
 
     Raises:
-        ConfigError: see `BatchGenerator.insert`; before anything is computed.
+        ConfigError: see `Engine.add`; before anything is computed.
     """
+    held = decoder_of(model)
     prefixes = PrefixCache() if prefix_cache is None else prefix_cache
-    rows = BatchGenerator(model, tokenizer.eos_token_ids, batch_size=batch_size, prefix_cache=prefixes)
-    for request in requests:
-        rows.insert(request)
-    texts: dict[int, _Text] = {}
-    while rows.busy:
-        for step in rows.step():
-            request = requests[step.row]
-            row = texts.setdefault(step.row, _Text(AnswerText(tokenizer, request.config.stop)))
-            row.add(step.token)
-            if step.finish_reason is not None or row.text.stopped:
-                rows.remove(step.row)
-                yield step.row, texts.pop(step.row).answer(len(request.ids))
+    engine = Engine(
+        held.decoder, batch_size=batch_size, prefix_cache=prefixes, routes=held.routes, speculation=speculation
+    )
+    ends = frozenset(tokenizer.eos_token_ids)
+    numbers: dict[Row, int] = {}
+    texts: dict[Row, _Text] = {}
+    for number, request in enumerate(requests):
+        (row,) = engine.add(replace(request, stop_token_ids=ends))
+        numbers[row] = number
+    while engine.busy:
+        for event in engine.step():
+            if event.error is not None:
+                raise event.error
+            row = event.row
+            text = texts.setdefault(row, _Text(TextStream(tokenizer, row.request.config.stop)))
+            text.add(event.token.token)
+            if event.finish_reason is not None or text.stream.stopped:
+                engine.remove([row])
+                yield numbers.pop(row), texts.pop(row).answer(row)
 
 
 class _Text:
-    """What a row has said so far."""
+    """The text of a row so far."""
 
-    def __init__(self, text: AnswerText) -> None:
-        self.text = text
+    def __init__(self, stream: TextStream) -> None:
+        self.stream = stream
         self.pieces: list[str] = []
-        self.tokens: list[int] = []
 
     def add(self, token: int) -> None:
-        self.tokens.append(token)
-        self.pieces.append(self.text.add(token))
+        self.pieces.append(self.stream.add(token).text)
 
-    def answer(self, prompt_tokens: int) -> Answer:
-        self.pieces.append(self.text.end())
-        return Answer("".join(self.pieces), self.tokens, STOP if self.text.stopped else LENGTH, prompt_tokens)
+    def answer(self, row: Row) -> Answer:
+        self.pieces.append(self.stream.finish().text)
+        reason = STOP if self.stream.stopped else LENGTH
+        return Answer("".join(self.pieces), row.tokens, reason, len(row.request.ids))
 
 
 def seeded(config: GenerateConfig, number: int) -> GenerateConfig:
@@ -97,6 +109,7 @@ def batch_generate(
     *,
     batch_size: int = BATCH_SIZE,
     prefix_cache: PrefixCache | None = None,
+    speculation: Speculation | None = None,
     **settings: Any,
 ) -> list[Answer]:
     """Answers to many prompts, in their order; see `generate` for one.
@@ -106,7 +119,7 @@ def batch_generate(
         prompts: of each form that `to_prompt_ids` takes. A string, a list of message dicts, or ids are one
             prompt, and the result a list of one answer.
         config: settings; or give single ones by name. Row n draws with `seed + n`.
-        batch_size, prefix_cache: see `iter_answers`.
+        batch_size, prefix_cache, speculation: see `iter_answers`.
 
     Raises:
         DataError, ConfigError: see `stream_generate`.
@@ -119,7 +132,8 @@ def batch_generate(
     for number, prompt in enumerate(several):
         ids = to_prompt_ids(tokenizer, prompt, vocabulary=rows, where=f"prompts, prompt {number}")
         requests.append(Request(ids=ids, config=seeded(config, number)))
-    found = dict(iter_answers(model, tokenizer, requests, batch_size=batch_size, prefix_cache=prefix_cache))
+    options: dict[str, Any] = {"batch_size": batch_size, "prefix_cache": prefix_cache, "speculation": speculation}
+    found = dict(iter_answers(model, tokenizer, requests, **options))
     return [found[number] for number in range(len(requests))]
 
 

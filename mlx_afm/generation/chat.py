@@ -7,14 +7,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from mlx_afm.errors import ConfigError, DataError
-from mlx_afm.generation.answer_text import LENGTH, AnswerText
 from mlx_afm.generation.config import GenerateConfig, require_fitting
+from mlx_afm.generation.engine import Engine
+from mlx_afm.generation.forms import decoder_of
 from mlx_afm.generation.generate import responses
+from mlx_afm.generation.prefix_cache import PrefixCache
 from mlx_afm.generation.prompts import to_prompt_ids
+from mlx_afm.generation.rows import LENGTH, Request, Row
 from mlx_afm.generation.speculation import Speculation, require_pair
-from mlx_afm.generation.speculative import iter_speculative_steps, rewind
-from mlx_afm.generation.steps import iter_steps
-from mlx_afm.model import KVCache, Model
+from mlx_afm.generation.text_stream import TextStream
+from mlx_afm.model import Model
 from mlx_afm.text.messages import parse_messages
 from mlx_afm.text.system_prompt import parse_system_prompt
 from mlx_afm.text.template import DEFAULT_SYSTEM
@@ -76,9 +78,7 @@ class Chat:
     speculation: Speculation | None = None
     messages: list[dict[str, Any]] = field(default_factory=list)
     last: Turn | None = None
-    _held: list[int] = field(default_factory=list, repr=False)
-    _cache: Sequence[KVCache] = field(default=(), repr=False)
-    _draft_cache: Sequence[KVCache] = field(default=(), repr=False)
+    _prefixes: PrefixCache = field(default_factory=PrefixCache, repr=False)
 
     def __post_init__(self) -> None:
         require_fitting(self.config, self.model)
@@ -88,8 +88,7 @@ class Chat:
 
     def forget(self) -> None:
         """Drops keys and values, which belong to the weights that made them; the conversation stays."""
-        self._held, self._cache = [], self.model.make_cache(quantized=self.config.kv_bits is not None)
-        self._draft_cache = [] if self.speculation is None else self.speculation.draft.make_cache()
+        self._prefixes = PrefixCache()
 
     @property
     def conversation(self) -> list[dict[str, Any]]:
@@ -119,34 +118,27 @@ class Chat:
             self.tokenizer, [*self.messages, question], system=self.system, vocabulary=self.model.args.vocab_size
         )
         max_tokens = self._answer_tokens(ids)
-        reused = self._rewind_to(ids)
-        steps = self._steps(ids, reused, max_tokens, should_stop)
-        given: list[int] = []
+        engine, row = self._engine(ids, should_stop)
         pieces: list[str] = []
         reason: Ending = "stopped"
+        answer = responses(self.model, engine, TextStream(self.tokenizer, self.config.stop), len(ids), should_stop)
         try:
-            for response in responses(
-                self.model, steps, AnswerText(self.tokenizer, self.config.stop), len(ids), max_tokens
-            ):
-                given.append(response.token)
+            for response in answer:
                 pieces.append(response.text)
                 if response.finish_reason is not None:
                     reason = response.finish_reason
                 yield response
-                if should_stop():
-                    break
         except _Stopped:
             pass
         finally:
-            steps.close()
-            self._note_held([*ids, *given])
+            answer.close()
             if reason == LENGTH and max_tokens < self.config.max_tokens:
                 reason = "context"
             kept, cleaned = self._add(question, "".join(pieces), reason)
             self.last = Turn(
                 prompt_tokens=len(ids),
-                reused_tokens=reused,
-                generation_tokens=len(given),
+                reused_tokens=row.cached_tokens,
+                generation_tokens=len(row.tokens),
                 finish_reason=reason,
                 kept=kept,
                 cleaned=cleaned,
@@ -160,41 +152,25 @@ class Chat:
             what = "the conversation fills the model's context"
             raise ConfigError(what, expected=error.expected, found=error.found, advice=advice) from error
 
-    def _steps(
-        self, ids: list[int], known: int, max_tokens: int, should_stop: Callable[[], bool]
-    ) -> Any:  # a generator; its type cannot say that it is closed
+    def _engine(self, ids: list[int], should_stop: Callable[[], bool]) -> tuple[Engine, Row]:
+        """An engine with one row, which goes on from what the model has read of the conversation."""
+
         def progress(done: int, total: int) -> None:
             if should_stop():
                 raise _Stopped
 
+        held = decoder_of(self.model)
+        engine = Engine(
+            held.decoder,
+            prefix_cache=self._prefixes,
+            routes=held.routes,
+            keep_answers=True,
+            speculation=self.speculation,
+        )
         config = replace(self.config, seed=(self.config.seed + len(self.messages)) % 2**64)
-        options: dict[str, Any] = {
-            "cache": self._cache,
-            "cached_tokens": known,
-            "max_tokens": max_tokens,
-            "on_progress": progress,
-        }
-        if self.speculation is None:
-            return iter_steps(self.model, ids, config, **options)
-        options["draft_cache"] = self._draft_cache
-        return iter_speculative_steps(self.model, ids, config, self.speculation, **options)
-
-    def _rewind_to(self, ids: list[int]) -> int:
-        """How many of the ids the caches go on from: all that they begin with, but one that is left to compute."""
-        limit = min(len(self._held), len(ids) - 1)
-        known = next((place for place in range(limit) if self._held[place] != ids[place]), limit)
-        self._held = self._held[:known]
-        rewind(self._cache, known)
-        rewind(self._draft_cache, known)
-        return known
-
-    def _note_held(self, tokens: list[int]) -> None:
-        """Brings all layers to the same length, whatever they were interrupted in, and notes what they hold."""
-        held = min([len(tokens), *(layer.size() for layer in self._cache)])
-        rewind(self._cache, held)
-        if self._draft_cache:
-            rewind(self._draft_cache, min([held, *(layer.size() for layer in self._draft_cache)]))
-        self._held = tokens[:held]
+        ends = frozenset(self.tokenizer.eos_token_ids)
+        (row,) = engine.add(Request(ids=ids, config=config, stop_token_ids=ends, on_progress=progress))
+        return engine, row
 
     def _add(self, question: dict[str, Any], said: str, reason: Ending) -> tuple[bool, bool]:
         """Adds both to the conversation; whether it did, and whether marks had to go from the answer."""

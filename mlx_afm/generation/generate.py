@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_afm.generation.answer_text import LENGTH, STOP, AnswerText
 from mlx_afm.generation.config import GenerateConfig, require_fitting
-from mlx_afm.generation.prompt_cache import PrefixCache, kind_of
+from mlx_afm.generation.engine import Engine
+from mlx_afm.generation.forms import decoder_of
+from mlx_afm.generation.prefix_cache import PrefixCache
 from mlx_afm.generation.prompts import Prompt, require_tokenizer, to_prompt_ids
-from mlx_afm.generation.sampling import LogitsProcessor
+from mlx_afm.generation.rows import LENGTH, STOP, Progress, Request, TokenEvent
+from mlx_afm.generation.sampling import LogitsProcessor, Sampler
 from mlx_afm.generation.speculation import Speculation, require_pair
-from mlx_afm.generation.speculative import iter_speculative_steps, plain_step_seconds
-from mlx_afm.generation.steps import Progress, Step, iter_steps
+from mlx_afm.generation.text_stream import TextStream
 from mlx_afm.model import Model
 from mlx_afm.text.tokenizer import AFMTokenizer
 
@@ -39,7 +39,7 @@ def stream_generate(
         model, tokenizer: from `mlx_afm.load`.
         prompt: see `to_prompt_ids`.
         config: settings; or give single ones by name (`max_tokens=64, temp=0.7`).
-        logits_processors: mlx-lm's: given all tokens so far (N,) and the logits (1, V), make other logits of them.
+        logits_processors: mlx-lm's: given all tokens so far (N,) and the logits (1, V), give other logits.
         prefix_cache: takes what the prompt has in common with others from there, and keeps this prompt's keys
             and values there.
         on_progress: told how many tokens of the prompt are computed, and of how many.
@@ -56,67 +56,74 @@ def stream_generate(
     if speculation is not None:
         require_pair(model, speculation.draft)
     ids = to_prompt_ids(tokenizer, prompt, vocabulary=model.args.vocab_size)
-    max_tokens = config.answer_tokens(len(ids))
-    cache, known = model.make_cache(quantized=config.kv_bits is not None), 0
-    if prefix_cache is not None and (found := prefix_cache.fetch(ids, kind_of(None, config.kv_bits))) is not None:
-        cache, known = found
-    loop = iter_steps if speculation is None else partial(iter_speculative_steps, speculation=speculation)
-    steps = loop(
-        model,
-        ids,
-        config,
-        cache=cache,
-        cached_tokens=known,
-        max_tokens=max_tokens,
-        logits_processors=logits_processors,
+    held = decoder_of(model)
+    engine = Engine(held.decoder, prefix_cache=prefix_cache, routes=held.routes, speculation=speculation)
+    sampler = Sampler(config, processors=logits_processors, prompt=ids, keeps_logprobs=True)
+    request = Request(
+        ids=ids,
+        samplers=(sampler,),
+        config=config,
+        stop_token_ids=frozenset(tokenizer.eos_token_ids),
         on_progress=on_progress,
     )
-    try:
-        yield from responses(model, steps, AnswerText(tokenizer, config.stop), len(ids), max_tokens)
-        if speculation is not None and speculation.compares:
-            speculation.plain_step_seconds = plain_step_seconds(model, cache, ids[-1])
-    finally:
-        if prefix_cache is not None and cache[0].size() >= len(ids):
-            prefix_cache.store(ids, cache, kind_of(None, config.kv_bits))
+    engine.add(request)
+    yield from responses(model, engine, TextStream(tokenizer, config.stop), len(ids))
 
 
 def responses(
-    model: Model, steps: Iterator[Step], text: AnswerText, prompt_tokens: int, max_tokens: int
-) -> Iterator[Any]:
-    """Tokens as mlx-lm's `GenerationResponse` objects, up to where the answer ends.
+    model: Model,
+    engine: Engine,
+    text: TextStream,
+    prompt_tokens: int,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Generator[Any, None, None]:
+    """The tokens of an engine's only row as mlx-lm's `GenerationResponse` objects, up to where the answer ends.
 
     Args:
-        model: whose memory is wired meanwhile, where that means anything.
-        steps: any loop's.
-        text: makes text of them.
+        model: its weights are wired during generation (Metal only).
+        engine: has one request.
+        text: makes text of the tokens.
         prompt_tokens: length of the prompt.
-        max_tokens: of the answer.
+        should_stop: asked after every token, and the row is removed if it says so.
     """
     from mlx_lm.generate import GenerationResponse, wired_limit
 
-    started, prompt_seconds = time.perf_counter(), 0.0
+    started, prompt_seconds, count = time.perf_counter(), 0.0, 0
     with wired_limit(model):
-        for count, step in enumerate(steps, 1):
-            now = time.perf_counter()
-            if count == 1:
-                prompt_seconds, started = now - started, now
-            piece, over = text.add(step.token), text.stopped or count == max_tokens
-            if over:
-                piece += text.end()
-            yield GenerationResponse(
-                text=piece,
-                token=step.token,
-                logprobs=step.logprobs,
-                from_draft=step.from_draft,
-                prompt_tokens=prompt_tokens,
-                prompt_tps=prompt_tokens / prompt_seconds,
-                generation_tokens=count,
-                generation_tps=count / max(time.perf_counter() - started, 1e-9),
-                peak_memory=mx.get_peak_memory() / 1e9,
-                finish_reason=(STOP if text.stopped else LENGTH) if over else None,
-            )
-            if over:
-                return
+        try:
+            for event in _events(engine):
+                now = time.perf_counter()
+                count += 1
+                if count == 1:
+                    prompt_seconds, started = now - started, now
+                piece = text.add(event.token).text
+                over = text.stopped or event.finish_reason is not None
+                if over:
+                    piece += text.finish().text
+                yield GenerationResponse(
+                    text=piece,
+                    token=event.token.token,
+                    logprobs=event.logprobs_V,
+                    from_draft=event.from_draft,
+                    prompt_tokens=prompt_tokens,
+                    prompt_tps=prompt_tokens / prompt_seconds,
+                    generation_tokens=count,
+                    generation_tps=count / max(time.perf_counter() - started, 1e-9),
+                    peak_memory=mx.get_peak_memory() / 1e9,
+                    finish_reason=(STOP if text.stopped else LENGTH) if over else None,
+                )
+                if over or should_stop():
+                    return
+        finally:
+            engine.remove_all()
+
+
+def _events(engine: Engine) -> Iterator[TokenEvent]:
+    while engine.busy:
+        for event in engine.step():
+            if event.error is not None:
+                raise event.error
+            yield event
 
 
 def generate(

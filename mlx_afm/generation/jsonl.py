@@ -25,9 +25,9 @@ from mlx_afm.data.sources import file_faults, iter_rows
 from mlx_afm.errors import ConfigError, DataError, FormatError
 from mlx_afm.files import atomic_file, to_json
 from mlx_afm.generation.answers import Answer, seeded
-from mlx_afm.generation.batch import Request
 from mlx_afm.generation.config import GenerateConfig
 from mlx_afm.generation.prompts import to_prompt_ids
+from mlx_afm.generation.rows import Request
 from mlx_afm.generation.sampling import LogitsProcessor
 from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.tree import shorten

@@ -1,4 +1,4 @@
-"""Keys and values of prompts, kept for prompts that begin alike, in memory and in a file.
+"""Keys and values of a prompt in a file.
 
 A `.safetensors` file of ours holds
 
@@ -10,9 +10,8 @@ A `.safetensors` file of ours holds
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -26,89 +25,12 @@ from mlx_afm.errors import ConfigError, FormatError, SettingError
 from mlx_afm.files import to_path
 from mlx_afm.formats.safetensors_file import read_metadata, read_safetensors, write_safetensors
 from mlx_afm.formats.tensors import LazyTensor
-from mlx_afm.model import KVCache, Model
+from mlx_afm.generation.prefix_cache import PrefixCache, PromptCache, prefix_owner
+from mlx_afm.model import Model
 from mlx_afm.text.tokenizer import require_token_ids
 
 FORMAT = "mlx-afm prompt cache 1"
 SAMPLED_VALUES = 1024  # of each tensor, for the fingerprint
-
-
-@dataclass
-class PromptCache:
-    """A prompt's ids and, for each ordinary layer, their keys and values."""
-
-    ids: list[int]
-    layers: list[KVCache]
-
-    def shared(self, ids: Sequence[int]) -> int:
-        """How many ids a prompt begins with that can be taken from here: one at least is left to compute."""
-        limit = min(len(self.ids), len(ids) - 1)
-        if self.ids[:limit] == list(ids[:limit]):
-            return max(limit, 0)
-        return next(place for place in range(limit) if self.ids[place] != ids[place])
-
-    def take(self, tokens: int) -> list[KVCache]:
-        """Caches of the first tokens, to go on with; they stay as they are here."""
-        return [layer.copy(tokens) for layer in self.layers]
-
-
-@dataclass
-class PrefixCache:
-    """Keys and values of recent prompts, for others that begin with the same ids; exact.
-
-    Attributes:
-        max_tokens: held together, 36 KB each of the real model in 16 bits; the prompts that were of use longest
-            ago go first.
-
-    Example: after `store(ids, cache)`, `fetch(other_ids)` gives caches with all ids that both begin with, and how
-    many these are; compute the rest (`other_ids[tokens:]`) with these caches. Prompts under different `owner`s,
-    such as adapters, know nothing of each other. One is of no use once the model's weights change: `clear` it.
-    """
-
-    max_tokens: int = 8192
-    _entries: dict[Hashable, list[PromptCache]] = field(default_factory=dict)
-
-    def fetch(self, ids: Sequence[int], owner: Hashable = None) -> tuple[list[KVCache], int] | None:
-        """Caches with the longest beginning of a prompt that is known, and its length; None if there is none."""
-        entries = self._entries.get(owner, [])
-        best = max(entries, key=lambda entry: entry.shared(ids), default=None)
-        if best is None or not (tokens := best.shared(ids)):
-            return None
-        entries.remove(best)
-        entries.append(best)
-        self._entries[owner] = self._entries.pop(owner)
-        return best.take(tokens), tokens
-
-    def store(self, ids: Sequence[int], cache: Sequence[KVCache], owner: Hashable = None) -> None:
-        """Keeps the keys and values of a prompt, with which a cache begins; prompts that it begins with are let go."""
-        entries = self._entries.pop(owner, [])
-        if any(entry.ids[: len(ids)] == list(ids) for entry in entries) or len(ids) > self.max_tokens:
-            self._entries[owner] = entries
-            return
-        kept = [entry for entry in entries if list(ids[: len(entry.ids)]) != entry.ids]
-        self._entries[owner] = [*kept, PromptCache(list(ids), [layer.copy(len(ids)) for layer in cache])]
-        while self.tokens > self.max_tokens:
-            oldest = next(name for name, held in self._entries.items() if held)
-            self._entries[oldest].pop(0)
-
-    def clear(self, owner: Hashable = None) -> None:
-        """Forgets an owner's prompts."""
-        self._entries.pop(owner, None)
-
-    def newest(self, owner: Hashable = None) -> PromptCache | None:
-        """The prompt of an owner that was of use last."""
-        entries = self._entries.get(owner)
-        return entries[-1] if entries else None
-
-    @property
-    def tokens(self) -> int:
-        """Tokens held."""
-        return sum(len(entry.ids) for held in self._entries.values() for entry in held)
-
-
-def kind_of(owner: Hashable, kv_bits: int | None) -> Hashable:
-    """Whose prompts go together: an owner's, in one kind of cache."""
-    return owner, kv_bits
 
 
 def fingerprint(model: Model) -> str:
@@ -188,7 +110,7 @@ def prompt_cache_file(path: str | Path, model: Model, *, kv_bits: int | None = N
     """
     path = to_path(path)
     _require_name(path)
-    kind, known, prefixes = kind_of(None, kv_bits), path.exists(), PrefixCache()
+    kind, known, prefixes = prefix_owner(kv_bits=kv_bits), path.exists(), PrefixCache()
     if known:
         held = load_prompt_cache(path, model, quantized=kv_bits is not None)
         prefixes.store(held.ids, held.layers, kind)

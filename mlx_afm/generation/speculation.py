@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_afm.errors import ConfigError, SettingError
+from mlx_afm.generation.decode import Decoder
+from mlx_afm.generation.draft_length import LENGTHS, DraftLength
+from mlx_afm.generation.forms import ModelDecoder, decoder_of
+from mlx_afm.generation.prefix_cache import PrefixCache
 from mlx_afm.model import Model
 from mlx_afm.text.tokenizer import AFMTokenizer
-
-MOST_DRAFT_TOKENS = 16  # of a number that adapts
-DECAY = 0.9  # what earlier rounds count for in the share that decides, per round
 
 
 @dataclass(kw_only=True)
@@ -19,13 +22,17 @@ class Speculation:
 
     Attributes:
         draft: the draft model; its vocabulary is the target's.
-        num_draft_tokens: proposed in each round; None adapts it to what is accepted.
+        num_draft_tokens: proposed in each round; None adapts it to what is accepted and to measured times, down to
+            none.
         rounds: passes of the target over proposals.
-        drafted: tokens proposed.
+        row_rounds: the rows of all of them together.
+        drafted: tokens proposed, over all rows; none counts that would stand behind the last of an answer.
         accepted: of these, how many the target took.
         seconds: that rounds took, but for the first, which compiles kernels.
-        compares: whether `stream_generate` times plain steps too, behind an answer, to tell the speed-up.
+        compares: whether the engine times plain steps too, behind an answer, to tell the speed-up.
         plain_step_seconds: what such a step takes, once it was timed.
+        prefixes: the draft's keys and values of earlier prompts.
+        clock: gives the seconds by which the number adapts.
 
     Raises:
         ConfigError: fewer than one token.
@@ -34,14 +41,18 @@ class Speculation:
     draft: Model
     num_draft_tokens: int | None = 5
     rounds: int = 0
+    row_rounds: int = 0
     drafted: int = 0
     accepted: int = 0
     seconds: float = 0.0
     compares: bool = False
     plain_step_seconds: float | None = None
-    _timed_tokens: int = field(default=0, repr=False)
-    _hits: float = field(default=2.0, repr=False)
-    _tries: float = field(default=3.0, repr=False)
+    prefixes: PrefixCache = field(default_factory=PrefixCache, repr=False)
+    clock: Callable[[], float] = field(default=time.perf_counter, repr=False)
+    _timed_tokens: float = field(default=0.0, repr=False)
+    _lengths: DraftLength | None = field(default=None, repr=False)
+    _held: ModelDecoder | None = field(default=None, repr=False)
+    _decoder: Decoder | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.num_draft_tokens is not None and self.num_draft_tokens < 1:
@@ -54,8 +65,8 @@ class Speculation:
 
     @property
     def tokens_per_round(self) -> float | None:
-        """Tokens that one pass of the target gave: those taken and one of its own. 1 is what it gives alone."""
-        return 1 + self.accepted / self.rounds if self.rounds else None
+        """Tokens that one pass of the target gave a row: those taken and one of its own. 1 is what it gives alone."""
+        return 1 + self.accepted / self.row_rounds if self.row_rounds else None
 
     @property
     def speed_up(self) -> float | None:
@@ -64,29 +75,41 @@ class Speculation:
             return None
         return self.plain_step_seconds * self._timed_tokens / self.seconds
 
-    def add_round(self, drafted: int, accepted: int, seconds: float = 0.0) -> None:
-        """Counts a round."""
+    @property
+    def wants_plain_time(self) -> bool:
+        """Whether there is something to compare with plain steps that were not timed yet."""
+        return self.compares and self.plain_step_seconds is None and self.rounds > 1
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Numbers of proposals that rounds have: few, because a compiled step is traced for each."""
+        fixed = self.num_draft_tokens
+        return LENGTHS if fixed is None else (*(length for length in LENGTHS if length < fixed), fixed)
+
+    def adaptive_length(self, target: Model) -> DraftLength | None:
+        """What chooses the number of proposals for a target; None if the number is fixed."""
+        if self.num_draft_tokens is None and self._lengths is None:
+            self._lengths = DraftLength(len(self.draft.layers) / len(target.layers), self.clock)
+        return self._lengths
+
+    def draft_decoder(self, target: Decoder) -> ModelDecoder:
+        """The draft's decoder and the route of its own adapter; compiled as the target's is."""
+        held = decoder_of(self.draft)
+        if self._held is None or self._held.decoder.form is not held.decoder.form:
+            self._held, self._decoder = held, None
+            self.prefixes.clear()
+        decoder = self._decoder or held.decoder
+        if (decoder.compiled, decoder.plain_steps) != (target.compiled, target.plain_steps):
+            decoder = Decoder(held.decoder.form, compiled=target.compiled, plain_steps=target.plain_steps)
+        self._decoder = decoder
+        return ModelDecoder(decoder, held.route, held.arrays)
+
+    def add_round(self, drafted: int, accepted: int, seconds: float = 0.0, *, rows: int = 1) -> None:
+        """Counts a round: the proposals and the accepted ones of all its rows."""
         if self.rounds:
-            self.seconds, self._timed_tokens = self.seconds + seconds, self._timed_tokens + accepted + 1
-        self.rounds, self.drafted, self.accepted = self.rounds + 1, self.drafted + drafted, self.accepted + accepted
-        self._hits = DECAY * self._hits + accepted
-        self._tries = DECAY * self._tries + min(accepted + 1, drafted)  # what follows a refused token was not judged
-
-    def next_length(self, target: Model) -> int:
-        """How many tokens to propose now.
-
-        Adapting, it is the number with the most tokens per time if each is taken with the share that recent ones
-        were, and a step of the draft takes as much of the target's as it has of its layers: so where starting
-        kernels takes the time. Where reading weights does, a draft is cheaper, and somewhat more would do.
-        """
-        if self.num_draft_tokens is not None:
-            return self.num_draft_tokens
-        cost, share = len(self.draft.layers) / len(target.layers), self._hits / self._tries
-
-        def gain(length: int) -> float:
-            return sum(share**count for count in range(length + 1)) / (1 + cost * length)
-
-        return max(range(1, MOST_DRAFT_TOKENS + 1), key=gain)
+            self.seconds, self._timed_tokens = self.seconds + seconds, self._timed_tokens + accepted / rows + 1
+        self.rounds, self.row_rounds = self.rounds + 1, self.row_rounds + rows
+        self.drafted, self.accepted = self.drafted + drafted, self.accepted + accepted
 
     def summary(self) -> dict[str, Any]:
         """The counts and rates, for reports."""

@@ -1,181 +1,182 @@
-"""Speculative decoding: a small model proposes tokens, and one pass of the large one judges them all.
+"""Speculative decoding of a batch: a draft model proposes tokens, and one pass of the target judges those of all rows.
 
-Greedy, the answer is the large model's own. Sampled, it is distributed as the large model's is, whatever the small
-one proposes. mlx-lm samples from both and keeps what happens to be equal: right too, but with sum(p q) of the
-proposals kept instead of sum(min(p, q)); and it cuts a combined cache at the wrong place for this architecture.
+Each row accepts its own number of tokens; what it refuses lowers its own length and moves nobody else. Greedy answers
+are those of plain decoding. Sampled ones are distributed as the target's, by one of two rules:
 
-Shape suffixes: N proposed tokens, M one more, V vocabulary.
-Source: Leviathan, Kalman and Matias, "Fast inference from transformers via speculative decoding", 2023, algorithm 1.
+- A fixed number of proposals: they are accepted with probability min(1, p / q), and the token behind them is drawn from
+  what p has more than q. Of all rules this accepts the most.
+- A number that adapts to measured times, and rows whose logits depend on their tokens (penalties, constraints): a
+proposal
+  is accepted if it is the token that plain decoding samples. Draft and target draw with the same noise at each place,
+  so that they mostly agree, and the answer is that of plain decoding whatever the number of proposals is.
+
+Shape suffixes: B rows, N proposed tokens, M one more, V vocabulary.
+Source: Leviathan, Kalman and Matias, "Fast inference from transformers via speculative decoding", 2023, algorithm 1;
+Daliri, Musco and Suresh, "Coupling without communication and drafter-invariant speculative decoding", 2024, Gumbel
+sampling.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import mlx.core as mx
 
 from mlx_afm.generation.config import GenerateConfig
-from mlx_afm.generation.sampling import LogitsProcessor, choose, log_probabilities, narrowed
-from mlx_afm.generation.speculation import Speculation
-from mlx_afm.generation.steps import TOKENS_TO_TIDY, Progress, Step, prefill
-from mlx_afm.model import Model
+from mlx_afm.generation.rows import Row
+from mlx_afm.generation.sampling import (
+    Sampled,
+    Sampler,
+    TokenLogprob,
+    choose_tokens,
+    filter_logits,
+    log_probabilities,
+    sampled_tokens,
+)
 
 _STRIDE = 0xD1342543DE82EF95  # odd, and another than of plain sampling
-PLAIN_STEPS = 4  # timed for a comparison, after one that is not
+_ROLLS = 128  # drawn at once, so that a row's rolls do not depend on how many others need
 
 
-def iter_speculative_steps(
-    model: Model,
-    ids: Sequence[int],
-    config: GenerateConfig,
-    speculation: Speculation,
-    *,
-    cache: Sequence[Any],
-    cached_tokens: int = 0,
-    draft_cache: Sequence[Any] | None = None,
-    max_tokens: int,
-    logits_processors: Sequence[LogitsProcessor] = (),
-    on_progress: Progress | None = None,
-) -> Iterator[Step]:
-    """The tokens that follow a prompt; like `iter_steps`, but several for one pass of the model.
+@dataclass(frozen=True)
+class Proposals:
+    """What the draft model proposed.
+
+    Attributes:
+        tokens_BN: int32.
+        logits_BNV: that they were drawn from.
+    """
+
+    tokens_BN: mx.array
+    logits_BNV: mx.array
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the target made of some proposals.
+
+    Attributes:
+        accepted: of each row, how many.
+        own: each row's token behind these, the target's own.
+    """
+
+    accepted: list[int]
+    own: Sampled
+    _tokens: list[list[int]]
+    _rows: Sequence[Row]
+    _logits_BMV: mx.array
+    _processed: Mapping[int, Sequence[mx.array]]
+
+    def tokens(self, index: int) -> list[tuple[TokenLogprob, mx.array]]:
+        """A row's accepted tokens, each with the log probabilities (V,) of all tokens, computed when they are read."""
+        found = []
+        count, sampler = self.accepted[index], self._rows[index].sampler
+        for place in range(count):
+            logits_1V = self._logits_BMV[index, place : place + 1]
+            processed_1V = self._processed[index][place] if index in self._processed else logits_1V
+            token = mx.array(self._tokens[index][place : place + 1], mx.int32)
+            if sampler.top_logprobs is None:
+                told = TokenLogprob(self._tokens[index][place])
+            else:
+                (told,) = sampled_tokens([sampler], token, logits_1V, processed_1V).read()
+            found.append((told, log_probabilities(processed_1V)[0]))
+        return found
+
+
+def length_needed(row: Row, *, fixed: bool) -> int:
+    """Proposals that can be of use to a row which has one token to come besides.
+
+    A row that is sampled by the rule of a fixed number takes all its tokens from rounds, also the last: what it draws
+    must not depend on how many proposals its neighbours need.
+    """
+    left = row.max_tokens - len(row.tokens)
+    return left if _is_drawn(row, fixed=fixed) else left - 1
+
+
+def propose_tokens(rows: Sequence[Row], logits_BV: mx.array, proposed: Sequence[mx.array]) -> mx.array:
+    """The next token that the draft model says for each row, int32 (B,), behind some that it proposed, each (B,)."""
+    samplers = [row.sampler for row in rows]
+    configs, places = [sampler.config for sampler in samplers], [len(row.tokens) + len(proposed) for row in rows]
+    dependent = [index for index, sampler in enumerate(samplers) if sampler.changes_logits]
+    if dependent:
+        known: list[list[int]] = [[]] * len(rows)
+        if proposed:
+            known = mx.stack(list(proposed), axis=1).tolist()  # type: ignore[assignment]
+        changed = [logits_BV[index : index + 1] for index in range(len(rows))]
+        for index in dependent:
+            with _behind(samplers[index], known[index]):
+                changed[index] = samplers[index].processed(changed[index])
+            samplers[index].error = None  # what fails for a proposal may never be said
+        logits_BV = mx.concatenate(changed)
+    return choose_tokens(logits_BV, configs, places)
+
+
+def judge(rows: Sequence[Row], judged_BMV: mx.array, proposals: Proposals, *, fixed: bool) -> Verdict:
+    """How many proposals each row accepts, and its own token behind these.
 
     Args:
-        model: the target.
-        ids: all of the prompt.
-        config: how to choose.
-        speculation: the draft model; counts rounds and tokens.
-        cache: the target's, holds the first `cached_tokens` ids, fewer than there are. Afterwards, also when the
-            caller stops early, it holds the prompt and all tokens given out but the last.
-        draft_cache: the draft model's, holds a beginning of the ids; afterwards no more than the target's does.
-        max_tokens: how many to give.
-        logits_processors: change the logits of both models before the choice. They are called with fewer tokens
-            again after proposals were refused.
-        on_progress: told of the target's prompt.
+        rows: each with the token before the proposals as its last one.
+        judged_BMV: the target's logits after that token and after each proposed one.
+        proposals: one less a row.
+        fixed: the number of proposals does not adapt, see the module.
 
-    Cost: one wait for the device in each round, and one for each token with processors that look at tokens. The
-        draft's prompt is computed besides the target's.
+    Cost: one wait for the device, and one for each token of a row whose logits depend on its tokens.
     """
-    draft_cache = speculation.draft.make_cache() if draft_cache is None else draft_cache
-    logits = prefill(model, ids[cached_tokens:], cache, step_tokens=config.prefill_step_size, on_progress=on_progress)
-    known = draft_cache[0].size()
-    prefill(speculation.draft, ids[known:], draft_cache, step_tokens=config.prefill_step_size)
-    loop = _Loop(model, config, speculation, cache, draft_cache, logits_processors, list(ids))
-    given = 0
-    try:
-        steps = loop.first(logits)
-        while True:
-            for step in steps:
-                given += 1
-                yield step
-            if given == max_tokens:
-                return
-            if given // TOKENS_TO_TIDY > (given - len(steps)) // TOKENS_TO_TIDY:
-                mx.clear_cache()
-            length = min(speculation.next_length(model), max_tokens - given - 1)
-            steps = loop.round(length) if length else loop.alone()
-    finally:
-        held = len(ids) + max(given - 1, 0)
-        rewind(cache, held)
-        rewind(draft_cache, held)
+    dependent = [index for index, row in enumerate(rows) if row.sampler.changes_logits]
+    drawn = [index for index, row in enumerate(rows) if _is_drawn(row, fixed=fixed)]
+    equal = [index for index in range(len(rows)) if index not in dependent and index not in drawn]
+    pairs = [_accept_drawn(rows[index], judged_BMV[index], proposals, index) for index in drawn]
+    if equal:
+        chosen = slice(None) if len(equal) == len(rows) else mx.array(equal)
+        pairs.append(_accept_equal([rows[i] for i in equal], judged_BMV[chosen], proposals.tokens_BN[chosen]))
+    mx.eval(proposals.tokens_BN, pairs)  # the one wait
+    tokens: list[list[int]] = proposals.tokens_BN.tolist()  # type: ignore[assignment]
+    found = dict(zip([*drawn, *equal], (both for pair in pairs for both in _columns(pair))))
+    processed: dict[int, list[mx.array]] = {}
+    for index in dependent:
+        count, own_token, processed[index] = _accept_sampled(rows[index], judged_BMV[index], tokens[index])
+        found[index] = count, own_token
+    accepted, own = (list(column) for column in zip(*(found[index] for index in range(len(rows)))))
+    logits_BV = judged_BMV[mx.arange(len(rows)), mx.array(accepted)]
+    last = [processed[row][-1] if row in processed else logits_BV[row : row + 1] for row in range(len(rows))]
+    processed_BV = mx.concatenate(last) if processed else logits_BV
+    samplers = [row.sampler for row in rows]
+    own_tokens = sampled_tokens(samplers, mx.array(own, mx.int32), logits_BV, processed_BV)
+    return Verdict(accepted, own_tokens, tokens, rows, judged_BMV, processed)
 
 
-@dataclass
-class _Loop:
-    """What is known between rounds: all tokens so far, of which the caches hold all but the last few."""
-
-    model: Model
-    config: GenerateConfig
-    speculation: Speculation
-    cache: Sequence[Any]
-    draft_cache: Sequence[Any]
-    processors: Sequence[LogitsProcessor]
-    tokens: list[int]
-    prompt_tokens: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.prompt_tokens = len(self.tokens)
-
-    def first(self, logits_1V: mx.array) -> list[Step]:
-        """The token after the prompt."""
-        logits = self._processed(logits_1V, [])
-        token = choose(logits, [self.config], [len(self.tokens) - self.prompt_tokens])
-        self.tokens.append(int(token.item()))  # type: ignore[arg-type]
-        return [Step(self.tokens[-1], log_probabilities(logits)[0])]
-
-    def alone(self) -> list[Step]:
-        """One token of the target's own."""
-        return self.first(self.model.next_logits(mx.array([self.tokens[-1:]]), self.cache))
-
-    def round(self, length: int) -> list[Step]:
-        """The tokens that one pass of the target gives: those it accepts of some proposed ones, and one of its own."""
-        started, number = time.perf_counter(), len(self.tokens) - self.prompt_tokens
-        keys = mx.random.split(mx.random.key((self.config.seed + number * _STRIDE) % 2**64), length + 1)
-        proposed, drafted = self._propose(length, keys)
-        inputs = mx.concatenate([mx.array(self.tokens[-1:], mx.int32), *proposed])
-        judged = self.model(inputs[None], self.cache)[0]
-        if self.processors:
-            rows = [self._processed(judged[row : row + 1], proposed[:row]) for row in range(length + 1)]
-            judged = mx.concatenate(rows)
-        if self.config.temp == 0:
-            accepted, own = verify_greedy(judged, inputs[1:])
-        else:
-            draft_NV = mx.stack([self._probabilities(logits)[0] for logits in drafted])
-            accepted, own = verify_sampled(self._probabilities(judged), draft_NV, inputs[1:], keys[-1])
-        mx.eval(inputs, accepted, own)  # the one wait
-        count = int(accepted.item())  # type: ignore[arg-type]
-        logprobs = log_probabilities(judged)
-        new = [*inputs[1 : count + 1].tolist(), int(own.item())]  # type: ignore[misc, arg-type]
-        self.tokens += new
-        rewind(self.cache, len(self.tokens) - 1)
-        rewind(self.draft_cache, len(self.tokens) - 1)
-        self.speculation.add_round(length, count, time.perf_counter() - started)
-        return [Step(token, logprobs[row], row < count) for row, token in enumerate(new)]
-
-    def _propose(self, length: int, keys: mx.array) -> tuple[list[mx.array], list[mx.array]]:
-        """Tokens (1,) that the draft model would say, and the logits (1, V) it chose them by; nothing is waited for."""
-        proposed: list[mx.array] = []
-        drafted: list[mx.array] = []
-        inputs = mx.array(self.tokens[self.draft_cache[0].size() :], mx.int32)  # one, or what it did not see accepted
-        for place in range(length):
-            logits = self._processed(self.speculation.draft.next_logits(inputs[None], self.draft_cache), proposed)
-            scores = logits
-            if self.config.temp > 0:
-                scores = mx.log(self._probabilities(logits)) + mx.random.gumbel(logits.shape, key=keys[place])
-            inputs = mx.argmax(scores, axis=-1).astype(mx.int32)
-            mx.async_eval(inputs)  # type: ignore[no-untyped-call]
-            proposed.append(inputs)
-            drafted.append(logits)
-        return proposed, drafted
-
-    def _processed(self, logits_1V: mx.array, proposed: Sequence[mx.array]) -> mx.array:
-        """Logits as the processors make them after all tokens and these."""
-        if not self.processors:
-            return logits_1V
-        history = mx.concatenate([mx.array(self.tokens), *proposed])
-        for process in self.processors:
-            logits_1V = process(history, logits_1V)
-        return logits_1V
-
-    def _probabilities(self, logits: mx.array) -> mx.array:
-        """Of every token to be sampled, (..., V) float32: what plain sampling with these settings draws from."""
-        return mx.softmax(narrowed(log_probabilities(logits), self.config) / self.config.temp, axis=-1)
+def _is_drawn(row: Row, *, fixed: bool) -> bool:
+    """Whether the rule of a fixed number of proposals decides about a row's, see the module."""
+    return fixed and row.sampler.config.temp > 0 and not row.sampler.changes_logits
 
 
-def verify_greedy(judged_MV: mx.array, proposed_N: mx.array) -> tuple[mx.array, mx.array]:
-    """How many proposed tokens the target would have chosen itself, and its choice after these.
+def _columns(pair: tuple[mx.array, mx.array]) -> list[tuple[int, int]]:
+    """Pairs of numbers from a pair of arrays (B,) or scalars."""
+    return list(zip(*(array.reshape(-1).tolist() for array in pair)))  # type: ignore[arg-type]
 
-    Args:
-        judged_MV: the target's logits after the last token and after each proposed one.
-        proposed_N: one less.
 
-    Returns: two int32 scalars.
-    """
-    best_M = mx.argmax(judged_MV, axis=-1).astype(mx.int32)
-    accepted = mx.cumprod((best_M[:-1] == proposed_N).astype(mx.int32)).sum()
-    return accepted, best_M[accepted]
+def _accept_equal(rows: Sequence[Row], judged_BMV: mx.array, proposed_BN: mx.array) -> tuple[mx.array, mx.array]:
+    """How many proposals are what plain decoding samples, and what it samples behind these; int32 (B,) each."""
+    batch, count, vocabulary = judged_BMV.shape
+    configs = [row.sampler.config for row in rows for _ in range(count)]
+    places = [len(row.tokens) + step for row in rows for step in range(count)]
+    sampled_BM = choose_tokens(judged_BMV.reshape(-1, vocabulary), configs, places).reshape(batch, count)
+    accepted_B = mx.cumprod((sampled_BM[:, :-1] == proposed_BN).astype(mx.int32), axis=1).sum(axis=1)
+    return accepted_B, mx.take_along_axis(sampled_BM, accepted_B[:, None], axis=1)[:, 0]
+
+
+def _accept_drawn(row: Row, judged_MV: mx.array, proposals: Proposals, index: int) -> tuple[mx.array, mx.array]:
+    config = row.sampler.config
+    key = mx.random.key((config.seed + len(row.tokens) * _STRIDE) % 2**64)
+    target_MV, draft_NV = (_probabilities(logits, config) for logits in (judged_MV, proposals.logits_BNV[index]))
+    return verify_sampled(target_MV, draft_NV, proposals.tokens_BN[index], key)
+
+
+def _probabilities(logits: mx.array, config: GenerateConfig) -> mx.array:
+    """Of every token to be sampled, (..., V) float32: what plain sampling with these settings draws from."""
+    return mx.softmax(filter_logits(log_probabilities(logits), config) / config.temp, axis=-1)
 
 
 def verify_sampled(
@@ -197,7 +198,7 @@ def verify_sampled(
     """
     count = proposed_N.shape[0]
     roll_key, own_key = mx.random.split(key)
-    rolls_N = mx.random.uniform(shape=(count,), key=roll_key)
+    rolls_N = mx.random.uniform(shape=(_ROLLS,), key=roll_key)[:count]
     target_N = mx.take_along_axis(target_MV[:count], proposed_N[:, None], axis=-1)[:, 0]
     draft_N = mx.take_along_axis(draft_NV, proposed_N[:, None], axis=-1)[:, 0]
     accepted = mx.cumprod((rolls_N * draft_N < target_N).astype(mx.int32)).sum()
@@ -208,22 +209,33 @@ def verify_sampled(
     return accepted, own.astype(mx.int32)
 
 
-def rewind(cache: Sequence[Any], tokens: int) -> None:
-    """Makes every layer's cache forget what comes after these tokens."""
-    for layer in cache:
-        if layer.size() > tokens:
-            layer.trim(layer.size() - tokens)
+def _accept_sampled(row: Row, judged_MV: mx.array, proposed: Sequence[int]) -> tuple[int, int, list[mx.array]]:
+    """The same, one token after the other, for a row whose logits depend on its tokens.
 
-
-def plain_step_seconds(model: Model, cache: Sequence[Any], token: int) -> float:
-    """What a token takes without speculation, behind what the cache holds; the cache stays as it is.
-
-    Cost: five such steps.
+    Returns: accepted tokens, the own one, and the processed logits (1, V) of all of them. After a failure the row's
+        sampler has the error; after a stop token or the last token of the answer the own one has no meaning.
     """
-    held, started = cache[0].size(), 0.0
-    for step in range(PLAIN_STEPS + 1):
-        if step == 1:
-            started = time.perf_counter()
-        mx.eval(mx.argmax(model.next_logits(mx.array([[token]]), cache), axis=-1))
-        rewind(cache, held)
-    return (time.perf_counter() - started) / PLAIN_STEPS
+    sampler, processed = row.sampler, []
+    for count in range(len(proposed) + 1):
+        with _behind(sampler, proposed[:count]):
+            processed.append(sampler.processed(judged_MV[count : count + 1]))
+        if sampler.error is not None:
+            return count, 0, processed
+        place = len(row.tokens) + count
+        token = int(choose_tokens(processed[-1], [sampler.config], [place]).item())  # type: ignore[arg-type]
+        if count == len(proposed) or token != proposed[count]:
+            break
+        if token in row.request.stop_token_ids or place + 1 >= row.max_tokens:
+            return count + 1, 0, [*processed, judged_MV[count + 1 : count + 2]]
+    return count, token, processed
+
+
+@contextmanager
+def _behind(sampler: Sampler, tokens: Sequence[int]) -> Iterator[None]:
+    """The sampler as if these tokens had been given out too."""
+    count = len(sampler.tokens)
+    sampler.tokens.extend(tokens)
+    try:
+        yield
+    finally:
+        del sampler.tokens[count:]

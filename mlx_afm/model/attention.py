@@ -1,7 +1,8 @@
 """Attention of both kinds of layers.
 
 Shape suffixes: B batch, L tokens, N tokens that are read, S keys, D model width, H query heads,
-K key heads, E head width, G groups of queries that share their keys.
+K key heads, E head width, G groups of queries that share their keys. With a cache, one token of each row
+is (B, D) instead of (B, 1, D): a step of an answer then needs neither transposes nor reshapes around its products.
 """
 
 from __future__ import annotations
@@ -11,31 +12,36 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_afm.model.attention_cpu import QUICK_QUERIES, attention_on_cpu
+from mlx_afm.model import backend
 from mlx_afm.model.config import AFMConfig
-from mlx_afm.model.exponential import on_cpu
-from mlx_afm.model.layers import FusedLinear, Linear, RMSNorm, fake_quantize, rotate
+from mlx_afm.model.layers import FusedLinear, Linear, RMSNorm, fake_quantize, rotate, rotate_in_training
 from mlx_afm.model.recompute import recomputed, together
 from mlx_afm.model.views import View, take_rows
 
 
+def _heads(norm: RMSNorm, x_BND: mx.array, view: View, width: int, groups: int) -> mx.array:
+    """Queries or keys rotated and normed per head, (G, H, N, E)."""
+    turn = rotate_in_training if norm.training else rotate
+    batch, pairs = x_BND.shape[0], (width // 2, 2)
+    if x_BND.ndim == 2:  # heads and their only tokens lie in either order
+        return norm(turn(x_BND.reshape(batch, -1, 1, *pairs), view.cos, view.sin).reshape(batch, -1, 1, width))
+    length = x_BND.shape[1]
+    x_BNHE = turn(x_BND.reshape(batch, length, -1, *pairs), view.cos, view.sin)
+    return norm(x_BNHE.reshape(groups, batch * length // groups, -1, width)).transpose(0, 2, 1, 3)
+
+
 def _attend(norm: RMSNorm, q_BND: mx.array, k_BKSE: mx.array, v_BKSE: mx.array, view: View) -> mx.array:
-    """Rotates and norms queries per head, and attends to the keys that the view has: (B, N, D).
+    """Rotates and norms queries per head, and attends to the keys that the view has: (B, N, D), as they came.
 
     Cost: neither the scores nor the keys of each group of queries are kept for the backward pass, but made again.
     """
-    batch, length, dims = q_BND.shape
     width = k_BKSE.shape[-1]
 
     def attend(q_BND: mx.array, k_BKSE: mx.array, v_BKSE: mx.array) -> mx.array:
-        q_BNHE = norm(rotate(q_BND.reshape(batch, length, -1, width), view.cos, view.sin))
         k_GKSE, v_GKSE = view.of(k_BKSE), view.of(v_BKSE)
-        groups = k_GKSE.shape[0]
-        q_GHNE = q_BNHE.reshape(groups, batch * length // groups, -1, width).transpose(0, 2, 1, 3)
-        quicker = on_cpu() and length >= QUICK_QUERIES
-        attention = attention_on_cpu if quicker else mx.fast.scaled_dot_product_attention
-        out = attention(q_GHNE, k_GKSE, v_GKSE, scale=width**-0.5, mask=view.mask)
-        return out.transpose(0, 2, 1, 3).reshape(batch, length, dims)
+        q_GHNE = _heads(norm, q_BND, view, width, k_GKSE.shape[0])
+        out_GHNE = backend.attention(q_GHNE, k_GKSE, v_GKSE, scale=width**-0.5, mask=view.mask)
+        return (out_GHNE if q_BND.ndim == 2 else out_GHNE.transpose(0, 2, 1, 3)).reshape(q_BND.shape)
 
     return recomputed([norm], attend, q_BND, k_BKSE, v_BKSE)
 
@@ -62,12 +68,12 @@ class Attention(nn.Module):
         cache: Any = None,
         needed_BN: mx.array | None = None,
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """Output, and the keys and values it attended to (the cache's older ones included).
+        """x + output, and the keys and values it attended to (the cache's older ones included).
 
         Order: norm, project, rotate q and k, norm q and k per head, fake-quantise k and v, cache, attend.
         With `needed_BN` queries and output are computed at those indices only.
 
-        Shapes: output (B, L or N, D); keys and values (B, K, S, E).
+        Shapes: x and output (B, L or N, D), or (B, D) of one token; keys and values (B, K, S, E).
         """
 
         def project(x_BLD: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -75,18 +81,21 @@ class Attention(nn.Module):
             return self.qkv_proj(normed, None if needed_BN is None else take_rows(normed, needed_BN))
 
         q, k, v = recomputed([norm, self.qkv_proj], project, x_BLD)
-        batch, length, _ = x_BLD.shape
-        heads = self.config.num_kv_heads
-        k = self.k_norm(rotate(k.reshape(batch, length, heads, -1), view.cos, view.sin))
-        k, v = k.transpose(0, 2, 1, 3), v.reshape(batch, length, heads, -1).transpose(0, 2, 1, 3)
+        batch, width = x_BLD.shape[0], self.config.head_dim
+        k = _heads(self.k_norm, k, view, width, batch)
+        if v.ndim == 2:
+            v = v.reshape(batch, -1, 1, width)
+        else:
+            v = v.reshape(batch, v.shape[1], -1, width).transpose(0, 2, 1, 3)
         if self.config.kv_quant:
-            k = fake_quantize(k, self.quant_key_scale)
-            v = fake_quantize(v, self.quant_value_scale)
+            k = fake_quantize(k, self.quant_key_scale, training=self.training)
+            v = fake_quantize(v, self.quant_value_scale, training=self.training)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
         if needed_BN is not None:
-            view = view.at(needed_BN, length, k.shape[2])
-        return self.out_proj(_attend(self.q_norm, q, k, v, view)), k, v
+            view = view.at(needed_BN, x_BLD.shape[1], k.shape[2])
+        residual = x_BLD if needed_BN is None else take_rows(x_BLD, needed_BN)
+        return self.out_proj.plus(_attend(self.q_norm, q, k, v, view), residual), k, v
 
 
 class KVReuseAttention(nn.Module):
@@ -99,7 +108,8 @@ class KVReuseAttention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def __call__(self, x_BLD: mx.array, norm: RMSNorm, view: View, k_BKSE: mx.array, v_BKSE: mx.array) -> mx.array:
-        """Output (B, L, D); `norm` comes before the projection."""
+        """x + output (B, L, D); `norm` comes before the projection."""
         q = recomputed([norm, self.q_proj], lambda x: self.q_proj(norm(x)), x_BLD)
-        held: tuple[mx.array, mx.array, mx.array] = together(q, k_BKSE, v_BKSE)  # type: ignore
-        return self.out_proj(_attend(self.q_norm, *held, view))
+        if self.training:
+            q, k_BKSE, v_BKSE = together(q, k_BKSE, v_BKSE)  # type: ignore
+        return self.out_proj.plus(_attend(self.q_norm, q, k_BKSE, v_BKSE, view), x_BLD)

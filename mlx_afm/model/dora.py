@@ -25,6 +25,7 @@ from mlx_afm.model.lora import (
     low_rank_delta,
     weight_to_merge,
 )
+from mlx_afm.model.recompute import Dropout
 
 SMALLEST = 1e-30  # squared length
 
@@ -73,7 +74,7 @@ class DoRALinear(nn.Module):
         output_dims, input_dims = weight.shape
         self.linear = linear
         self.scale = scale
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.lora_a = initial_lora_a(input_dims, rank, key)
         self.lora_b = mx.zeros((rank, output_dims))
         self._squares = squared_rows(weight)
@@ -84,6 +85,10 @@ class DoRALinear(nn.Module):
         y = add_low_rank(self.linear(x), x, self.lora_a, self.lora_b, self.scale, self.dropout)
         lengths = adapted_lengths(dense_weight(self.linear), self._squares, self.lora_a, self.lora_b, self.scale)
         return (self.m / lengths).astype(x.dtype) * y
+
+    def plus(self, x: mx.array, residual: mx.array) -> mx.array:
+        """residual + the projection of x."""
+        return residual + self(x)
 
     def fuse(self, dequantize: bool = False) -> nn.Module:
         """A plain linear layer of the adapted weight, made in float32 and rounded once."""
@@ -117,7 +122,7 @@ class DoRAFusedLinear(nn.Module):
         super().__init__()
         self.linear = linear
         self.scale = scale
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         keys = [None] * len(PARTS) if key is None else mx.random.split(key, len(PARTS))
         for part, part_key, rows in zip(PARTS, keys, self._rows()):
             if part in parts:

@@ -1,6 +1,6 @@
 """Building blocks that are the same in both kinds of layers.
 
-Shape suffixes: B batch, L tokens, H heads, E head width, D model width.
+Shape suffixes: B batch, L tokens, H heads, E head width, P pairs of it, D model width.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_afm.model import backend
 from mlx_afm.model.config import AFMConfig
-from mlx_afm.model.exponential import on_cpu, sigmoid
 from mlx_afm.model.lora import LoRAFusedLinear, LoRALinear
 from mlx_afm.model.recompute import recomputed
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, in float32 including the weight, rounded once.
+    """x / sqrt(mean(x^2) + eps) * weight, in x's dtype; the mean is taken in float32.
 
-    `mlx.nn.RMSNorm` rounds the normalised value before it multiplies by the weight, which in
-    16 bits is off by up to one unit in the last place, and returns float32 for a float32 weight.
+    One kernel. In 16 bits it rounds the normalized value before it multiplies by the weight, as every MLX model does
+    (docs/decisions/0008).
     """
 
     def __init__(self, dims: int, eps: float) -> None:
@@ -32,11 +32,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def __call__(self, x: mx.array) -> mx.array:
-        """The normalised x, in x's dtype."""
-        if x.dtype == self.weight.dtype == mx.float32:  # nothing to cast, which in decoding is noticed
-            return mx.fast.rms_norm(x, self.weight, self.eps)
-        y = mx.fast.rms_norm(x.astype(mx.float32), self.weight.astype(mx.float32), self.eps)
-        return y.astype(x.dtype)
+        """The normalized x, in x's dtype."""
+        return mx.fast.rms_norm(x, self.weight.astype(x.dtype), self.eps)
 
 
 def _initial_weight(output_dims: int, input_dims: int) -> mx.array:
@@ -55,6 +52,10 @@ class Linear(nn.Linear):
     def __init__(self, input_dims: int, output_dims: int) -> None:
         super().__init__(input_dims, output_dims, bias=False)
         self.weight = _initial_weight(output_dims, input_dims)
+
+    def plus(self, x: mx.array, residual: mx.array) -> mx.array:
+        """residual + the projection of x: one kernel, rounded once."""
+        return mx.addmm(residual, x, self.weight.T)
 
     def to_lora(self, r: int = 32, scale: float = 0.5, dropout: float = 0.0, key: mx.array | None = None) -> LoRALinear:
         """This layer with a low-rank update of rank r (argument names are mlx-lm's)."""
@@ -109,11 +110,16 @@ class FusedLinear(nn.Module):
     def __call__(self, x: mx.array, x_queries: mx.array | None = None) -> tuple[mx.array, mx.array, mx.array]:
         """Queries, keys and values of x; with `x_queries`, queries of that and the rest of x."""
         if x_queries is None:
-            q, k, v = mx.split(x @ self.weight.T, [self.q_dims, self.q_dims + self.kv_dims], axis=-1)
+            q, k, v = mx.split(self.rows(x, slice(None)), [self.q_dims, self.q_dims + self.kv_dims], axis=-1)
         else:
-            q = x_queries @ self.weight[: self.q_dims].T
-            k, v = mx.split(x @ self.weight[self.q_dims :].T, 2, axis=-1)
+            q = self.rows(x_queries, slice(0, self.q_dims))
+            k, v = mx.split(self.rows(x, slice(self.q_dims, None)), 2, axis=-1)
         return q, k, v
+
+    def rows(self, x: mx.array, rows: slice) -> mx.array:
+        """The product of x with some rows of the matrix, not split."""
+        weight = self.weight if rows == slice(None) else self.weight[rows]
+        return x @ weight.T
 
     def to_lora(
         self,
@@ -149,93 +155,124 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(config.feed_forward_dim, config.hidden_dim)
 
     def __call__(self, x: mx.array, norm: RMSNorm) -> mx.array:
-        """The feed-forward of x after `norm`, (..., D) to (..., D).
+        """x + the feed-forward of x after `norm`, (..., D) to (..., D).
 
-        Cost: of the values between, those of the gate and up projections alone are kept for the backward pass, and on
-        the CPU, where sigmoids are slow, the slopes of the activation.
+        Cost: in training, of the values between, those of the gate and up projections alone are kept for the backward
+        pass, and on the CPU, where sigmoids are slow, the derivatives of the activation.
         """
+        if not self.training:
+            return self.down_proj.plus(silu_times(*self.gate_and_up(norm(x))), x)
+        gate, up = recomputed([norm, self.gate_proj, self.up_proj], lambda x: self.gate_and_up(norm(x)), x)
+        if backend.on_cpu():
+            gate = kept_silu(gate)
+        act = _times if backend.on_cpu() else swiglu
+        return recomputed([self.down_proj], lambda gate, up, x: self.down_proj.plus(act(gate, up), x), gate, up, x)
 
-        def widen(x: mx.array) -> tuple[mx.array, mx.array]:
-            normed = norm(x)
-            return self.gate_proj(normed), self.up_proj(normed)
+    def gate_and_up(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Both projections of x, each (..., F); one product where the inference form has joined them."""
+        if "gate_up_proj" in self:
+            return self.gate_up_proj(x)
+        return self.gate_proj(x), self.up_proj(x)
 
-        gate, up = recomputed([norm, self.gate_proj, self.up_proj], widen, x)
-        if self.training and on_cpu():
-            return recomputed([self.down_proj], lambda open, up: self.down_proj(open * up), kept_silu(gate), up)
-        return recomputed([self.down_proj], lambda gate, up: self.down_proj(swiglu(gate, up)), gate, up)
+
+def silu_times(gate: mx.array, up: mx.array) -> mx.array:
+    """silu(gate) * up for inference: one kernel, and no gradient on the CPU."""
+    if not backend.on_cpu():
+        return _silu_times(gate, up)
+    wide = gate.astype(mx.float32)
+    return _gate_times_up(wide, backend.sigmoid(wide), up).astype(up.dtype)
+
+
+@backend.one_kernel
+def _silu_times(gate: mx.array, up: mx.array) -> mx.array:
+    wide = gate.astype(mx.float32)
+    return (wide * mx.sigmoid(wide) * up).astype(up.dtype)
+
+
+def _times(silu: mx.array, up: mx.array) -> mx.array:
+    return silu * up
 
 
 def kept_silu(gate: mx.array) -> mx.array:
-    """silu(gate). Its slopes are computed at once, and kept for the gradient in the place of the gate."""
-    outputs: tuple[mx.array, mx.array] = _silu_and_slope(gate)  # type: ignore
+    """silu(gate). Its derivatives are computed at once, and kept for the gradient in the place of the gate."""
+    outputs: tuple[mx.array, mx.array] = _silu_and_derivative(gate)  # type: ignore
     return outputs[0]
 
 
 @mx.custom_function
-def _silu_and_slope(gate: mx.array) -> tuple[mx.array, mx.array]:
-    return _times_with_slope(gate, sigmoid(gate))
+def _silu_and_derivative(gate: mx.array) -> tuple[mx.array, mx.array]:
+    return _times_with_derivative(gate, backend.sigmoid(gate))
 
 
-@_silu_and_slope.vjp
-def _by_slope(_: mx.array, cotangents: list[mx.array], outputs: list[mx.array]) -> mx.array:
+@_silu_and_derivative.vjp
+def _by_derivative(_: mx.array, cotangents: list[mx.array], outputs: list[mx.array]) -> mx.array:
     return cotangents[0] * outputs[1]
 
 
 @partial(mx.compile, shapeless=True)  # one pass over arrays of the feed-forward's width
-def _times_with_slope(gate: mx.array, opening: mx.array) -> tuple[mx.array, mx.array]:
-    activated = gate * opening
-    return activated, opening + activated * (1 - opening)
+def _times_with_derivative(gate: mx.array, sigmoid: mx.array) -> tuple[mx.array, mx.array]:
+    activated = gate * sigmoid
+    return activated, sigmoid + activated * (1 - sigmoid)
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """silu(gate) * up. The sigmoid is computed once and serves the gradient too."""
-    return _gated(gate, mx.stop_gradient(sigmoid(gate)), up)  # type: ignore[return-value, operator]
+    return _gated(gate, mx.stop_gradient(backend.sigmoid(gate)), up)  # type: ignore[return-value, operator]
 
 
 @mx.custom_function
-def _gated(gate: mx.array, opening: mx.array, up: mx.array) -> mx.array:
-    return _gate_times_up(gate, opening, up)
+def _gated(gate: mx.array, sigmoid: mx.array, up: mx.array) -> mx.array:
+    return _gate_times_up(gate, sigmoid, up)
 
 
 @_gated.vjp
 def _gate_and_up(primals: list[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """The gradient of `gate` goes by the sigmoid as well; the sigmoid as an argument therefore gets none."""
-    gate, opening, up = primals
-    gate_gradient, up_gradient = _gated_gradients(gate, opening, up, cotangent)
-    return gate_gradient, mx.zeros_like(opening), up_gradient
+    gate, sigmoid, up = primals
+    gate_gradient, up_gradient = _gated_gradients(gate, sigmoid, up, cotangent)
+    return gate_gradient, mx.zeros_like(sigmoid), up_gradient
 
 
 @partial(mx.compile, shapeless=True)
-def _gate_times_up(gate: mx.array, opening: mx.array, up: mx.array) -> mx.array:
-    return gate * opening * up
+def _gate_times_up(gate: mx.array, sigmoid: mx.array, up: mx.array) -> mx.array:
+    return gate * sigmoid * up
 
 
 @partial(mx.compile, shapeless=True)
-def _gated_gradients(gate: mx.array, opening: mx.array, up: mx.array, cotangent: mx.array) -> tuple[mx.array, mx.array]:
-    activated = gate * opening
-    return cotangent * up * (opening + activated * (1 - opening)), cotangent * activated
+def _gated_gradients(gate: mx.array, sigmoid: mx.array, up: mx.array, cotangent: mx.array) -> tuple[mx.array, mx.array]:
+    activated = gate * sigmoid
+    return cotangent * up * (sigmoid + activated * (1 - sigmoid)), cotangent * activated
 
 
-def fake_quantize(x: mx.array, scale: mx.array) -> mx.array:
+def fake_quantize(x: mx.array, scale: mx.array, *, training: bool = True) -> mx.array:
     """x on the grid of symmetric int8 with step `scale`: round half to even, clamp, multiply back.
 
-    Computed in float32, returned in x's dtype. The gradient passes straight through, also where
-    values are clamped; `scale` gets none. Without that, `mx.round` has gradient zero, and neither
-    key nor value adapters nor anything below them would train.
+    Computed in float32, returned in x's dtype; one kernel.
+
+    Args:
+        training: pass the gradient straight through, also where values are clamped; `scale` gets none. Without that,
+            `mx.round` has gradient zero, and neither key nor value adapters nor anything below them would train.
 
     Source: architecture notes, checked against the torch oracle.
     """
-    return _on_grid(x, scale)  # type: ignore[return-value, operator]
+    if not training:
+        return _on_grid(x, scale)
+    return _straight_through(x, scale)  # type: ignore[return-value, operator]
 
 
-@mx.custom_function
+@backend.one_kernel
 def _on_grid(x: mx.array, scale: mx.array) -> mx.array:
     steps = mx.clip(mx.round(x.astype(mx.float32) / scale), -128, 127)
     return (steps * scale).astype(x.dtype)
 
 
-@_on_grid.vjp
-def _straight_through(primals: list[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
+@mx.custom_function
+def _straight_through(x: mx.array, scale: mx.array) -> mx.array:
+    return _on_grid(x, scale)
+
+
+@_straight_through.vjp
+def _same_gradient(primals: list[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
     return cotangent, mx.zeros_like(primals[1])
 
 
@@ -252,7 +289,7 @@ def rotary_frequencies(head_dim: int, theta: float) -> tuple[float, ...]:
 
 
 def rotary_tables(positions_BL: mx.array, config: AFMConfig, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-    """Cosines and sines as `rotate` takes them, each (B, L, 1, E): angles in float32, then cast to `dtype`.
+    """Cosines and sines as `rotate` takes them, each (B, L, 1, P, 2): angles in float32, then cast to `dtype`.
 
     Both values of a pair have its cosine; the first has its sine with the sign changed.
 
@@ -262,11 +299,21 @@ def rotary_tables(positions_BL: mx.array, config: AFMConfig, dtype: mx.Dtype) ->
     frequencies = mx.array(rotary_frequencies(config.head_dim, config.rope_theta))
     angles = positions_BL.astype(mx.float32)[..., None, None, None] * frequencies[:, None]
     cos, sin = mx.cos(angles).astype(dtype), mx.sin(angles).astype(dtype)
-    shape = (*positions_BL.shape, 1, config.head_dim)
-    return mx.repeat(cos, 2, axis=-1).reshape(shape), mx.concatenate([-sin, sin], axis=-1).reshape(shape)
+    return mx.repeat(cos, 2, axis=-1), mx.concatenate([-sin, sin], axis=-1)
 
 
-def rotate(x_BLHE: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    """Turns each interleaved pair (x[2i], x[2i + 1]) by its angle; tables from `rotary_tables`."""
-    swapped = x_BLHE.reshape(*x_BLHE.shape[:-1], -1, 2)[..., ::-1].reshape(x_BLHE.shape)
-    return x_BLHE * cos + swapped * sin
+def rotate(x_BLHP2: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    """Turns each interleaved pair of values by its angle; tables from `rotary_tables`."""
+    return _turned(x_BLHP2, x_BLHP2[..., ::-1], cos, sin)  # in this shape the exchanged pairs are a view
+
+
+def rotate_in_training(x_BLHP2: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    """The same; its gradient is turned back in as few operations."""
+    turn = mx.custom_function(lambda x: rotate(x, cos, sin))
+    turn.vjp(lambda _, cotangent, __: cotangent * cos - cotangent[..., ::-1] * sin)
+    return turn(x_BLHP2)  # type: ignore[return-value, operator]
+
+
+@backend.one_kernel
+def _turned(x: mx.array, swapped: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    return (x * cos + swapped * sin).astype(x.dtype)

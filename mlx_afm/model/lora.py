@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_afm.errors import AdapterError
+from mlx_afm.model.recompute import Dropout
 
 PARTS = ("q", "k", "v")  # of the fused projection, in the order of its rows
 
@@ -41,15 +42,30 @@ def initial_lora_a(input_dims: int, rank: int, key: mx.array | None) -> mx.array
 
 
 def add_low_rank(
-    y: mx.array, x: mx.array, lora_a: mx.array, lora_b: mx.array, scale: float, dropout: nn.Dropout
+    y: mx.array, x: mx.array, lora_a: mx.array, lora_b: mx.array, scale: float, dropout: Dropout
 ) -> mx.array:
-    """y + (x A) (scale * B) with one rounding at the end; A and scale * B are used in the dtype of x.
+    """y + scale * (x A) B with one rounding at the end; A and B are used in the dtype of x."""
+    return add_scaled_product(y, dropout(x) @ lora_a.astype(x.dtype), lora_b.astype(x.dtype), scale)
 
-    Cost: the scale is on the small matrix, since the gradient of `alpha` in `mx.addmm` multiplies arrays as large as y,
-    which takes three times as long.
+
+def add_scaled_product(y: mx.array, inner: mx.array, b: mx.array, scale: float) -> mx.array:
+    """y + scale * inner b, (..., O), in one kernel.
+
+    Cost: its gradient scales the small arrays, where that of `alpha` in `mx.addmm` multiplies arrays as large as y,
+        which takes three times as long.
     """
-    inner = dropout(x) @ lora_a.astype(x.dtype)
-    return mx.addmm(y, inner, (scale * lora_b).astype(x.dtype))
+
+    @mx.custom_function
+    def add(y: mx.array, inner: mx.array, b: mx.array) -> mx.array:
+        return mx.addmm(y, inner, b, alpha=scale)
+
+    @add.vjp
+    def _(primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        _, inner, b = primals
+        inner_TR, cotangent_TO = inner.reshape(-1, inner.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
+        return cotangent, scale * (cotangent @ b.T), scale * (inner_TR.T @ cotangent_TO)
+
+    return add(y, inner, b)  # type: ignore[return-value, operator]
 
 
 def low_rank_delta(lora_a: mx.array, lora_b: mx.array, scale: float) -> mx.array:
@@ -75,6 +91,8 @@ def weight_to_merge(linear: Any, dequantize: bool) -> mx.array:
 class LowRank(nn.Module):
     """The pair of matrices of one part of the fused projection."""
 
+    computes_in_input_dtype = True
+
     def __init__(self, input_dims: int, output_dims: int, rank: int, key: mx.array | None = None) -> None:
         super().__init__()
         self.lora_a = initial_lora_a(input_dims, rank, key)
@@ -83,6 +101,8 @@ class LowRank(nn.Module):
 
 class LoRALinear(nn.Module):
     """A linear layer and its low-rank update."""
+
+    computes_in_input_dtype = True  # see `recompute`
 
     def __init__(
         self, linear: nn.Module, rank: int, *, scale: float, dropout: float = 0.0, key: mx.array | None = None
@@ -93,13 +113,18 @@ class LoRALinear(nn.Module):
             input_dims = input_dims * 32 // linear.bits
         self.linear = linear
         self.scale = scale
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.lora_a = initial_lora_a(input_dims, rank, key)
         self.lora_b = mx.zeros((rank, output_dims))
 
     def __call__(self, x: mx.array) -> mx.array:
         """The adapted projection of x (..., in)."""
         return add_low_rank(self.linear(x), x, self.lora_a, self.lora_b, self.scale, self.dropout)
+
+    def plus(self, x: mx.array, residual: mx.array) -> mx.array:
+        """residual + the adapted projection of x."""
+        y = self.linear.plus(x, residual)
+        return add_low_rank(y, x, self.lora_a, self.lora_b, self.scale, self.dropout)
 
     def fuse(self, dequantize: bool = False) -> nn.Module:
         """A plain linear layer with the update added to its weight in float32, rounded once."""
@@ -124,7 +149,7 @@ class LoRAFusedLinear(nn.Module):
         super().__init__()
         self.linear = linear
         self.scale = scale
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         keys = [None] * len(PARTS) if key is None else mx.random.split(key, len(PARTS))
         for part, part_key in zip(PARTS, keys):
             if part in parts:

@@ -22,7 +22,7 @@ from mlx_afm.model.cache_int8 import Int8KVCache
 from mlx_afm.model.config import AFMConfig
 from mlx_afm.model.layers import Embedding, FeedForward, RMSNorm
 from mlx_afm.model.recompute import recomputed
-from mlx_afm.model.views import Packing, View, full_view, packed_view, take_rows
+from mlx_afm.model.views import Packing, View, full_view, packed_view
 
 
 class OrdinaryLayer(nn.Module):
@@ -39,9 +39,8 @@ class OrdinaryLayer(nn.Module):
         self, x_BLD: mx.array, view: View, cache: Any = None, needed_BN: mx.array | None = None
     ) -> tuple[mx.array, mx.array, mx.array]:
         """Output at all tokens, or at the needed ones only; and the keys and values."""
-        y, k, v = self.self_attn(x_BLD, self.input_layernorm, view, cache, needed_BN)
-        x = (x_BLD if needed_BN is None else take_rows(x_BLD, needed_BN)) + y
-        return x + self.mlp(x, self.post_attention_layernorm), k, v
+        x, k, v = self.self_attn(x_BLD, self.input_layernorm, view, cache, needed_BN)
+        return self.mlp(x, self.post_attention_layernorm), k, v
 
 
 class KVReuseLayer(nn.Module):
@@ -56,8 +55,8 @@ class KVReuseLayer(nn.Module):
 
     def __call__(self, x_BLD: mx.array, view: View, k_BKSE: mx.array, v_BKSE: mx.array) -> mx.array:
         """Output at every token of x."""
-        x = x_BLD + self.self_attn(x_BLD, self.input_layernorm, view, k_BKSE, v_BKSE)
-        return x + self.mlp(x, self.post_attention_layernorm)
+        x = self.self_attn(x_BLD, self.input_layernorm, view, k_BKSE, v_BKSE)
+        return self.mlp(x, self.post_attention_layernorm)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +85,14 @@ class AFMModel(nn.Module):
 
     def __call__(self, tokens_BL: mx.array, call: Call) -> mx.array:
         """Final hidden states; see `Model.hidden`."""
-        x = self.embedding(tokens_BL)
+        one_token = call.cache is not None and call.needed_BN is None and tokens_BL.shape[1] == 1
+        x = self.embedding(tokens_BL[:, 0] if one_token else tokens_BL)
         length, needed_BN = tokens_BL.shape[1], call.needed_BN
         caches = [None] * len(self.layers) if call.cache is None else list(call.cache)
         if len(caches) != len(self.layers):
             raise ConfigError("wrong number of caches", expected=len(self.layers), found=len(caches))
-        view = self._view(x.dtype, length, call, caches[0])
+        tables = x.dtype if self.training else mx.float32  # one kernel rotates in inference, and rounds once
+        view = self._view(tables, length, call, caches[0])
 
         def run(layer: nn.Module, function: Callable[..., Any], *arrays: mx.array) -> Any:
             return recomputed([layer], function, *arrays) if call.grad_checkpoint else function(*arrays)
@@ -102,7 +103,8 @@ class AFMModel(nn.Module):
         read = view if needed_BN is None else view.at(needed_BN, length, k.shape[2])
         for layer in self.kv_reuse_layers:
             x = run(layer, lambda x, k, v, layer=layer: layer(x, read, k, v), x, k, v)
-        return self.output_norm(x)
+        x = self.output_norm(x)
+        return x[:, None] if one_token else x
 
     def _view(self, dtype: mx.Dtype, length: int, call: Call, cache: Any) -> View:
         if call.packing is not None:

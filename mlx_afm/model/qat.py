@@ -76,6 +76,10 @@ class QATLinear(nn.Module):
         weight: mx.array = on_grid(self.weight, self.scales)  # type: ignore
         return x @ weight.astype(x.dtype).T
 
+    def plus(self, x: mx.array, residual: mx.array) -> mx.array:
+        """residual + the projection of x."""
+        return residual + self(x)
+
 
 class QATFusedLinear(nn.Module):
     """The same of the projection to queries, keys and values; see `layers.FusedLinear`."""

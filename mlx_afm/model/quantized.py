@@ -86,6 +86,10 @@ class QuantizedLinear(Quantized):
         """The projection of x (..., N), in its dtype."""
         return self.packed.times(x)
 
+    def plus(self, x: mx.array, residual: mx.array) -> mx.array:
+        """residual + the projection of x, rounded once."""
+        return self.packed.times(x, residual)
+
     def to_lora(self, r: int = 32, scale: float = 0.5, dropout: float = 0.0, key: mx.array | None = None) -> LoRALinear:
         """This layer with a low-rank update of rank r."""
         return LoRALinear(self, r, scale=scale, dropout=dropout, key=key)
@@ -109,11 +113,16 @@ class QuantizedFusedLinear(Quantized):
     def __call__(self, x: mx.array, x_queries: mx.array | None = None) -> tuple[mx.array, mx.array, mx.array]:
         """Queries, keys and values of x; with `x_queries`, queries of that and the rest of x."""
         if x_queries is None:
-            q, k, v = mx.split(self.packed.times(x), [self.q_dims, self.q_dims + self.kv_dims], axis=-1)
+            q, k, v = mx.split(self.rows(x, slice(None)), [self.q_dims, self.q_dims + self.kv_dims], axis=-1)
         else:
-            q = self.packed[: self.q_dims].times(x_queries)
-            k, v = mx.split(self.packed[self.q_dims :].times(x), 2, axis=-1)
+            q = self.rows(x_queries, slice(0, self.q_dims))
+            k, v = mx.split(self.rows(x, slice(self.q_dims, None)), 2, axis=-1)
         return q, k, v
+
+    def rows(self, x: mx.array, rows: slice) -> mx.array:
+        """The product of x with some rows of the matrix, not split."""
+        packed = self.packed
+        return (packed if rows == slice(None) else packed[rows]).times(x)
 
     def to_lora(
         self,

@@ -26,14 +26,14 @@ def recomputed(modules: Sequence[nn.Module], function: Callable[..., Any], *arra
     `mx.checkpoint` would keep what comes out too, since it is what the second computation waits for there; here that
     waits for the gradients of what comes out.
 
-    Random numbers, of dropout, are the same both times. That reads the random state, so a function with
-    dropout cannot be compiled.
+    `Dropout` draws the same numbers both times; other random numbers would be drawn anew. Matrices of LoRA are cast to
+    the first array's dtype before, since casts inside would be done twice.
     """
     if not any(module.training for module in modules):
         return function(*arrays)
     held = [tree_flatten(module.trainable_parameters()) for module in modules]
     tensors = [array for named in held for _, array in named]
-    drawn: list[mx.array] = []  # random states before and after the forward pass
+    keys: list[mx.array] = []  # that dropout drew in the forward pass
 
     def run(*given: mx.array) -> Any:
         with _replaced(modules, held, given[: len(tensors)]):
@@ -41,19 +41,27 @@ def recomputed(modules: Sequence[nn.Module], function: Callable[..., Any], *arra
 
     @mx.custom_function
     def once(given: list[mx.array]) -> Any:
-        drawn.append(_random_key())
-        outputs = run(*given)
-        drawn.append(_random_key())
-        return outputs
+        with _recording(keys):
+            return run(*given)
 
     @once.vjp
     def again(given: list[mx.array], cotangents: Any, _: Any) -> list[mx.array]:
         wanted = list(cotangents) if isinstance(cotangents, (list, tuple)) else [cotangents]
-        with _drawing_again(*drawn):
+        with _replaying(keys):
             _, gradients = mx.vjp(run, mx.depends(given, wanted), wanted)
         return gradients
 
-    return once([*tensors, *arrays])  # type: ignore[operator]
+    cast = [wanted for module in modules for wanted in _cast_names(module)]
+    dtype = arrays[0].dtype
+    given = [tensor.astype(dtype) if wanted else tensor for tensor, wanted in zip(tensors, cast)]
+    return once([*given, *arrays])  # type: ignore[operator]
+
+
+def _cast_names(module: nn.Module) -> list[bool]:
+    """Of each trained tensor of a module, whether it is used in the dtype of what goes in."""
+    owners = {path for path, owner in module.named_modules() if getattr(owner, "computes_in_input_dtype", False)}
+    names = [name for name, _ in tree_flatten(module.trainable_parameters())]
+    return [name.rpartition(".")[0] in owners for name in names]
 
 
 @mx.custom_function
@@ -88,26 +96,50 @@ def _replaced(
             module.update(tree_unflatten(list(named)))
 
 
+class Dropout(nn.Dropout):
+    """Dropout that draws the same values when it is recomputed.
+
+    It draws a key from MLX's random state and the values from that key; no value of the state is read, so that a
+    training step with it can be compiled.
+    """
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x with some values zero and the others larger, in training."""
+        if self._p_1 == 1 or not self.training:
+            return x
+        mask = mx.random.bernoulli(self._p_1, x.shape, key=_next_key())
+        return (mask * x) / self._p_1
+
+
+_replayed: list[Iterator[mx.array]] = []  # the keys of what is being recomputed, innermost last
+_recorded: list[list[mx.array]] = []  # the keys that were drawn by what will be recomputed, innermost last
+
+
+def _next_key() -> mx.array:
+    if _replayed:
+        key = next(_replayed[-1])
+    else:
+        key = mx.random.randint(0, 1 << 30, (2,), dtype=mx.uint32)
+    for keys in _recorded:
+        keys.append(key)
+    return key
+
+
 @contextmanager
-def _drawing_again(before: mx.array, after: mx.array) -> Iterator[None]:
-    """Random numbers are those that came between two states, if any did; the state is as it was afterwards."""
-    first, now = _number(before), _number(_random_key())
-    if first == _number(after):
-        yield
-        return
-    mx.random.seed(first)
+def _recording(keys: list[mx.array]) -> Iterator[None]:
+    """Puts the keys that are drawn meanwhile into a list."""
+    _recorded.append(keys)
     try:
         yield
     finally:
-        mx.random.seed(now)
+        _recorded.pop()
 
 
-def _random_key() -> mx.array:
-    """MLX's random state as it stands."""
-    return mx.random.state[0]  # type: ignore
-
-
-def _number(key: mx.array) -> int:
-    """A random state as the seed that restores it."""
-    high, low = key.tolist()  # type: ignore
-    return int(high) << 32 | int(low)  # type: ignore
+@contextmanager
+def _replaying(keys: Sequence[mx.array]) -> Iterator[None]:
+    """Draws these keys again."""
+    _replayed.append(iter(keys))
+    try:
+        yield
+    finally:
+        _replayed.pop()

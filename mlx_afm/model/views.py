@@ -53,7 +53,7 @@ class View:
     """Queries at some positions: how to rotate them and what they see.
 
     Attributes:
-        cos, sin: rotary tables, (B or 1, L, 1, E).
+        cos, sin: rotary tables, (B or 1, L, 1, P, 2), see `layers.rotary_tables`.
         mask: None (all keys), "causal", or bool (B or 1, 1, L, S); with `keys_GS` bool (G, 1, Q, S).
         keys_GS: the keys of each group of queries, see `Reach`; None for all of the row's.
         needed: what the needed tokens see, if it was given.

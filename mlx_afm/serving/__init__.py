@@ -5,8 +5,7 @@ with running("afm-mlx", {"poet": Path("poet.fmadapter")}, ServeConfig(port=0)) a
 """
 
 from mlx_afm.files import parse_bytes
-from mlx_afm.serving.adapters import AdapterSwitch
 from mlx_afm.serving.config import ServeConfig
 from mlx_afm.serving.running import Running, find_adapters, running, serve, settle
 
-__all__ = ["AdapterSwitch", "Running", "ServeConfig", "find_adapters", "parse_bytes", "running", "serve", "settle"]
+__all__ = ["Running", "ServeConfig", "find_adapters", "parse_bytes", "running", "serve", "settle"]

@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from mlx_afm.serving.jobs import Said
-from mlx_afm.serving.requests import Asked
-from mlx_afm.serving.sinks import Delta, End
-from mlx_afm.serving.text import TokenNames
+from mlx_afm.generation.sampling import TokenLogprob
+from mlx_afm.serving.jobs import Delta, End
+from mlx_afm.serving.requests import CompletionRequest
+from mlx_afm.text.sentencepiece_model import SPACE
+from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.text.tool_calls import MarkFilter, Parsed, ToolCallParser, is_open_block
+
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class TokenNames:
+    """What a token is called and which bytes it stands for, as log probabilities tell it."""
+
+    def __init__(self, tokenizer: AFMTokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    @cached_property
+    def _pieces(self) -> list[str]:
+        return self._tokenizer.convert_ids_to_tokens(range(self._tokenizer.vocab_size))
+
+    def describe(self, token: int) -> tuple[str, list[int]]:
+        """Text and bytes of a token; a lone byte is called `bytes:\\xe4`."""
+        if token == self._tokenizer.newline_id:
+            return "\n", [10]
+        if not 0 <= token < len(self._pieces):  # a row of the embedding without a piece
+            return f"<{token}>", list(f"<{token}>".encode())
+        piece = self._pieces[token]
+        if match := BYTE.fullmatch(piece):
+            return f"bytes:\\x{match[1].lower()}", [int(match[1], 16)]
+        text = piece.replace(SPACE, " ")
+        return text, list(text.encode())
 
 
 @dataclass
@@ -21,7 +49,7 @@ class Choice:
 
     Attributes:
         text: what was told as text.
-        said: tokens, if they are told.
+        tokens: with their log probabilities, if these were asked for.
         calls: tool calls.
         reason: why it ended, once it has.
         parser: takes tool calls out of the text, if there may be any.
@@ -29,7 +57,7 @@ class Choice:
     """
 
     text: str = ""
-    said: list[Said] = field(default_factory=list)
+    tokens: list[TokenLogprob] = field(default_factory=list)
     calls: list[dict[str, Any]] = field(default_factory=list)
     reason: str | None = None
     parser: ToolCallParser | None = None
@@ -44,7 +72,7 @@ class AnswerBuilder:
         names: of tokens, for log probabilities.
     """
 
-    def __init__(self, asked: Asked, names: TokenNames) -> None:
+    def __init__(self, asked: CompletionRequest, names: TokenNames) -> None:
         self._asked, self._names = asked, names
         count = len(asked.prompts) * asked.choices
         self._choices = [
@@ -75,7 +103,7 @@ class AnswerBuilder:
             parsed = Parsed(text, []) if choice.parser is None else choice.parser.feed(text)
             if choice.marks is not None:
                 parsed = Parsed(choice.marks.push(parsed.content), parsed.calls)
-            yield from self._tell(event.index, parsed, event.piece.said)
+            yield from self._tell(event.index, parsed, event.piece.tokens)
             return
         self._tokens += event.tokens
         choice.reason = event.reason
@@ -104,13 +132,13 @@ class AnswerBuilder:
     def _chunk_kind(self) -> str:
         return "chat.completion.chunk" if self._asked.chat else "text_completion"
 
-    def _tell(self, index: int, parsed: Parsed, said: Sequence[Said] = ()) -> Iterator[dict[str, Any]]:
+    def _tell(self, index: int, parsed: Parsed, tokens: Sequence[TokenLogprob] = ()) -> Iterator[dict[str, Any]]:
         """Chunks for more text and calls."""
         choice = self._choices[index]
         offset, choice.text = len(choice.text), choice.text + parsed.content
-        choice.said += said
-        if parsed.content or said:
-            yield self._chunk(index, {"content": parsed.content}, said=said, offset=offset)
+        choice.tokens += tokens
+        if parsed.content or tokens:
+            yield self._chunk(index, {"content": parsed.content}, tokens=tokens, offset=offset)
         for call in parsed.calls:
             if not (choice.calls and self._asked.one_call):
                 yield self._chunk(index, {"tool_calls": [{"index": len(choice.calls), **call}]})
@@ -132,21 +160,21 @@ class AnswerBuilder:
         index: int,
         delta: dict[str, Any],
         *,
-        said: Sequence[Said] = (),
+        tokens: Sequence[TokenLogprob] = (),
         offset: int = 0,
         reason: str | None = None,
     ) -> dict[str, Any]:
-        logprobs = self._logprobs(said, offset) if said else None
+        logprobs = self._logprobs(tokens, offset) if tokens else None
         choice: dict[str, Any] = {"index": index, "logprobs": logprobs, "finish_reason": reason}
         choice |= {"delta": delta} if self._asked.chat else {"text": delta.get("content", "")}
         chunk = {**self._head, "object": self._chunk_kind, "choices": [choice]}
         return {**chunk, "usage": None} if self._asked.usage else chunk
 
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        told = self._asked.sampling.top_logprobs is not None
+        told = self._asked.sampler.top_logprobs is not None
         end = {
             "index": index,
-            "logprobs": self._logprobs(choice.said, 0) if told else None,
+            "logprobs": self._logprobs(choice.tokens, 0) if told else None,
             "finish_reason": choice.reason,
         }
         if not self._asked.chat:
@@ -156,13 +184,13 @@ class AnswerBuilder:
             message |= {"content": choice.text or None, "tool_calls": choice.calls}
         return {**end, "message": message}
 
-    def _logprobs(self, said: Sequence[Said], offset: int) -> dict[str, Any]:
+    def _logprobs(self, tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
         if self._asked.chat:
-            return {"content": [self._told(token.token, token.logprob, token.top) for token in said], "refusal": None}
-        texts = [self._names.describe(token.token)[0] for token in said]
+            return {"content": [self._told(token.token, token.logprob, token.top) for token in tokens], "refusal": None}
+        texts = [self._names.describe(token.token)[0] for token in tokens]
         offsets = [offset + sum(map(len, texts[:place])) for place in range(len(texts))]
-        tops = [{self._names.describe(token)[0]: value for token, value in item.top} for item in said]
-        values = [token.logprob for token in said]
+        tops = [{self._names.describe(token)[0]: value for token, value in item.top} for item in tokens]
+        values = [token.logprob for token in tokens]
         return {"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
     def _told(self, token: int, logprob: float | None, top: Sequence[tuple[int, float]]) -> dict[str, Any]:

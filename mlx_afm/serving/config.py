@@ -30,11 +30,13 @@ class ServeConfig:
             turn. None: for an adapter the one it was trained with, else the model's own.
         context_tokens: of prompt and answer together.
         rows: answers that are generated at the same time.
-        batch_size: rows of one adapter that go through the model together. With 1 nothing that others ask can
+        batch_size: rows in one forward pass, whatever their LoRA adapters. With 1 nothing that others ask can
             change a single bit of an answer; more is faster, and equal but for rounding.
-        prefill_tokens: of a prompt that are read between two steps of the answers under way.
+        prefill_tokens: of one prompt that are computed between two tokens of the answers under way.
         kv_bits: 8 holds keys and values in int8, see `GenerateConfig`.
-        adapter_bytes: adapters in memory at the same time.
+        draft_model: MLX folder of a draft model, or its hub id, which proposes tokens to all answers; None for none.
+        num_draft_tokens: proposed in each round; None adapts the number to what is accepted and to measured times.
+        adapter_bytes: adapters in memory at the same time, in their inference form.
         prefix_bytes: keys and values of prompts' beginnings that are kept for later requests; 0 keeps none.
         queue: requests that may wait. Beyond that they are refused with 429.
         connections: open at the same time.
@@ -61,6 +63,8 @@ class ServeConfig:
     batch_size: int = 8
     prefill_tokens: int = 512
     kv_bits: int | None = None
+    draft_model: Path | None = None
+    num_draft_tokens: int | None = 5
     adapter_bytes: int = 10**9
     prefix_bytes: int = 256 * 10**6
     queue: int = 64
@@ -74,7 +78,7 @@ class ServeConfig:
     admin_roots: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
-        set_paths(self, "admin_roots")
+        set_paths(self, "admin_roots", "draft_model")
         faults = list(self._faults())
         if faults:
             raise SettingError("the server's settings cannot be used", details=faults)
@@ -96,6 +100,8 @@ class ServeConfig:
             yield f"port: expected at most 65535, found {self.port}"
         if not 0 <= self.temperature <= 2:
             yield f"temperature: expected from 0 to 2, found {self.temperature}"
+        if self.num_draft_tokens is not None and self.num_draft_tokens < 1:
+            yield f"num_draft_tokens: expected at least 1, or None to adapt, found {self.num_draft_tokens}"
         if self.kv_bits not in (None, 8):
             yield f"kv_bits: expected 8 or none, found {self.kv_bits}"
         if self.api_key is not None and (len(self.api_key) < 8 or not re.fullmatch(r"[!-~]+", self.api_key)):

@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from mlx_afm.serving.refusal import Refusal
+from mlx_afm.serving.api_error import APIError
 from mlx_afm.spelling import nearest_name
 
 
@@ -14,18 +14,18 @@ def parse_json(body: bytes) -> dict[str, Any]:
     """The object in a body.
 
     Raises:
-        Refusal: not UTF-8, not JSON (also NaN and Infinity, which JSON has not), nested too deeply, or not an object.
+        APIError: not UTF-8, not JSON (also NaN and Infinity, which JSON has not), nested too deeply, or not an object.
     """
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
-        raise Refusal(400, "the body is not UTF-8", code="invalid_json", where=f"byte {error.start}") from error
+        raise APIError(400, "the body is not UTF-8", code="invalid_json", where=f"byte {error.start}") from error
     except RecursionError as error:
-        raise Refusal(400, "the body is nested too deeply", code="invalid_json") from error
+        raise APIError(400, "the body is nested too deeply", code="invalid_json") from error
     except ValueError as error:  # also a number of thousands of digits
-        raise Refusal(400, f"the body is not JSON: {str(error)[:200]}", code="invalid_json") from error
+        raise APIError(400, f"the body is not JSON: {str(error)[:200]}", code="invalid_json") from error
     if not isinstance(value, dict):
-        raise Refusal(400, "the body is not a JSON object", code="invalid_json", found=kind(value))
+        raise APIError(400, "the body is not a JSON object", code="invalid_json", found=kind(value))
     return value
 
 
@@ -59,13 +59,13 @@ class Fields:
         self._faults.append((name, what))
 
     def done(self) -> None:
-        """Raises Refusal if there were faults."""
+        """Raises APIError if there were faults."""
         if not self._faults:
             return
         details = [f"{name}: {what}" for name, what in self._faults]
         what = details[0] if len(details) == 1 else f"{len(details)} fields cannot be used"
         more = details if len(details) > 1 else []
-        raise Refusal(400, what, code="invalid_value", param=self._faults[0][0], details=more)
+        raise APIError(400, what, code="invalid_value", param=self._faults[0][0], details=more)
 
     def value(self, name: str) -> Any:
         """A field as it is; None if absent."""

@@ -8,16 +8,18 @@ in chunks. What is not a request gets a 4xx and the connection is closed.
 from __future__ import annotations
 
 import asyncio
+import hmac
 import re
 from collections.abc import Awaitable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from mlx_afm.files import to_json
-from mlx_afm.serving.config import ServeConfig
-from mlx_afm.serving.refusal import Refusal
+from mlx_afm.serving.api_error import APIError
+from mlx_afm.serving.config import ServeConfig, is_loopback
 
 HEAD_BYTES = 32 * 1024
 AHEAD_BYTES = 64 * 1024  # of a next request that may arrive while this one is answered
@@ -71,7 +73,7 @@ class Connection:
         """The next request; None if there is none.
 
         Raises:
-            Refusal: not a request, or one beyond the limits. Closed: it broke off.
+            APIError: not a request, or one beyond the limits. Closed: it broke off.
         """
         if not self._buffer:
             try:
@@ -160,9 +162,9 @@ class Connection:
     async def _head(self) -> bytes:
         while (end := self._buffer.find(b"\r\n\r\n", 0, HEAD_BYTES)) < 0:
             if len(self._buffer) >= HEAD_BYTES:
-                raise Refusal(431, "the request's head is too large", expected=f"at most {HEAD_BYTES} bytes")
+                raise APIError(431, "the request's head is too large", expected=f"at most {HEAD_BYTES} bytes")
             if b"\n\n" in self._buffer:
-                raise Refusal(400, "not an HTTP request", expected="lines that end in CR LF")
+                raise APIError(400, "not an HTTP request", expected="lines that end in CR LF")
             await self._fill()
         return await self._take(end + 4)
 
@@ -175,12 +177,12 @@ class Connection:
 
     def _body_length(self, headers: Mapping[str, str]) -> int:
         if "transfer-encoding" in headers:
-            raise Refusal(411, "a body of unknown length", expected="Content-Length, not Transfer-Encoding")
+            raise APIError(411, "a body of unknown length", expected="Content-Length, not Transfer-Encoding")
         text, limit = headers.get("content-length", "0"), self._config.body_bytes
         if not re.fullmatch(r"[0-9]{1,20}", text):
-            raise Refusal(400, "Content-Length is not a number", found=repr(text[:40]))
+            raise APIError(400, "Content-Length is not a number", found=repr(text[:40]))
         if int(text) > limit:
-            raise Refusal(413, "the request's body is too large", expected=f"at most {limit} bytes", found=text)
+            raise APIError(413, "the request's body is too large", expected=f"at most {limit} bytes", found=text)
         return int(text)
 
     async def _write(self, data: bytes) -> None:
@@ -195,27 +197,27 @@ async def _within(work: Awaitable[T], seconds: float, what: str) -> T:
     try:
         return await asyncio.wait_for(work, seconds)
     except asyncio.TimeoutError as error:
-        raise Refusal(408, f"{what} did not arrive in time", expected=f"within {seconds:g} s") from error
+        raise APIError(408, f"{what} did not arrive in time", expected=f"within {seconds:g} s") from error
 
 
 def parse_head(head: bytes) -> tuple[str, str, str, str, dict[str, str]]:
     """Method, path, query, version and headers of a request's head.
 
     Raises:
-        Refusal: not the head of an HTTP/1 request.
+        APIError: not the head of an HTTP/1 request.
     """
     first, *lines = head.decode("latin-1").removesuffix("\r\n\r\n").split("\r\n")
     match = re.fullmatch(r"([A-Z]{1,16}) (/[!-~]*|\*) HTTP/(1\.[01])", first)
     if match is None:
-        raise Refusal(400, "not an HTTP request", expected="METHOD /path HTTP/1.1", found=repr(first[:80]))
+        raise APIError(400, "not an HTTP request", expected="METHOD /path HTTP/1.1", found=repr(first[:80]))
     headers: dict[str, str] = {}
     for line in lines:
         name, colon, value = line.partition(":")
         name, value = name.lower(), value.strip(" \t")
         if not colon or not TOKEN.fullmatch(name) or any(ord(c) < 32 and c != "\t" for c in value):
-            raise Refusal(400, "not a header", found=repr(line[:80]))
+            raise APIError(400, "not a header", found=repr(line[:80]))
         if name in headers and name in ONCE:
-            raise Refusal(400, f"the header {name} is there twice")
+            raise APIError(400, f"the header {name} is there twice")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     path, _, query = match[2].partition("?")
     return match[1], path, query, match[3], headers
@@ -225,3 +227,45 @@ def _head_bytes(status: int, fields: Mapping[str, str], keep_alive: bool) -> byt
     lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", *(f"{name}: {value}" for name, value in fields.items())]
     lines.append(f"Connection: {'keep-alive' if keep_alive else 'close'}")
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+
+def require_allowed(request: Request, config: ServeConfig) -> None:
+    """Refuses whoever has not the key; and, where there is none, whoever comes by another name than this machine's.
+
+    Without the second, a web page could have its own name point here and read the answers (DNS rebinding), or have the
+    user's browser send requests here whose answers it cannot read.
+
+    Raises:
+        APIError: 401 or 403.
+    """
+    if config.api_key is not None:
+        if request.path != "/health" and not _has_key(request, config.api_key):
+            expected = "Authorization: Bearer KEY"
+            raise APIError(401, "the API key is missing or wrong", code="invalid_api_key", expected=expected)
+        return
+    if not names_this_machine(request):
+        advice, found = "Use localhost, or set an API key.", repr(request.headers["host"][:80])
+        raise APIError(403, "a name that is not this machine's", code="wrong_host", found=found, advice=advice)
+    origin = request.headers.get("origin")
+    if origin is not None and not _is_local_origin(origin):
+        advice, found = "Set an API key.", repr(origin[:80])
+        raise APIError(403, "a web page from elsewhere", code="wrong_origin", found=found, advice=advice)
+
+
+def _is_local_origin(origin: str) -> bool:
+    try:
+        return is_loopback(urlsplit(origin).hostname or "")
+    except ValueError:
+        return False
+
+
+def names_this_machine(request: Request) -> bool:
+    """Whether a request came under a name of this machine, or under none."""
+    host = request.headers.get("host", "").lower()
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    return not host or is_loopback(name)
+
+
+def _has_key(request: Request, key: str) -> bool:
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode("utf-8"), key.encode("utf-8"))

@@ -1,85 +1,119 @@
-"""What the model is asked to do, and where what it says goes."""
+"""Requests on their way through the model's thread, and where their answers go."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-import mlx.core as mx
-
-from mlx_afm.generation import GenerateConfig
-from mlx_afm.serving.refusal import Refusal
-
-Processor = Callable[[list[int], mx.array], mx.array]  # tokens said so far, logits (1, V) -> logits (1, V)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How to pick tokens.
-
-    Attributes:
-        config: temperature, what narrows the choice, and the seed, of the first answer; the next ones count on from it.
-        top_logprobs: how many alternatives to tell with each token's log probability; None tells neither.
-        frequency_penalty, presence_penalty: taken off the logits of tokens said before, for each time and once.
-        logit_bias: added to the logits of these tokens.
-    """
-
-    config: GenerateConfig = field(default_factory=GenerateConfig)
-    top_logprobs: int | None = None
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+from mlx_afm.generation.engine import STOP, Request
+from mlx_afm.generation.sampling import TokenLogprob
+from mlx_afm.generation.text_stream import TextPiece, TextStream
+from mlx_afm.serving.api_error import APIError
+from mlx_afm.serving.metrics import Metrics
 
 
 @dataclass(frozen=True)
-class Said:
-    """One token of an answer, with its log probability and the most likely alternatives if they were asked for."""
+class Delta:
+    """More of a choice's text, and the tokens that begin in it."""
 
-    token: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
+    index: int
+    piece: TextPiece
 
 
-class Sink(Protocol):
-    """Takes one answer, token by token, in the model's thread."""
+@dataclass(frozen=True)
+class End:
+    """A choice is complete, after `tokens` tokens."""
 
-    def token(self, said: Said) -> bool:
-        """Takes a token; True ends the answer here."""
+    index: int
+    reason: str
+    tokens: int
 
-    def end(self, reason: str, tokens: int) -> None:
-        """The answer is over (`stop` or `length`), after so many tokens, the end mark included."""
 
-    def fail(self, error: Refusal) -> None:
-        """There will be no answer."""
+@dataclass(frozen=True)
+class Failure:
+    """There is no answer."""
+
+    error: APIError
+
+
+Event = Delta | End | Failure
+
+
+class ChoiceSink:
+    """Turns one choice's tokens into text and posts it; all calls come from the model's thread.
+
+    Args:
+        index: of the choice.
+        text: of its tokens.
+        post: takes events.
+        metrics: what is counted.
+        at_once: post text as it comes, not all at the end.
+    """
+
+    def __init__(
+        self, index: int, text: TextStream, post: Callable[[Event], None], metrics: Metrics, *, at_once: bool
+    ) -> None:
+        self._index, self._text, self._post, self._metrics, self._at_once = index, text, post, metrics, at_once
+        self._started = time.perf_counter()
+        self._pieces: list[TextPiece] = []
+        self._tokens = 0
+        self._done = False
+
+    def add(self, token: TokenLogprob) -> bool:
+        """Takes a token; True if the answer ends here."""
+        if not self._tokens:
+            self._metrics.observe("first_token_seconds", time.perf_counter() - self._started)
+        self._tokens += 1
+        self._add(self._text.add(token))
+        return self._text.stopped
+
+    def end(self, reason: str) -> None:
+        """Completes the choice: `stop` or `length`. The token that ends an answer counts."""
+        self._done = True
+        self._add(self._text.finish())
+        if self._pieces:
+            tokens = tuple(token for piece in self._pieces for token in piece.tokens)
+            self._post(Delta(self._index, TextPiece("".join(piece.text for piece in self._pieces), tokens)))
+        self._metrics.observe("request_seconds", time.perf_counter() - self._started)
+        self._post(End(self._index, STOP if self._text.stopped else reason, self._tokens))
+
+    def fail(self, error: APIError) -> None:
+        """Tells that there is no answer, unless it is complete."""
+        if not self._done:
+            self._done = True
+            self._post(Failure(error))
+
+    def _add(self, piece: TextPiece) -> None:
+        if not piece.text and not piece.tokens:
+            return
+        if self._at_once:
+            self._post(Delta(self._index, piece))
+        else:
+            self._pieces.append(piece)
 
 
 @dataclass(eq=False, kw_only=True)
 class Job:
-    """One request: a prompt and as many answers as it wants.
+    """One prompt and as many answers as its request wants.
 
     Attributes:
         adapter: by name; None for the base.
-        ids: the prompt.
-        cuts: lengths of the prompt's beginnings that others may share, ascending.
-        max_tokens: of each answer.
-        sampling: how to pick tokens.
-        ends: ids at which an answer is over.
-        sinks: one per answer.
+        request: for the engine, with a sampler for each answer; its adapter is set when it starts.
+        sinks: one for each answer.
         deadline: when to give up, on the clock of `time.monotonic`.
-        processor: makes what changes an answer's logits before one is picked, if anything does.
-        cached_tokens: how much of the prompt was not computed again.
+        cached_tokens: of the prompt, those that came from the prefix cache.
         cancelled: nobody waits for it any more.
     """
 
     adapter: str | None
-    ids: list[int]
-    cuts: tuple[int, ...]
-    max_tokens: int
-    sampling: Sampling
-    ends: frozenset[int]
-    sinks: Sequence[Sink]
+    request: Request
+    sinks: Sequence[ChoiceSink]
     deadline: float
-    processor: Callable[[], Processor] | None = None
     cached_tokens: int = 0
     cancelled: bool = False
+
+    def fail(self, error: APIError) -> None:
+        """Tells all that wait for an answer that there is none."""
+        for sink in self.sinks:
+            sink.fail(error)

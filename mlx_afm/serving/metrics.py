@@ -10,7 +10,7 @@ PREFIX = "mlx_afm_"
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 COUNTERS = {
     "prompt_tokens": "Prompt tokens computed.",
-    "completion_tokens": "Tokens said.",
+    "completion_tokens": "Tokens generated.",
     "cancelled": "Requests whose client hung up.",
 }
 REQUESTS = "HTTP requests answered, by path and status."
@@ -52,12 +52,13 @@ class Metrics:
         with self._lock:
             return self._sums[name] / max(1, sum(self._buckets[name]))
 
-    def text(self, gauges: Mapping[str, tuple[float, str]]) -> str:
-        """Everything, with gauges (value, help) that only their owner knows."""
+    def text(self, gauges: Mapping[str, tuple[float, str]], counters: Mapping[str, tuple[float, str]]) -> str:
+        """Everything, with gauges and counters (value, help) that only their owner knows."""
         with self._lock:
             lines = [line for name, (value, said) in gauges.items() for line in _plain(name, "gauge", said, value)]
-            for name, said in COUNTERS.items():
-                lines += _plain(f"{name}_total", "counter", said, self._counts[name])
+            counts = {name: (self._counts[name], said) for name, said in COUNTERS.items()}
+            for name, (value, said) in (counts | dict(counters)).items():
+                lines += _plain(f"{name}_total", "counter", said, value)
             lines += _head("requests_total", "counter", REQUESTS)
             for (path, status), count in sorted(self._requests.items()):
                 lines.append(f'{PREFIX}requests_total{{path="{path}",status="{status}"}} {count}')

@@ -1,21 +1,25 @@
-"""A request to jobs for the engine."""
+"""A request to jobs: which adapter, how answers are sampled and constrained, how long they may be."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 
-from mlx_afm.generation.sampling import narrowed
+from mlx_afm.errors import AFMError
+from mlx_afm.generation.engine import Request
+from mlx_afm.generation.guided import GuidedProcessor, guided_processor
+from mlx_afm.generation.sampling import LogitsProcessor, Sampler, filter_logits
+from mlx_afm.generation.text_stream import TextStream
+from mlx_afm.generation.tool_choice import tool_call_processor
+from mlx_afm.serving.api_error import APIError
 from mlx_afm.serving.config import ServeConfig
-from mlx_afm.serving.forms import processor_of
-from mlx_afm.serving.jobs import Job
+from mlx_afm.serving.jobs import ChoiceSink, Event, Job
 from mlx_afm.serving.metrics import Metrics
 from mlx_afm.serving.prompts import Prompt
-from mlx_afm.serving.refusal import Refusal
-from mlx_afm.serving.requests import Asked
-from mlx_afm.serving.sinks import ChoiceSink, Event
-from mlx_afm.serving.text import TextStream
+from mlx_afm.serving.requests import CompletionRequest
 from mlx_afm.text.tokenizer import AFMTokenizer
 
 
@@ -23,18 +27,20 @@ def require_model(name: str, base: str, adapters: Sequence[str]) -> str | None:
     """The adapter that a model id means; None for the base.
 
     Raises:
-        Refusal: neither (404).
+        APIError: neither (404).
     """
     if name == base:
         return None
     if name in adapters:
         return name
     expected = f"one of {', '.join((base, *adapters))}"
-    raise Refusal(404, "no such model", code="model_not_found", param="model", expected=expected, found=repr(name[:80]))
+    raise APIError(
+        404, "no such model", code="model_not_found", param="model", expected=expected, found=repr(name[:80])
+    )
 
 
 def plan_jobs(
-    asked: Asked,
+    asked: CompletionRequest,
     adapter: str | None,
     tokenizer: AFMTokenizer,
     config: ServeConfig,
@@ -42,49 +48,83 @@ def plan_jobs(
     post: Callable[[Event], None],
     deadline: float,
 ) -> list[Job]:
-    """A job for each prompt, its choices numbered on.
+    """A job for each prompt; choices are numbered through all of them.
 
     Raises:
-        Refusal: prompt and answer do not fit in the context; a schema or tools that answers cannot be held to.
+        APIError: prompt and answer do not fit in the context; a schema or tools that cannot constrain an answer.
     """
     # Its first use imports mlx-lm, which takes seconds: here, while the model's thread goes on with others.
-    narrowed(mx.zeros((1, tokenizer.vocab_size)), asked.sampling.config)
-    processor = processor_of(asked, tokenizer)
+    filter_logits(mx.zeros((1, tokenizer.vocab_size)), asked.sampler.config)
+    new_constraint = constraint_of(asked, tokenizer)
     jobs = []
     for number, prompt in enumerate(asked.prompts):
+        generation = replace(
+            asked.sampler.config,
+            max_tokens=_answer_tokens(asked, prompt, config),
+            kv_bits=config.kv_bits,
+            prefill_step_size=config.prefill_tokens,
+        )
+        samplers = [
+            Sampler(
+                replace(generation, seed=(generation.seed + choice) % 2**64),
+                top_logprobs=asked.sampler.top_logprobs,
+                frequency_penalty=asked.sampler.frequency_penalty,
+                presence_penalty=asked.sampler.presence_penalty,
+                logit_bias=asked.sampler.logit_bias,
+                processors=() if new_constraint is None else (new_constraint(),),
+                prompt=prompt.ids,
+            )
+            for choice in range(asked.choices)
+        ]
+        request = Request(
+            ids=prompt.ids,
+            samplers=samplers,
+            config=generation,
+            stop_token_ids=frozenset(tokenizer.eos_token_ids),
+            prefix_boundaries=prompt.prefix_boundaries,
+        )
+        first, keeps_tokens = number * asked.choices, asked.sampler.top_logprobs is not None
         sinks = [
             ChoiceSink(
-                number * asked.choices + choice,
-                TextStream(tokenizer, asked.stops, asked.sampling.top_logprobs is not None),
+                first + choice,
+                TextStream(tokenizer, asked.stops, keeps_tokens=keeps_tokens),
                 post,
                 metrics,
                 at_once=asked.stream,
             )
             for choice in range(asked.choices)
         ]
-        jobs.append(
-            Job(
-                adapter=adapter,
-                ids=prompt.ids,
-                cuts=prompt.cuts,
-                max_tokens=_room(asked, prompt, config),
-                sampling=asked.sampling,
-                ends=frozenset(tokenizer.eos_token_ids),
-                sinks=sinks,
-                deadline=deadline,
-                processor=processor,
-            )
-        )
+        jobs.append(Job(adapter=adapter, request=request, sinks=sinks, deadline=deadline))
     return jobs
 
 
-def _room(asked: Asked, prompt: Prompt, config: ServeConfig) -> int:
-    """Tokens that an answer may have."""
+def constraint_of(asked: CompletionRequest, tokenizer: AFMTokenizer) -> Callable[[], LogitsProcessor] | None:
+    """Makes the processor of one answer that constrains it to calls of tools or to a JSON schema; None without either.
+
+    Raises:
+        APIError: a schema that answers cannot be held to.
+    """
+    make: Callable[[], GuidedProcessor]
+    if asked.forced_tools:
+        make, param = partial(tool_call_processor, tokenizer, asked.forced_tools, one_call=asked.one_call), "tools"
+    elif asked.schema is not None:
+        make, param = partial(guided_processor, tokenizer, asked.schema), "response_format"
+    else:
+        return None
+    try:
+        make()
+    except AFMError as error:
+        raise APIError(400, str(error), code="invalid_value", param=param) from error
+    return make
+
+
+def _answer_tokens(asked: CompletionRequest, prompt: Prompt, config: ServeConfig) -> int:
+    """The longest answer to a prompt."""
     left, length = config.context_tokens - len(prompt.ids), len(prompt.ids)
     wanted = asked.max_tokens
     if left < 1 or (wanted is not None and wanted > left):
         found = f"{length} of the prompt" + ("" if wanted is None else f" and {wanted} of the answer")
-        raise Refusal(
+        raise APIError(
             400,
             "prompt and answer do not fit in the context",
             code="context_length_exceeded",

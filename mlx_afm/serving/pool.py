@@ -1,19 +1,33 @@
-"""Adapters by name: which there are, which are in memory, and which of those has to leave for another."""
+"""Adapters by name: which there are, which are in memory, and which of those has to leave for another.
+
+LoRA adapters lie beside each other on the base's inference form, and their rows share each forward pass. A DoRA adapter
+is an inference form of its own that shares the base's arrays. Both are read from disk straight into these forms.
+"""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_afm.adapters import Adapter
+from mlx_afm.adapters import Adapter, remove_adapter
+from mlx_afm.adapters.inference import AdapterStacks, dora_size, magnitude_bytes
+from mlx_afm.checkpoints.arrays import to_mlx
 from mlx_afm.errors import AdapterError, AFMError
-from mlx_afm.serving.adapters import LOW_RANK, AdapterSwitch
+from mlx_afm.formats.tensors import LazyTensor
+from mlx_afm.generation.decode import Decoder
+from mlx_afm.model import Model
+from mlx_afm.model.inference import InferenceModel
+from mlx_afm.model.low_rank import Slots
 from mlx_afm.text.system_prompt import SystemPrompts
-from mlx_afm.workflows.load import open_adapter, system_prompts_of, trained_system_prompts_of
+from mlx_afm.workflows.load import attach, open_adapter, system_prompts_of, trained_system_prompts_of
+
+BASE = "(base)"  # in the stacks: the adapter that the base model itself carries
+LOW_RANK = ("lora", "dora")
 
 
 @dataclass
@@ -38,24 +52,40 @@ class Entry:
 
 
 class AdapterPool:
-    """Adapters within a limit of memory; the least recently used leaves, never one in use.
+    """A base model and its adapters within a limit of memory; the least recently used leaves, never one in use.
 
     Args:
-        switch: holds those that are in memory.
-        folder: of the model that they must fit.
+        model: without an adapter.
+        folder: of the model that adapters must fit.
         limit_bytes: of all of them together.
+        own: the adapter that the base itself carries, if there is one; it does not count.
         reserved: the name of the base, which no adapter may have.
+
+    Attributes:
+        decoder: of the base and all LoRA adapters. Those of DoRA adapters share its counters.
+        on_change: told the name of an adapter that came into memory or left; the slots of others may have moved.
 
     All methods belong to the thread that owns the model, except `names` and `system_prompts`.
     """
 
-    def __init__(self, switch: AdapterSwitch, folder: Path, limit_bytes: int, *, reserved: str = "") -> None:
-        self._switch, self._folder, self.limit_bytes, self._reserved = switch, folder, limit_bytes, reserved
+    def __init__(
+        self, model: Model, folder: Path, limit_bytes: int, *, own: Adapter | None = None, reserved: str = ""
+    ) -> None:
+        self._model, self._folder, self.limit_bytes, self._reserved = model, folder, limit_bytes, reserved
+        self._form = InferenceModel(model)
+        self._stacks = AdapterStacks(self._form)
+        self.decoder = Decoder(self._form)
+        self._dora: dict[str, tuple[Decoder, int]] = {}  # with their bytes
         self._entries: dict[str, Entry] = {}
         self._base_prompts = system_prompts_of(folder, None)
         self._leaving: set[str] = set()
         self._uses = 0
         self.names: tuple[str, ...] = ()
+        self.on_change: Callable[[str], None] = lambda name: None
+        if own is not None:
+            self._stacks.add(BASE, _readers(own), own.config.scale)
+
+    # Which there are.
 
     def register(self, name: str, path: Path) -> Entry:
         """Makes an adapter known. Its file is checked now, its values are read when it is first asked for.
@@ -64,23 +94,12 @@ class AdapterPool:
             AdapterError: the name is taken, or it cannot be served within the limit.
             FormatError, TensorsError: not an adapter of this model.
         """
-        if name == self._reserved:
-            raise AdapterError(
-                "this is what the base is called", where=name, advice="Choose another, or set --model-id."
-            )
+        if name in (self._reserved, BASE):
+            advice = "Choose another, or set --model-id."
+            raise AdapterError("this is what the base is called", where=name, advice=advice)
         if name in self._entries:
             raise AdapterError("there is an adapter of this name", where=name, advice="Remove it first.")
-        adapter = self._open(path)
-        size = size_bytes(adapter)
-        if size > self.limit_bytes:
-            expected, advice = f"at most {self.limit_bytes} bytes", "Raise --adapter-memory."
-            raise AdapterError(
-                "the adapter is larger than the memory for all",
-                where=path,
-                expected=expected,
-                found=size,
-                advice=advice,
-            )
+        adapter, size = self._open(path)
         self._entries[name] = Entry(path, size, system_prompts=system_prompts_of(self._folder, adapter))
         self.names = tuple(self._entries)
         return self._entries[name]
@@ -94,45 +113,15 @@ class AdapterPool:
         self._drop_if_leaving(name)
         return True
 
-    def acquire(self, name: str) -> bool:
-        """Sees to it that an adapter is in memory and stays there until `release`; False if there is no room yet.
-
-        Raises:
-            AFMError: it was removed, or its file cannot be read any more.
-        """
-        if name not in self.names:
-            raise AdapterError("the adapter was removed", where=name)
-        entry = self._entries[name]
-        if name not in self._switch:
-            if not self._make_room(entry.size_bytes):
-                return False
-            adapter = self._open(entry.path)
-            self._switch.add(name, adapter, where=entry.path)
-            entry.system_prompts = system_prompts_of(self._folder, adapter)  # the file may be another than last time
-            entry.loads += 1
-        self._uses += 1
-        entry.users, entry.used_at = entry.users + 1, self._uses
-        return True
-
-    def release(self, name: str) -> None:
-        """One answer fewer needs it."""
-        self._entries[name].users -= 1
-        self._drop_if_leaving(name)
-
     def system_prompts(self, name: str) -> SystemPrompts:
         """Those that a model id was trained with, the base's if there is no such adapter. Any thread may ask."""
         entry = self._entries.get(name)
         if entry is None:
             return self._base_prompts
-        if name not in self._switch:  # its file may be another than last time
+        if not self._is_loaded(name):  # its file may be another than last time
             with suppress(AFMError, OSError):  # `acquire` says what is wrong with it
                 return trained_system_prompts_of(self._folder, entry.path)
         return entry.system_prompts
-
-    @property
-    def held_bytes(self) -> int:
-        """Of the adapters in memory."""
-        return sum(self._switch.sizes[name] for name in self._entries if name in self._switch)
 
     def state(self) -> list[dict[str, object]]:
         """Of each adapter: name, path, bytes, whether it is in memory, answers that use it, how often it was read."""
@@ -141,7 +130,7 @@ class AdapterPool:
                 "name": name,
                 "path": str(entry.path),
                 "bytes": entry.size_bytes,
-                "loaded": name in self._switch,
+                "loaded": self._is_loaded(name),
                 "users": entry.users,
                 "loads": entry.loads,
             }
@@ -149,31 +138,121 @@ class AdapterPool:
             if name in self.names
         ]
 
-    def _open(self, path: Path) -> Adapter:
+    # Which are in memory.
+
+    def acquire(self, name: str | None) -> Decoder | None:
+        """The decoder for rows with an adapter, which is in memory and stays there until `release`.
+
+        Args:
+            name: of the adapter; None for the base.
+
+        Returns: None if there is no room yet.
+
+        Raises:
+            AFMError: it was removed, or its file cannot be read any more.
+        """
+        if name is None:
+            return self.decoder
+        if name not in self.names:
+            raise AdapterError("the adapter was removed", where=name)
+        entry = self._entries[name]
+        if not self._is_loaded(name):
+            adapter, entry.size_bytes = self._open(entry.path)  # the file may be another than last time
+            if not self._make_room(entry.size_bytes):
+                return None
+            self._load(name, adapter, entry.path)
+            entry.system_prompts = system_prompts_of(self._folder, adapter)
+            entry.loads += 1
+        self._uses += 1
+        entry.users, entry.used_at = entry.users + 1, self._uses
+        return self._dora[name][0] if name in self._dora else self.decoder
+
+    def release(self, name: str | None) -> None:
+        """One request fewer needs it."""
+        if name is not None:
+            self._entries[name].users -= 1
+            self._drop_if_leaving(name)
+
+    def routed_name(self, name: str | None) -> str | None:
+        """What `routes_of` calls an adapter; None for the base."""
+        return BASE if name is None and BASE in self._stacks else name
+
+    def routes_of(self, decoder: Decoder) -> Callable[[Sequence[str | None]], Mapping[str, Slots]]:
+        """The slots of rows of a decoder; those of a DoRA adapter have none."""
+        return self._stacks.routes if decoder is self.decoder else lambda names: {}
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the adapters in memory, in their inference form."""
+        return sum(self._sizes().values())
+
+    def _sizes(self) -> dict[str, int]:
+        stacked = {name: size for name, size in self._stacks.sizes.items() if name != BASE}
+        return stacked | {name: size for name, (_, size) in self._dora.items()}
+
+    def _is_loaded(self, name: str) -> bool:
+        return name in self._stacks or name in self._dora
+
+    def _open(self, path: Path) -> tuple[Adapter, int]:
+        """An adapter, its values still on disk, and its bytes in memory."""
         adapter = open_adapter(self._folder, path)
         if (kind := adapter.config.fine_tune_type) not in LOW_RANK:
             expected, advice = " or ".join(LOW_RANK), "Fuse it, and serve the fused model."
             what = "only low-rank adapters can share a base"
             raise AdapterError(what, where=path, expected=expected, found=kind, advice=advice)
-        return adapter
+        shapes = {name: tensor.shape for name, tensor in adapter.weights.items()}
+        size = dora_size(self._form, shapes) if kind == "dora" else self._stacks.size_of(shapes)
+        if size > self.limit_bytes:
+            what, expected = "the adapter is larger than the memory for all", f"at most {self.limit_bytes} bytes"
+            raise AdapterError(what, where=path, expected=expected, found=size, advice="Raise --adapter-memory.")
+        return adapter, size
+
+    def _load(self, name: str, adapter: Adapter, path: Path) -> None:
+        if adapter.config.fine_tune_type != "dora":
+            self._stacks.add(name, _readers(adapter), adapter.config.scale)
+        else:
+            try:
+                attach(self._model, adapter, where=path)
+                form = InferenceModel(self._model, beside=self._form)
+                size = magnitude_bytes(form)
+            finally:
+                remove_adapter(self._model)
+            self._dora[name] = Decoder(form, counters=self.decoder.counters), size
+        mx.clear_cache()
+        self.on_change(name)
+
+    def _unload(self, name: str) -> None:
+        if self._is_loaded(name):
+            self._stacks.remove(name)
+            self._dora.pop(name, None)
+            self.on_change(name)
 
     def _make_room(self, wanted_bytes: int) -> bool:
-        idle = sorted((e.used_at, n) for n, e in self._entries.items() if n in self._switch and not e.users)
-        while self.held_bytes + wanted_bytes > self.limit_bytes:
+        """Unloads what was used longest ago until there is room; False if what is in use takes too much."""
+        sizes = self._sizes()
+        idle = sorted((e.used_at, n) for n, e in self._entries.items() if n in sizes and not e.users)
+        leaving, held = [], sum(sizes.values())
+        while held + wanted_bytes > self.limit_bytes:
             if not idle:
                 return False
-            self._switch.remove(idle.pop(0)[1])
+            leaving.append(idle.pop(0)[1])
+            held -= sizes[leaving[-1]]
+        for name in leaving:
+            self._unload(name)
         mx.clear_cache()
         return True
 
     def _drop_if_leaving(self, name: str) -> None:
         if name in self._leaving and not self._entries[name].users:
             self._leaving.discard(name)
-            self._switch.remove(name)
+            self._unload(name)
             del self._entries[name]
 
 
-def size_bytes(adapter: Adapter) -> int:
-    """What an adapter takes in memory, from the shapes of its tensors; DoRA keeps the lengths of rows besides."""
-    sizes = {name: 4 * math.prod(tensor.shape) for name, tensor in adapter.weights.items()}
-    return sum(sizes.values()) + sum(size for name, size in sizes.items() if name.endswith(".m"))
+def _readers(adapter: Adapter) -> dict[str, Callable[[], mx.array]]:
+    """What reads each tensor of an adapter from disk, in float32."""
+
+    def read(tensor: LazyTensor) -> mx.array:
+        return to_mlx(tensor).astype(mx.float32)
+
+    return {name: partial(read, tensor) for name, tensor in adapter.weights.items()}

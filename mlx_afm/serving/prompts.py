@@ -16,7 +16,7 @@ from mlx_afm.text.tokenizer import AFMTokenizer, require_token_ids
 from mlx_afm.text.weights import WEIGHT_KEYS
 
 IDLE_KEYS = ("name", "refusal", "annotations", "audio", "function_call")  # of messages, as clients send them back
-LEAST_CUT_TOKENS = 64  # each piece of a prompt is a call of the model
+LEAST_PIECE_TOKENS = 64  # each piece of a prompt is a call of the model
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Prompt:
 
     Attributes:
         ids: end where the answer begins.
-        cuts: lengths of its beginnings that other prompts may have too, ascending.
+        prefix_boundaries: lengths of its beginnings that other prompts may have too, ascending.
     """
 
     ids: list[int]
-    cuts: tuple[int, ...] = ()
+    prefix_boundaries: tuple[int, ...] = ()
 
 
 def chat_prompt(
@@ -64,19 +64,20 @@ def chat_prompt(
     definitions = parse_tools(list(tools), where="tools", special_pieces=tokenizer.special_pieces)
     parsed = with_system_prompt(parsed, DEFAULT_SYSTEM if definitions and system is None else system)
     encoded = encode(render(parsed, system=None, tools=definitions, add_generation_prompt=True), tokenizer)
-    return Prompt(encoded.ids, cuts_of(encoded.turns))
+    return Prompt(encoded.ids, boundaries_of(encoded.turns))
 
 
-def cuts_of(turns: Sequence[Turn]) -> tuple[int, ...]:
-    """Where a conversation is cut: behind its system message, and before what was said to the model, but not too often.
+def boundaries_of(turns: Sequence[Turn]) -> tuple[int, ...]:
+    """Lengths of a conversation's beginnings that others may share: behind its system message and before user and tool
+    turns, but not too often.
 
-    As a conversation grows its cuts stay and others follow.
+    As a conversation grows its boundaries stay and others follow.
     """
-    cuts = [turns[0].stop] if turns[0].role == "system" else []
+    found = [turns[0].stop] if turns[0].role == "system" else []
     for turn in turns[1:]:
-        if turn.role in ("user", "tool") and turn.start >= (cuts[-1] if cuts else 0) + LEAST_CUT_TOKENS:
-            cuts.append(turn.start)
-    return tuple(cuts)
+        if turn.role in ("user", "tool") and turn.start >= (found[-1] if found else 0) + LEAST_PIECE_TOKENS:
+            found.append(turn.start)
+    return tuple(found)
 
 
 def text_prompts(prompt: object, tokenizer: AFMTokenizer, vocabulary: int, most: int) -> tuple[Prompt, ...]:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_afm.errors import AFMError, ConfigError
-from mlx_afm.generation import GenerateConfig
+from mlx_afm.generation.config import GenerateConfig
+from mlx_afm.generation.sampling import Sampler
+from mlx_afm.serving.api_error import APIError
 from mlx_afm.serving.config import ServeConfig
 from mlx_afm.serving.fields import Fields, kind, shown
-from mlx_afm.serving.jobs import Sampling
 from mlx_afm.serving.prompts import Prompt, chat_prompt, text_prompts
-from mlx_afm.serving.refusal import Refusal
 from mlx_afm.text.template import DEFAULT_SYSTEM
 from mlx_afm.text.tokenizer import AFMTokenizer, require_token_ids
 from mlx_afm.text.values import present
@@ -35,7 +35,7 @@ TEXT = (*SHARED, "prompt", "echo", "suffix", "best_of")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class CompletionRequest:
     """What a request asks for.
 
     Attributes:
@@ -44,13 +44,13 @@ class Asked:
         prompts: ids of each prompt; one for a chat.
         choices: answers to each.
         max_tokens: of an answer; None for what the server says and the context leaves.
-        sampling: how to pick tokens.
+        sampler: how to sample the first answer; each has its own.
         stops: strings that end an answer.
         stream, usage: events, and with the token counts at the end.
         tools: the model may call tools.
         one_call: and only one at a time; also of a tool that is called by name.
         schema: of the JSON that the answer must be.
-        must_call: tools, of which the answer must call one; empty if it need not.
+        forced_tools: the answer must call one of them, as `tool_choice` wants; empty if it need not.
     """
 
     chat: bool
@@ -58,14 +58,14 @@ class Asked:
     prompts: tuple[Prompt, ...]
     choices: int
     max_tokens: int | None
-    sampling: Sampling
+    sampler: Sampler
     stops: tuple[str, ...]
     stream: bool
     usage: bool
     tools: bool = False
     one_call: bool = False
     schema: Mapping[str, Any] | None = None
-    must_call: tuple[Mapping[str, Any], ...] = ()
+    forced_tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ class Reader:
     vocabulary: int
     system_prompt: Callable[[str], str | None] = lambda model: DEFAULT_SYSTEM
 
-    def chat(self, values: Mapping[str, Any]) -> Asked:
+    def chat(self, values: Mapping[str, Any]) -> CompletionRequest:
         """A request of /v1/chat/completions.
 
         Raises:
-            Refusal: fields that cannot be used, all in one; messages that the model's template cannot render.
+            APIError: fields that cannot be used, all in one; messages that the model's template cannot render.
         """
         fields = Fields(values, CHAT)
         fields.only("modalities", ["text"])
@@ -98,12 +98,12 @@ class Reader:
         if alternatives is not None and not told:
             fields.fault("top_logprobs", "expected logprobs to be true with it")
         tools = self._tools(fields)
-        must_call = _must_call(fields, tools)
+        forced_tools = _must_call(fields, tools)
         schema = _schema(fields)
-        if must_call and schema is not None:
+        if forced_tools and schema is not None:
             fields.fault("response_format", "an answer that must call a tool has no other form")
         shared = self._shared(fields, (alternatives or 0) if told else None)
-        named = bool(must_call) and fields.value("tool_choice") != "required"
+        named = bool(forced_tools) and fields.value("tool_choice") != "required"
         one_call = not fields.flag("parallel_tool_calls", True) or named
         fields.done()
         try:
@@ -112,22 +112,22 @@ class Reader:
         except AFMError as error:
             raise _refused("messages", error) from error
         constraint = None if schema is None else schema["schema"]
-        return Asked(
+        return CompletionRequest(
             chat=True,
             prompts=(prompt,),
             max_tokens=wanted,
             tools=bool(tools),
             one_call=one_call,
             schema=constraint,
-            must_call=must_call,
+            forced_tools=forced_tools,
             **shared,
         )
 
-    def text(self, values: Mapping[str, Any]) -> Asked:
+    def text(self, values: Mapping[str, Any]) -> CompletionRequest:
         """A request of /v1/completions.
 
         Raises:
-            Refusal: fields that cannot be used, all in one.
+            APIError: fields that cannot be used, all in one.
         """
         fields = Fields(values, TEXT)
         fields.only("echo", False)
@@ -140,7 +140,7 @@ class Reader:
         except AFMError as error:
             fields.fault("prompt", str(error))
         fields.done()
-        return Asked(chat=False, prompts=prompts, max_tokens=wanted, **shared)
+        return CompletionRequest(chat=False, prompts=prompts, max_tokens=wanted, **shared)
 
     def _shared(self, fields: Fields, top_logprobs: int | None) -> dict[str, Any]:
         model = fields.value("model")
@@ -155,7 +155,7 @@ class Reader:
             min_p=fields.number("min_p", 0, 0.999, 0.0),
             seed=secrets.randbits(63) if seed is None else seed % 2**64,
         )
-        sampling = Sampling(
+        sampler = Sampler(
             config=config,
             top_logprobs=top_logprobs,
             frequency_penalty=fields.number("frequency_penalty", -2, 2, 0.0),
@@ -165,7 +165,7 @@ class Reader:
         return {
             "model": model,
             "choices": fields.whole("n", 1, self.config.rows, 1),
-            "sampling": sampling,
+            "sampler": sampler,
             "stops": fields.texts("stop", MAX_STOPS),
             "stream": stream,
             "usage": stream and usage,
@@ -264,7 +264,7 @@ def _schema(fields: Fields) -> dict[str, Any] | None:
     return schema
 
 
-def _refused(param: str, error: AFMError) -> Refusal:
-    if isinstance(error, Refusal):
+def _refused(param: str, error: AFMError) -> APIError:
+    if isinstance(error, APIError):
         return error
-    return Refusal(400, str(error), code="invalid_value", param=param)
+    return APIError(400, str(error), code="invalid_value", param=param)

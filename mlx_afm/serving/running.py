@@ -18,9 +18,9 @@ from mlx_afm.errors import AdapterError, ConfigError
 from mlx_afm.files import to_path, visible
 from mlx_afm.serving.admin import NAME
 from mlx_afm.serving.config import ServeConfig
-from mlx_afm.serving.engine import Engine
 from mlx_afm.serving.http import HEAD_BYTES
 from mlx_afm.serving.metrics import Metrics
+from mlx_afm.serving.model_thread import ModelThread
 from mlx_afm.serving.scheduler import Log
 from mlx_afm.serving.server import Server
 
@@ -35,13 +35,13 @@ class Running:
     Attributes:
         url: without a path.
         models: ids that can be asked for, the base first.
-        engine: the model's.
+        model: the thread that owns it.
         stop: ends it; requests under way have `grace_seconds`.
     """
 
     url: str
     models: tuple[str, ...]
-    engine: Engine
+    model: ModelThread
     stop: Callable[[], None]
 
 
@@ -142,25 +142,25 @@ async def serve(
     """
     metrics, log = Metrics(), log or (lambda text: None)
     stop, hurry, loop = asyncio.Event(), asyncio.Event(), asyncio.get_running_loop()
-    engine = await asyncio.to_thread(Engine, model, _checked(adapters), config, metrics, log)
+    thread = await asyncio.to_thread(ModelThread, model, _checked(adapters), config, metrics, log)
     try:
-        server = Server(engine, config, metrics, log)
+        server = Server(thread, config, metrics, log)
         listening = await asyncio.start_server(server.handle, config.host, config.port, limit=HEAD_BYTES)
         for number in (signal.SIGINT, signal.SIGTERM) if signals else ():
             loop.add_signal_handler(number, lambda: (hurry if stop.is_set() else stop).set())
         port = listening.sockets[0].getsockname()[1]
         host = f"[{config.host}]" if ":" in config.host else config.host
         end = partial(_from_anywhere, loop, stop.set)
-        ready(Running(f"http://{host}:{port}", (server.model_id, *engine.adapters), engine, end))
+        ready(Running(f"http://{host}:{port}", (server.model_id, *thread.adapters), thread, end))
         await stop.wait()
         # New requests are refused while those under way finish, so the port stays open until they have.
         server.stopping = True
-        await _first(asyncio.to_thread(engine.stop, config.grace_seconds), hurry.wait())
-        await asyncio.to_thread(engine.stop, 0.0)
+        await _first(asyncio.to_thread(thread.stop, config.grace_seconds), hurry.wait())
+        await asyncio.to_thread(thread.stop, 0.0)
         await server.finish()
         listening.close()
     finally:
-        await asyncio.to_thread(engine.stop, 0.0)
+        await asyncio.to_thread(thread.stop, 0.0)
 
 
 async def _first(*waiting: Coroutine[Any, Any, Any]) -> None:

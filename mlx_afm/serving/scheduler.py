@@ -1,67 +1,59 @@
-"""Who is next: requests into prompts under way into batches of rows, each batch with its adapter.
+"""Admission: which requests the engines answer, and in which order.
 
-    add(job) -> waiting -> prefill, a piece of one prompt a round -> a row of a batch, one token a round -> sink
+    add(job) -> waiting -> an engine reads its prompt, a piece a round -> its rows decode, a token a round -> sinks
 
-Everything here runs in the thread that owns the model. Requests are admitted in the order they came, so none waits
-for ever because its adapter finds no room.
+Rows of the base and of all LoRA adapters share one engine, and so one forward pass a token, up to `batch_size` rows;
+more rows take turns in further engines. A DoRA adapter has a decoder and engines of its own. Everything here runs in
+the thread that owns the model. Requests are admitted in the order in which they came, so none waits for ever because
+its adapter finds no room; one prompt is read at a time.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
-
-import mlx.core as mx
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from mlx_afm.errors import AFMError, ConfigError
-from mlx_afm.model import Model
-from mlx_afm.model.cache import KVCache
-from mlx_afm.serving.adapters import AdapterSwitch
-from mlx_afm.serving.batches import Batch, Prefill, Row
+from mlx_afm.generation.decode import Decoder
+from mlx_afm.generation.engine import STOP, Engine, Row, TokenEvent
+from mlx_afm.generation.prefix_cache import PrefixCache, prefix_owner
+from mlx_afm.generation.speculation import Speculation
+from mlx_afm.serving.api_error import APIError
 from mlx_afm.serving.config import ServeConfig
-from mlx_afm.serving.jobs import Job, Said
+from mlx_afm.serving.jobs import ChoiceSink, Job
 from mlx_afm.serving.metrics import Metrics
 from mlx_afm.serving.pool import AdapterPool
-from mlx_afm.serving.prefix import PrefixCache
-from mlx_afm.serving.refusal import Refusal
-from mlx_afm.serving.sampling import Chooser, Chosen, changed_logits, choose_next
 
-STEPS_TO_TIDY = 256  # freed memory is given back after so many
 Log = Callable[[str], None]
 
 
 class Scheduler:
-    """All requests in the model's hands.
+    """All requests of a server.
 
     Args:
-        model: the base, on which `switch` works.
-        switch, pool: its adapters.
-        base: the adapter of the base itself, by its name in `switch`, if it has one.
+        pool: the model and its adapters.
         config: limits.
         metrics: what is counted.
         log: takes what went wrong inside.
+
+    Attributes:
+        prefixes: keys and values of the beginnings of prompts.
+        waiting: requests that no engine has yet.
+        speculation: the draft model of all answers, and what came of it; None if there is none.
     """
 
     def __init__(
-        self,
-        model: Model,
-        switch: AdapterSwitch,
-        pool: AdapterPool,
-        config: ServeConfig,
-        metrics: Metrics,
-        log: Log,
-        *,
-        base: str | None = None,
+        self, pool: AdapterPool, config: ServeConfig, metrics: Metrics, log: Log, speculation: Speculation | None = None
     ) -> None:
-        self._model, self._switch, self.pool, self._config, self._base = model, switch, pool, config, base
-        self._metrics, self._log = metrics, log
-        self.prefixes = PrefixCache(config.prefix_bytes)
+        self.pool, self._config, self._metrics, self._log = pool, config, metrics, log
+        self.prefixes, self.speculation = PrefixCache(config.prefix_bytes), speculation
         self.waiting: deque[Job] = deque()
-        self._prompts: deque[Prefill] = deque()
-        self._batches: list[Batch] = []
-        self._steps = 0
-        self._holders: set[Job] = set()  # requests whose adapter must stay
+        self._started: dict[Job, list[Row]] = {}  # with the rows that are not over
+        self._rows: dict[Row, tuple[Job, ChoiceSink]] = {}
+        self._engines: list[Engine] = []
+        pool.on_change = self._take_change
 
     def add(self, job: Job) -> None:
         """Takes a request."""
@@ -70,214 +62,166 @@ class Scheduler:
     @property
     def jobs(self) -> list[Job]:
         """Every request here, once."""
-        under_way = [prompt.job for prompt in self._prompts]
-        rows = [row.job for batch in self._batches for row in batch.rows]
-        return list(dict.fromkeys([*rows, *under_way, *self.waiting]))
+        return [*self._started, *self.waiting]
 
     @property
     def rows_in_use(self) -> int:
         """Answers under way, those whose prompt is still read included."""
-        return sum(len(p.job.sinks) for p in self._prompts) + sum(len(batch.rows) for batch in self._batches)
+        return len(self._rows)
 
     def work(self) -> None:
-        """One round: drops what nobody waits for, admits, reads a piece of a prompt, says one token per row."""
+        """One round: drops what nobody waits for, admits, reads a piece of a prompt, gives one token of each row."""
         self._expire()
         self._admit()
-        if self._prompts:
-            prompt = self._prompts[0]
-            self._guarded([prompt.job], lambda: self._read(prompt))
-        for batch in list(self._batches):
-            jobs = list(dict.fromkeys(row.job for row in batch.rows))
-            self._guarded(jobs, lambda batch=batch: self._step(batch))  # type: ignore[misc]
+        for engine in self._engines:
+            self._step(engine)
+        if not self._reading:
+            self._engines = [engine for engine in self._engines if engine.busy]
 
-    def fail_all(self, error: Refusal) -> None:
+    def fail_all(self, error: APIError) -> None:
         """Ends every request."""
         for job in self.jobs:
             self._fail(job, error)
 
-    # One request's way.
+    # Admission.
+
+    @property
+    def _reading(self) -> bool:
+        return any(engine.reading for engine in self._engines)
 
     def _admit(self) -> None:
-        while self.waiting:
+        while self.waiting and not self._reading:
             job = self.waiting[0]
             if self.rows_in_use + len(job.sinks) > self._config.rows:
                 return
             try:
-                if job.adapter is not None and not self._acquire(job.adapter):
-                    return
+                decoder = self.pool.acquire(job.adapter)
             except (AFMError, OSError) as error:
                 self._log(f"adapter {job.adapter}: {error}")
-                self.waiting.popleft()
-                _tell(job, Refusal(503, f"the adapter {job.adapter!r} cannot be loaded", code="adapter_unavailable"))
+                what = f"the adapter {job.adapter!r} cannot be loaded"
+                self.waiting.popleft().fail(APIError(503, what, code="adapter_unavailable"))
                 continue
-            self._start(self.waiting.popleft())
-
-    def _acquire(self, name: str) -> bool:
-        loaded = name in self._switch
-        if not self.pool.acquire(name):
-            return False
-        if not loaded:  # its file may be another than last time
-            self.prefixes.forget(name)
-        return True
-
-    def _start(self, job: Job) -> None:
-        self._holders.add(job)
-        prompt = Prefill(job, self._caches())
-        prompt.done = job.cached_tokens = self.prefixes.restore(job.adapter, job.ids, job.cuts, prompt.caches)
-        self._prompts.append(prompt)
-
-    def _caches(self) -> list[KVCache]:
-        return self._model.make_cache(quantized=self._config.kv_bits is not None)
-
-    def _read(self, prompt: Prefill) -> None:
-        """Reads the next piece of a prompt; after the last one its rows join a batch."""
-        job, start = prompt.job, prompt.done
-        cut = next((cut for cut in job.cuts if cut > start), len(job.ids))
-        end = min(cut, start + self._config.prefill_tokens)
-        self._use(job.adapter)
-        logits = self._model.next_logits(mx.array([job.ids[start:end]]), prompt.caches)
-        prompt.done = end
-        self._metrics.count("prompt_tokens", end - start)
-        if end < len(job.ids):
-            mx.eval([cache.state for cache in prompt.caches])
-        else:
-            self._begin(prompt, logits)
-        if job.cuts and end in (
-            job.cuts[0],
-            job.cuts[-1],
-        ):  # what everyone has, and what this conversation comes back with
-            self.prefixes.store(job.adapter, job.ids[:end], prompt.caches)
-        if end == len(job.ids):
-            self._prompts.popleft()
-
-    def _begin(self, prompt: Prefill, logits_1V: mx.array) -> None:
-        """Gives each answer a row; its first token is chosen and will be said with the next step."""
-        job = prompt.job
-        rows = [Row(job, sink, self._chooser(job, index)) for index, sink in enumerate(job.sinks)]
-        chosen = self._choose(rows, mx.repeat(logits_1V, len(rows), axis=0), unread=0)
-        for index, row in enumerate(rows):
-            self._join(row, prompt.caches, chosen.rows([index]))
-        self._end_faulty(rows)
-
-    def _join(self, row: Row, caches: list[KVCache], chosen: Chosen) -> None:
-        """Gives a row its place in a batch with room."""
-        for batch in self._batches:
-            if batch.adapter == row.job.adapter and len(batch.rows) < self._config.batch_size:
-                batch.join(row, caches, chosen)
+            if decoder is None:
                 return
-        self._batches.append(Batch.of(row, caches, chosen))
+            self._start(self.waiting.popleft(), decoder)
 
-    def _chooser(self, job: Job, index: int) -> Chooser:
-        return Chooser(job.sampling, index, None if job.processor is None else job.processor())
+    def _start(self, job: Job, decoder: Decoder) -> None:
+        """Gives a request to engines with room for its rows."""
+        self._started[job] = []
+        engines = self._with_room(decoder, len(job.sinks))
+        engines[0].overflow = engines[1:]
+        try:
+            rows = engines[0].add(replace(job.request, adapter=self.pool.routed_name(job.adapter)))
+        except ConfigError as error:
+            self._fail(job, APIError(400, str(error)))
+            return
+        self._started[job] = rows
+        self._rows |= {row: (job, sink) for row, sink in zip(rows, job.sinks, strict=True)}
 
-    def _step(self, batch: Batch) -> None:
-        """Says a token of each row and has the next ones computed: meanwhile, unless they depend on what is said."""
-        started = time.perf_counter()
-        self._use(batch.adapter)
-        chosen, rows = batch.chosen, batch.rows
-        ahead = not any(row.chooser.changes_logits for row in rows)
-        if ahead and any(len(row.chooser.said) + 1 < row.job.max_tokens for row in rows):
-            batch.chosen = self._follow(batch, unread=1)
-        self._keep(batch, [not self._say(row, said) for row, said in zip(rows, chosen.read())])
-        if not ahead and batch.rows:
-            batch.chosen = self._follow(batch, unread=0)
-            self._end_faulty(list(batch.rows))
-        self._metrics.observe("step_seconds", time.perf_counter() - started)
-        self._steps += 1
-        if self._steps % STEPS_TO_TIDY == 0:
-            mx.clear_cache()
+    def _with_room(self, decoder: Decoder, rows: int) -> list[Engine]:
+        """Engines of a decoder that have room for so many rows together."""
+        size = self._config.batch_size
+        found = [engine for engine in self._engines if engine.decoder is decoder and engine.rows_in_use < size]
+        free = sum(size - engine.rows_in_use for engine in found)
+        while free < rows:
+            engine = Engine(
+                decoder,
+                batch_size=size,
+                prefix_cache=self.prefixes,
+                routes=self.pool.routes_of(decoder),
+                prompts_first=False,
+                speculation=self.speculation,
+            )
+            found.append(engine)
+            self._engines.append(engine)
+            free += size
+        return found
 
-    def _follow(self, batch: Batch, *, unread: int) -> Chosen:
-        """The tokens after those that were chosen last."""
-        logits = self._model.next_logits(batch.chosen.tokens_B[:, None], batch.caches)
-        return self._choose(batch.rows, logits, unread=unread)
+    def _take_change(self, name: str) -> None:
+        """An adapter came into memory or left: the slots of others moved, and its file may be another next time."""
+        self.prefixes.clear(prefix_owner(None, name, self._config.kv_bits))
+        for engine in self._engines:
+            engine.reroute()
 
-    def _choose(self, rows: list[Row], logits_BV: mx.array, *, unread: int) -> Chosen:
-        choosers = [row.chooser for row in rows]
-        changed_BV, faults = changed_logits(choosers, logits_BV)
-        for index, error in faults.items():
-            rows[index].fault = error
-        return choose_next(choosers, logits_BV, changed_BV, unread=unread)
+    # One step.
 
-    def _end_faulty(self, rows: list[Row]) -> None:
-        """Ends the requests whose logits could not be changed as they wanted."""
-        for row in rows:
-            if row.fault is not None:
-                wanted = isinstance(row.fault, ConfigError)  # a schema that the model's tokens cannot spell
-                self._log(f"an answer left its form: {row.fault}")
-                self._fail(row.job, Refusal(400 if wanted else 500, str(row.fault)))
+    def _step(self, engine: Engine) -> None:
+        started, decodes = time.perf_counter(), bool(engine.rows)
+        # A fault of one request, whatever it is, must not end the others: this is the edge at which the thread that
+        # serves them all would otherwise stop.
+        try:
+            events = engine.step()
+            over = [event.row for event in events if event.row in self._rows and self._give(event)]
+        except Exception as error:
+            self._recover(engine, error)
+            return
+        self._release(over)
+        if decodes:
+            self._metrics.observe("step_seconds", time.perf_counter() - started)
 
-    def _say(self, row: Row, said: Said) -> bool:
+    def _give(self, event: TokenEvent) -> bool:
         """Hands a token on; whether the answer ends with it."""
-        tokens = row.chooser.said
-        tokens.append(said.token)
-        self._metrics.count("completion_tokens")
-        if said.token in row.job.ends or row.sink.token(said):
-            row.sink.end("stop", len(tokens))
-        elif len(tokens) >= row.job.max_tokens:
-            row.sink.end("length", len(tokens))
-        else:
+        row, (job, sink) = event.row, self._rows[event.row]
+        if event.error is not None:
+            unusable = isinstance(event.error, ConfigError)  # a schema that the model's tokens cannot spell
+            self._log(f"an answer broke its constraint: {event.error}")
+            self._fail(job, APIError(400 if unusable else 500, str(event.error)))
             return False
-        return True
+        if len(row.tokens) == 1 and sink is job.sinks[0]:
+            job.cached_tokens = row.cached_tokens
+            self._metrics.count("prompt_tokens", len(row.request.ids) - row.cached_tokens)
+        self._metrics.count("completion_tokens")
+        stopped = sink.add(event.token)
+        if stopped or event.finish_reason is not None:
+            sink.end(STOP if stopped else str(event.finish_reason))
+        return stopped or event.finish_reason is not None
+
+    def _recover(self, engine: Engine, error: Exception) -> None:
+        """Ends the request whose prompt was read when a step failed; if there was none, all that decoded there."""
+        self._log(f"a request failed: {type(error).__name__}: {error}")
+        rows = engine.rows
+        if engine.reading:
+            rows = self._started[next(reversed(self._started))]
+        for job in dict.fromkeys(self._rows[row][0] for row in rows if row in self._rows):
+            self._fail(job, APIError(500, "the model could not answer", code="internal_error"))
 
     # Leaving.
-
-    def _keep(self, batch: Batch, stays: list[bool]) -> None:
-        """Drops the rows that do not stay, and their requests' adapters once no row needs them."""
-        if all(stays):
-            return
-        before = [row.job for row in batch.rows]
-        batch.keep(stays)
-        if not batch.rows:
-            self._batches.remove(batch)
-        left = {id(row.job) for other in self._batches for row in other.rows}
-        for job in dict.fromkeys(before):
-            if id(job) not in left:
-                self._release(job)
 
     def _expire(self) -> None:
         now = time.monotonic()
         for job in self.jobs:
             if job.cancelled:
                 self._metrics.count("cancelled")
-                self._fail(job, Refusal(499, "cancelled"), tell=False)
+                self._fail(job, APIError(499, "cancelled"), tell=False)
             elif now > job.deadline:
                 seconds = f"{self._config.request_seconds:g} s"
-                self._fail(job, Refusal(504, "the request took too long", code="timeout", expected=f"within {seconds}"))
+                what = "the request took too long"
+                self._fail(job, APIError(504, what, code="timeout", expected=f"within {seconds}"))
 
-    def _fail(self, job: Job, error: Refusal, *, tell: bool = True) -> None:
+    def _fail(self, job: Job, error: APIError, *, tell: bool = True) -> None:
         """Ends one request, wherever it is."""
         if tell:
-            _tell(job, error)
-        if job in self.waiting:
+            job.fail(error)
+        if job not in self._started:
             self.waiting.remove(job)
+        elif rows := self._started[job]:
+            self._release(list(rows))
+        else:
+            self._end(job)
+
+    def _release(self, rows: Sequence[Row]) -> None:
+        """Takes rows out of their engines; a request without rows is over, and its adapter may leave."""
+        if not rows:
             return
-        for prompt in [prompt for prompt in self._prompts if prompt.job is job]:
-            self._prompts.remove(prompt)
-            self._release(job)
-        for batch in list(self._batches):
-            self._keep(batch, [row.job is not job for row in batch.rows])
+        for engine in self._engines:
+            engine.remove(rows)
+        for row in rows:
+            job, _ = self._rows.pop(row, (None, None))
+            if job is not None:
+                self._started[job].remove(row)
+                if not self._started[job]:
+                    self._end(job)
 
-    def _release(self, job: Job) -> None:
-        if job in self._holders:
-            self._holders.discard(job)
-            if job.adapter is not None:
-                self.pool.release(job.adapter)
-
-    def _use(self, adapter: str | None) -> None:
-        self._switch.use(self._base if adapter is None else adapter)
-
-    def _guarded(self, jobs: list[Job], work: Callable[[], None]) -> None:
-        # A fault of one request, whatever it is (no memory, a schema that trips its processor), must not end the
-        # others: this is the edge at which the thread that serves them all would otherwise stop.
-        try:
-            work()
-        except Exception as error:
-            self._log(f"a request failed: {type(error).__name__}: {error}")
-            for job in jobs:
-                self._fail(job, Refusal(500, "the model could not answer", code="internal_error"))
-
-
-def _tell(job: Job, error: Refusal) -> None:
-    for sink in job.sinks:
-        sink.fail(error)
+    def _end(self, job: Job) -> None:
+        del self._started[job]
+        self.pool.release(job.adapter)

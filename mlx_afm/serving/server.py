@@ -1,4 +1,4 @@
-"""The server: connections to requests to the engine and back."""
+"""The server: connections to requests to the model's thread and back."""
 
 from __future__ import annotations
 
@@ -11,20 +11,17 @@ from urllib.parse import unquote
 import mlx.core as mx
 
 from mlx_afm.serving.admin import Admin
-from mlx_afm.serving.answers import AnswerBuilder
+from mlx_afm.serving.answers import AnswerBuilder, TokenNames
+from mlx_afm.serving.api_error import APIError
 from mlx_afm.serving.config import ServeConfig
-from mlx_afm.serving.engine import Engine
 from mlx_afm.serving.fields import parse_json
-from mlx_afm.serving.guards import require_allowed
-from mlx_afm.serving.http import Closed, Connection, Request
-from mlx_afm.serving.jobs import Job
+from mlx_afm.serving.http import Closed, Connection, Request, require_allowed
+from mlx_afm.serving.jobs import Delta, End, Event, Failure, Job
 from mlx_afm.serving.metrics import Metrics
+from mlx_afm.serving.model_thread import ModelThread
 from mlx_afm.serving.plan import plan_jobs, require_model
-from mlx_afm.serving.refusal import Refusal
-from mlx_afm.serving.requests import Asked, Reader
-from mlx_afm.serving.scheduler import Log
-from mlx_afm.serving.sinks import Delta, End, Event, Failure
-from mlx_afm.serving.text import TokenNames
+from mlx_afm.serving.requests import CompletionRequest, Reader
+from mlx_afm.serving.scheduler import Log, Scheduler
 
 CHAT, TEXT, MODELS = "/v1/chat/completions", "/v1/completions", "/v1/models"
 METHODS = {CHAT: "POST", TEXT: "POST", MODELS: "GET", "/health": "GET", "/metrics": "GET"}
@@ -33,25 +30,25 @@ EXTRA_CONNECTIONS = 16  # beyond the limit, that are told so
 
 
 class Server:
-    """Answers HTTP with one engine.
+    """Answers HTTP with one model.
 
     Args:
-        engine: the model.
+        thread: owns the model.
         config: limits.
         metrics: what is counted.
         log: takes what went wrong inside.
     """
 
-    def __init__(self, engine: Engine, config: ServeConfig, metrics: Metrics, log: Log) -> None:
-        self._engine, self._config, self._metrics, self._log = engine, config, metrics, log
-        self._reader = Reader(engine.tokenizer, config, engine.vocabulary, engine.system_prompt)
-        self._names = TokenNames(engine.tokenizer)
-        self._admin = Admin(engine, config)
+    def __init__(self, thread: ModelThread, config: ServeConfig, metrics: Metrics, log: Log) -> None:
+        self._thread, self._config, self._metrics, self._log = thread, config, metrics, log
+        self._reader = Reader(thread.tokenizer, config, thread.vocabulary, thread.system_prompt)
+        self._names = TokenNames(thread.tokenizer)
+        self._admin = Admin(thread, config)
         self._created = int(time.time())
         self._tasks: set[asyncio.Task[Any]] = set()
         self._busy = 0
         self.stopping = False
-        self.model_id = engine.model_id
+        self.model_id = thread.model_id
 
     async def handle(self, stream: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serves one connection until it ends."""
@@ -62,7 +59,7 @@ class Server:
         try:
             while await self._next(connection):
                 pass
-        except Refusal as error:  # not a request
+        except APIError as error:  # not a request
             linger = True
             self._metrics.request("other", error.status)
             with suppress(Closed):
@@ -96,7 +93,7 @@ class Server:
         self._busy += 1
         try:
             await self._answer(connection, request, keep)
-        except Refusal as error:
+        except APIError as error:
             status = error.status
             if connection.streaming:  # too late for a status
                 await connection.send_event(error.to_json())
@@ -115,15 +112,15 @@ class Server:
         # A fault of ours must reach its client as such, and no other: this is the edge of the server.
         try:
             await self._route(connection, request, keep)
-        except (Refusal, Closed):
+        except (APIError, Closed):
             raise
         except Exception as error:
             self._log(f"{request.method} {request.path[:80]}: {type(error).__name__}: {error}")
-            raise Refusal(500, "the server could not answer", code="internal_error") from error
+            raise APIError(500, "the server could not answer", code="internal_error") from error
 
     async def _route(self, connection: Connection, request: Request, keep: bool) -> None:
         if len(self._tasks) > self._config.connections:
-            raise Refusal(503, "too many connections", code="too_many_connections", retry_seconds=1)
+            raise APIError(503, "too many connections", code="too_many_connections", retry_seconds=1)
         path, method = request.path, request.method
         require_allowed(request, self._config)
         if path.startswith("/admin/"):
@@ -133,13 +130,13 @@ class Server:
             await connection.respond(200, self._model(unquote(path.removeprefix(f"{MODELS}/"))), keep_alive=keep)
             return
         if path not in METHODS:
-            raise Refusal(404, "no such path", code="not_found", expected=", ".join(METHODS), found=path[:80])
+            raise APIError(404, "no such path", code="not_found", expected=", ".join(METHODS), found=path[:80])
         if method != METHODS[path]:
-            raise Refusal(405, "wrong method", expected=METHODS[path], found=method)
+            raise APIError(405, "wrong method", expected=METHODS[path], found=method)
         if path in (CHAT, TEXT):
             await self._complete(connection, request, keep)
         elif path == MODELS:
-            models = [self._model(name) for name in (self.model_id, *self._engine.adapters)]
+            models = [self._model(name) for name in (self.model_id, *self._thread.adapters)]
             await connection.respond(200, {"object": "list", "data": models}, keep_alive=keep)
         elif path == "/metrics":
             await connection.respond(200, await self._metrics_text(), keep_alive=keep)
@@ -148,13 +145,22 @@ class Server:
             await connection.respond(503 if self.stopping else 200, {"status": status}, keep_alive=keep)
 
     def _model(self, name: str) -> dict[str, Any]:
-        require_model(name, self.model_id, self._engine.adapters)
+        require_model(name, self.model_id, self._thread.adapters)
         card: dict[str, Any] = {"id": name, "object": "model", "created": self._created, "owned_by": "mlx-afm"}
         return {**card, "parent": None if name == self.model_id else self.model_id}
 
     async def _metrics_text(self) -> str:
-        def gauges(scheduler: Any) -> dict[str, tuple[float, str]]:
-            return {
+        def look(scheduler: Scheduler) -> tuple[dict[str, tuple[float, str]], dict[str, tuple[float, str]]]:
+            steps = scheduler.pool.decoder.counters
+            counters: dict[str, tuple[float, str]] = {
+                "plain_steps": (steps.plain_steps, "Forward passes that gave rows a token, not compiled."),
+                "compiled_steps": (steps.compiled_steps, "Compiled forward passes that gave rows a token."),
+                "traces": (steps.traces, "Times that the compiled step was traced."),
+            }
+            if (speculation := scheduler.speculation) is not None:
+                counters["draft_tokens"] = speculation.drafted, "Tokens that the draft model proposed."
+                counters["accepted_draft_tokens"] = speculation.accepted, "Proposed tokens that were accepted."
+            return counters, {
                 "rows": (scheduler.rows_in_use, "Answers under way."),
                 "waiting": (len(scheduler.waiting), "Requests that wait."),
                 "adapter_bytes": (scheduler.pool.held_bytes, "Memory of adapters."),
@@ -166,8 +172,8 @@ class Server:
                 "cache_memory_bytes": (mx.get_cache_memory(), "Memory that MLX keeps for reuse."),
             }
 
-        known = await asyncio.wrap_future(self._engine.call(gauges))
-        return self._metrics.text({**known, "connections": (len(self._tasks), "Open connections.")})
+        counters, gauges = await asyncio.wrap_future(self._thread.call(look))
+        return self._metrics.text({**gauges, "connections": (len(self._tasks), "Open connections.")}, counters)
 
     # Completions.
 
@@ -180,18 +186,18 @@ class Server:
             with suppress(RuntimeError):  # the loop has ended: nobody listens
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        def plan() -> tuple[Asked, list[Job]]:
+        def plan() -> tuple[CompletionRequest, list[Job]]:
             read = self._reader.chat if request.path == CHAT else self._reader.text
             asked = read(parse_json(request.body))
-            adapter = require_model(asked.model, self.model_id, self._engine.adapters)
-            tokenizer = self._engine.tokenizer
+            adapter = require_model(asked.model, self.model_id, self._thread.adapters)
+            tokenizer = self._thread.tokenizer
             return asked, plan_jobs(asked, adapter, tokenizer, self._config, self._metrics, post, deadline)
 
         # Long texts and schemas take a while, and others are waiting.
         asked, jobs = await asyncio.to_thread(plan)
         try:
             for job in jobs:
-                self._engine.submit(job)
+                self._thread.submit(job)
             builder = AnswerBuilder(asked, self._names)
             async with Incoming(connection, events) as incoming:
                 if asked.stream:
@@ -209,7 +215,7 @@ class Server:
                 await connection.respond(200, builder.whole(), keep_alive=keep)
         finally:
             for job in jobs:
-                self._engine.cancel(job)
+                self._thread.cancel(job)
 
     async def _stream(self, connection: Connection, builder: AnswerBuilder, incoming: Incoming, keep: bool) -> None:
         """Sends chunks until every choice is complete."""
@@ -241,7 +247,7 @@ class Incoming:
         """The next event.
 
         Raises:
-            Closed: the client is gone. Refusal: there is no answer.
+            Closed: the client is gone. APIError: there is no answer.
         """
         coming = asyncio.ensure_future(self._events.get())
         await asyncio.wait((coming, self._watch), return_when=asyncio.FIRST_COMPLETED)

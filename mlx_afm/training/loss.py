@@ -11,7 +11,7 @@ from functools import partial
 import mlx.core as mx
 
 from mlx_afm.errors import ConfigError
-from mlx_afm.model.exponential import exp
+from mlx_afm.model.backend import exp
 
 CHUNK_TOKENS = 128  # at 153,600 words one chunk of float32 logits is 79 MB; see Cost below
 

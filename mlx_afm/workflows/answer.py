@@ -7,17 +7,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mlx_afm.errors import SettingError
 from mlx_afm.files import set_paths
 from mlx_afm.folders import OnNote, ignore_note, lock_folder
 from mlx_afm.generation import GenerateConfig, iter_answers
-from mlx_afm.generation.batch import BATCH_SIZE
 from mlx_afm.generation.config import require_fitting
+from mlx_afm.generation.engine import BATCH_SIZE
 from mlx_afm.generation.guided import guided_processor, guided_when_asked
 from mlx_afm.generation.jsonl import AnswerFile, PromptRow, read_prompt_rows
 from mlx_afm.generation.prompt_cache import fingerprint
+from mlx_afm.generation.speculation import Speculation
 from mlx_afm.text.tokenizer import AFMTokenizer
+from mlx_afm.workflows.draft_model import load_draft
 from mlx_afm.workflows.load import load_for_answers
 from mlx_afm.workflows.response_format import ResponseFormat, read_response_format
 
@@ -36,6 +39,8 @@ class AnswerJob:
         system: see `load_for_answers`.
         dialect, fields: see `read_prompt_rows`.
         response_format: JSON file of what every answer is to follow, see `read_response_format`.
+        draft_model: MLX folder of a draft model, or the hub id of one; it proposes tokens to all prompts of a batch.
+        num_draft_tokens: how many at a time; None adapts.
     """
 
     model: str | Path
@@ -48,9 +53,11 @@ class AnswerJob:
     dialect: str = "auto"
     fields: tuple[tuple[str, str], ...] = ()
     response_format: Path | None = None
+    draft_model: Path | None = None
+    num_draft_tokens: int | None = 5
 
     def __post_init__(self) -> None:
-        set_paths(self, "model", "prompts", "output", "adapter_path", "response_format")
+        set_paths(self, "model", "prompts", "output", "adapter_path", "response_format", "draft_model")
         if self.batch_size < 1:
             raise SettingError("batch_size", expected="at least 1", found=self.batch_size)
         if self.output.absolute() == self.prompts.absolute():
@@ -69,6 +76,7 @@ class Answered:
         new: answered by this run.
         tokens: of these answers.
         seconds: since the first prompt of this run was taken up.
+        speculation: what came of a draft model, if there is one.
     """
 
     done: int
@@ -76,6 +84,7 @@ class Answered:
     new: int
     tokens: int
     seconds: float
+    speculation: Speculation | None = None
 
 
 def answer_file(
@@ -103,16 +112,20 @@ def _answer_file(job: AnswerJob, on_answer: Callable[[Answered], None] | None, o
     rows = _rows(job, tokenizer, wanted)
     guide = "" if wanted is None else json.dumps(wanted.guide, sort_keys=True)
     started, tokens, new = time.perf_counter(), 0, 0
+    speculation = None
+    if job.draft_model is not None:
+        speculation = load_draft(job.draft_model, model, tokenizer, job.num_draft_tokens)
     with AnswerFile(job.output, rows, fingerprint(model) + guide) as answers:
         left = [number for number in range(len(rows)) if number not in answers.done]
         requests = [rows[number].request for number in left]
-        for place, answer in iter_answers(model, tokenizer, requests, batch_size=job.batch_size):
+        options: dict[str, Any] = {"batch_size": job.batch_size, "speculation": speculation}
+        for place, answer in iter_answers(model, tokenizer, requests, **options):
             answers.add(left[place], answer)
             tokens, new = tokens + len(answer.tokens), new + 1
             if on_answer is not None:
                 on_answer(Answered(len(answers.done), len(rows), new, tokens, time.perf_counter() - started))
         answers.finish()
-    return Answered(len(rows), len(rows), new, tokens, time.perf_counter() - started)
+    return Answered(len(rows), len(rows), new, tokens, time.perf_counter() - started, speculation)
 
 
 def _rows(job: AnswerJob, tokenizer: AFMTokenizer, wanted: ResponseFormat | None) -> list[PromptRow]:

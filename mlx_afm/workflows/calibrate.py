@@ -124,6 +124,10 @@ class _Watched(nn.Module):  # type: ignore[misc]
         self._squares = self._squares + mx.sum(mx.square(wide), axis=0)
         return self.inner(x, *others)
 
+    def plus(self, x: mx.array, residual: mx.array) -> mx.array:
+        projected: mx.array = self(x)
+        return residual + projected
+
 
 def column_weights(model: Model, examples: Sequence[Tokens] | Iterable[Tokens]) -> dict[str, npt.NDArray[np.float64]]:
     """By module path the mean square of each input of the projections, float64 (N,).

@@ -144,3 +144,17 @@ def test_settings_out_of_range():
     with pytest.raises(ConfigError) as error:
         LoRAConfig(rank=0, scale=-1, dropout=1, targets=("q", "qkv"))
     assert all(name in str(error.value) for name in ("rank", "scale", "dropout", "targets"))
+
+
+@pytest.mark.parametrize("scale", [0.25, 2.0])
+def test_alpha_and_a_scale_below_or_above_the_default_are_refused(scale):
+    with pytest.raises(ConfigError, match=f"expected alpha or scale, found alpha 16 and scale {scale}"):
+        LoRAConfig(rank=8, alpha=16, scale=scale)
+
+
+def test_qat_takes_all_of_q_k_and_v_or_none():
+    for targets in [("o", "down"), ("q", "k", "v", "o")]:
+        assert LoRAConfig(fine_tune_type="qat", targets=targets).targets == targets
+    for targets in [("q",), ("k", "v", "o")]:
+        with pytest.raises(ConfigError, match="qat takes all of them or none"):
+            LoRAConfig(fine_tune_type="qat", targets=targets)

@@ -225,3 +225,8 @@ def test_the_form_is_what_a_package_takes():
     tensors = package_tensors(to_device_form(new_adapter(LoRAConfig(rank=3, scale=2.0)))[0])
     assert next(iter(tensors)).endswith("layer_0.attention.qkv_transform.adapters.base_adapter.lora_0.a_transpose")
     assert next(iter(tensors.values())).shape == (32, 32)
+
+
+def test_an_adapter_with_default_settings_has_the_form_already():
+    form = DeviceForm()
+    assert (LoRAConfig().rank, LoRAConfig().scale) == (form.rank, 0.5) == (32, 0.5)

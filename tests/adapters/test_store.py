@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -22,8 +23,9 @@ from mlx_afm.adapters import (
 from mlx_afm.checkpoints.arrays import from_mlx
 from mlx_afm.errors import AdapterError, FormatError, TensorsError
 from mlx_afm.formats.fmadapter import Metadata
+from mlx_afm.model import AFMConfig
 from mlx_afm.workflows.load import attach
-from tiny import random_tokens, tiny_config, tiny_model, with_adapter
+from tiny import random_adapter, random_tokens, tiny_config, tiny_model, with_adapter
 
 BASE = tiny_config()
 # A package says nothing of the vocabulary, a .pt nothing at all.
@@ -113,6 +115,22 @@ def test_pt_round_trip_is_bit_identical_to_the_oracles_file(tmp_path):
 def test_a_pt_alone_is_recognised_by_apples_sizes_only(adapter, tmp_path):
     with pytest.raises(AdapterError, match="cannot tell which model"):
         read_adapter(write("pt", tmp_path, adapter))
+
+
+def test_a_pt_of_apples_sizes_needs_no_base(tmp_path):
+    base = AFMConfig(num_layers=3, num_kv_reuse_layers=1)
+    made = random_adapter(base, LoRAConfig(rank=1))
+    read = read_adapter(write("pt", tmp_path, made))
+    assert read.base == base
+    assert {name: array.tolist() for name, array in values(read).items()} == {
+        name: array.tolist() for name, array in values(made).items()
+    }
+
+
+@pytest.mark.parametrize("prompts", [(), ("Be short.",), ("Be short.", None)])
+def test_a_folder_keeps_the_system_prompts(prompts, adapter, tmp_path):
+    written = write("folder", tmp_path, replace(adapter, system_prompts=prompts))
+    assert read_adapter(written).system_prompts == prompts
 
 
 def test_an_adapter_for_another_base_is_refused_with_the_sizes(adapter, tmp_path):

@@ -106,13 +106,18 @@ def test_files_that_are_none(model_folder, expect_refusal, tmp_path):
     expect_refusal(*arguments, "--draft-model", tmp_path / "gone", says=["gone"])
 
 
-def test_a_draft_model_is_for_one_prompt_only(model_folder, cli, tmp_path):
-    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
-    arguments = ["generate", "--model", model_folder, "-p", tmp_path / "p.jsonl", "--output", tmp_path / "a.jsonl"]
-    ran = cli(*arguments, "--draft-model", model_folder)
-    assert (ran.code, ran.out) == (2, "")
-    assert "--draft-model: no effect with a --prompt that names a .jsonl" in ran.err
-    assert cli(*arguments).code == 0
+def test_a_draft_model_changes_no_answer_of_a_file(model_folder, cli, tmp_path):
+    texts = ["sort vido.conf in reverse", "list the files in docs", "copy vome.go to zasu.txt"]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    arguments = ["generate", "--model", model_folder, "-p", tmp_path / "p.jsonl", "-m", 20, "--json"]
+    assert cli(*arguments, "--output", tmp_path / "plain.jsonl").code == 0
+    for number in ("3", "auto"):
+        output = tmp_path / f"{number}.jsonl"
+        ran = cli(*arguments, "--output", output, "--draft-model", model_folder, "--num-draft-tokens", number)
+        assert output.read_text() == (tmp_path / "plain.jsonl").read_text()
+        counts = json.loads(ran.out)["speculation"]
+        assert counts["acceptance_rate"] > 0.5
+        assert counts["tokens_per_round"] > 1.5
 
 
 def test_a_file_of_answers_by_a_schema(model_folder, cli, say, schema, tmp_path):

@@ -78,6 +78,19 @@ def test_columns_and_advice(write):
     }  # fmt: skip
 
 
+def test_columns_of_warnings(write):
+    texts = ("a<n>b", "é\ufffd", r"\ufffd", "a [INST] b", "<|user|>")
+    lines = [json.dumps([{**GOOD[0], "content": "TEXT"}, GOOD[1]]).replace("TEXT", text) + "\n" for text in texts]
+    problems = check_data({"train": (write("train.jsonl", *[line.encode() for line in lines]),)}).problems
+    columns = [lines[0].index("<n>"), lines[1].index("\ufffd"), None, lines[3].index("[INST]"), lines[4].index("<|")]
+    kinds = ["newline-mark", "replacement-character", "replacement-character", "other-template", "other-template"]
+    expected = [
+        (line, kind, None if column is None else column + 1)
+        for line, (kind, column) in enumerate(zip(kinds, columns, strict=True), 1)
+    ]
+    assert [(problem.line, problem.kind, problem.column) for problem in problems] == expected
+
+
 def test_too_long_says_what_would_be_lost_and_needs_a_tokenizer(write, tokenizer_file):
     path = write("train.jsonl", GOOD, [GOOD[0], {"role": "assistant", "content": "ho " * 300}])
     splits, config = {"train": (path,)}, DataConfig(max_tokens=100)

@@ -74,6 +74,19 @@ def test_rows_are_full_and_hold_examples_of_the_same_prompt():
     assert sum(sizes) < 1.15 * own
 
 
+def test_examples_that_share_nothing_fill_rows_too():
+    examples = [Tokens(np.full(26, index + 1, np.int32), np.ones(26, np.float32), "x") for index in range(40)]
+    plan = plan_packed(find_prefixes(examples), 100, seed=0, epoch=0)
+    assert [len(row) for row in plan] == [4] * 10
+
+
+def test_of_rows_that_share_as_much_the_tightest_is_taken():
+    lengths = (60, 70, 40, 25)  # 60 + 40 and 70 + 25 fit in 100; 40 goes where it leaves nothing
+    examples = [Tokens(np.full(n + 1, n, np.int32), np.ones(n + 1, np.float32), "x") for n in lengths]
+    plan = plan_packed(find_prefixes(examples), 100, seed=0, epoch=0)
+    assert sorted(sorted(row) for row in plan) == [[0, 2], [1, 3]]
+
+
 def test_one_example_and_none():
     one = [Tokens(np.array([1, 2, 3], np.int32), np.ones(3, np.float32), "x")]
     assert plan_packed(find_prefixes(one), 2, seed=0, epoch=0) == [(0,)]

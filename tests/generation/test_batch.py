@@ -5,11 +5,11 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from engine_runs import answer, answers, engine_of, events_of
 
 import mlx_afm
 from mlx_afm.errors import ConfigError
-from mlx_afm.generation import BatchGenerator, GenerateConfig, PrefixCache, Request, batch_generate, iter_answers
-from mlx_afm.generation.steps import iter_steps
+from mlx_afm.generation import GenerateConfig, PrefixCache, Request, batch_generate, iter_answers
 from tiny import tiny_model
 
 GREEDY = GenerateConfig(max_tokens=12)
@@ -32,20 +32,8 @@ def prompts(seed=0):
     return [rng.integers(1, 61, length).tolist() for length in LENGTHS]
 
 
-def alone(model, ids, config, **options):
-    cache = model.make_cache(quantized=config.kv_bits is not None)
-    steps = iter_steps(model, ids, config, cache=cache, max_tokens=config.max_tokens, **options)
-    return [step.token for step in steps]
-
-
 def together(model, requests, batch_size=16, **options):
-    rows = BatchGenerator(model, set(), batch_size=batch_size, **options)
-    numbers = [rows.insert(request) for request in requests]
-    found = {number: [] for number in numbers}
-    while rows.busy:
-        for step in rows.step():
-            found[step.row].append(step.token)
-    return [found[number] for number in numbers]
+    return answers(engine_of(model, batch_size=batch_size, **options), requests)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +47,7 @@ def test_sixteen_unequal_prompts_are_sixteen_single_runs(model, config, batch_si
         Request(ids=ids, config=GenerateConfig(**{**settings, "seed": number, "max_tokens": 12 - number % 5}))
         for number, ids in enumerate(prompts())
     ]
-    expected = [alone(model, request.ids, request.config) for request in requests]
+    expected = [answer(model, request.ids, request.config) for request in requests]
     assert together(model, requests, batch_size) == expected
     assert len({tuple(tokens) for tokens in expected}) > 8
 
@@ -67,7 +55,7 @@ def test_sixteen_unequal_prompts_are_sixteen_single_runs(model, config, batch_si
 def test_rows_with_different_settings_share_a_batch(model):
     configs = [GREEDY, SAMPLED, GenerateConfig(max_tokens=6, temp=0.8, seed=4), GREEDY]
     requests = [Request(ids=ids, config=config) for ids, config in zip(prompts(), configs)]
-    assert together(model, requests) == [alone(model, request.ids, request.config) for request in requests]
+    assert together(model, requests) == [answer(model, request.ids, request.config) for request in requests]
 
 
 def test_processors_see_their_own_row(model):
@@ -79,7 +67,7 @@ def test_processors_see_their_own_row(model):
 
         return process
 
-    first = [alone(model, ids, GREEDY) for ids in prompts()[:3]]
+    first = [answer(model, ids, GREEDY) for ids in prompts()[:3]]
     seen: list[int] = []
     requests = [
         Request(ids=ids, config=GREEDY, logits_processors=[ban(tokens[0])] if row != 1 else ())
@@ -88,42 +76,34 @@ def test_processors_see_their_own_row(model):
     found = together(model, requests)
     assert found[1] == first[1]
     assert all(first[row][0] not in found[row] for row in (0, 2))
-    assert found[0] == alone(model, requests[0].ids, GREEDY, logits_processors=requests[0].logits_processors)
+    assert found[0] == answer(model, requests[0].ids, GREEDY, logits_processors=requests[0].logits_processors)
     assert set(range(3, 3 + 12)) | set(range(1, 1 + 12)) <= set(seen)
 
 
 def test_rows_that_are_removed_leave_the_others_alone(model):
-    rows = BatchGenerator(model, set(), batch_size=3)
-    for ids in prompts()[:5]:
-        rows.insert(Request(ids=ids, config=GREEDY))
-    found = {number: [] for number in range(5)}
+    engine = engine_of(model, batch_size=3)
+    rows = [engine.add(Request(ids=ids, config=GREEDY))[0] for ids in prompts()[:5]]
     for turn in range(40):
-        for step in rows.step():
-            found[step.row].append(step.token)
+        engine.step()
         if turn == 3:
-            rows.remove(1)
-            rows.remove(4)
-            rows.remove(99)
-    expected = [alone(model, ids, GREEDY) for ids in prompts()[:5]]
-    assert [found[row] for row in (0, 2, 3)] == [expected[row] for row in (0, 2, 3)]
-    assert (found[1], found[4]) == (expected[1][:4], [])
-    assert not rows.busy
+            engine.remove([rows[1], rows[4]])
+            engine.remove([rows[1]])
+    expected = [answer(model, ids, GREEDY) for ids in prompts()[:5]]
+    assert [rows[row].tokens for row in (0, 2, 3)] == [expected[row] for row in (0, 2, 3)]
+    assert (rows[1].tokens, rows[4].tokens) == (expected[1][:4], [])
+    assert not engine.busy
 
 
 def test_an_end_token_ends_its_row_alone(model):
-    expected = [alone(model, ids, GREEDY) for ids in prompts()]
+    expected = [answer(model, ids, GREEDY) for ids in prompts()]
     end = expected[3][4]
-    rows = BatchGenerator(model, {end})
-    for ids in prompts():
-        rows.insert(Request(ids=ids, config=GREEDY))
-    found, reasons = {row: [] for row in range(16)}, {}
-    while rows.busy:
-        for step in rows.step():
-            found[step.row].append(step.token)
-            reasons[step.row] = step.finish_reason
-    for row, tokens in enumerate(expected):
+    requests = [Request(ids=ids, config=GREEDY, stop_token_ids=frozenset({end})) for ids in prompts()]
+    events = events_of(engine_of(model), requests)
+    reasons = {tuple(event.row.request.ids): event.finish_reason for event in events}
+    found = {tuple(event.row.request.ids): event.row.tokens for event in events}
+    for ids, tokens in zip(map(tuple, prompts()), expected):
         cut = tokens[: tokens.index(end) + 1] if end in tokens else tokens
-        assert (found[row], reasons[row]) == (cut, "stop" if end in tokens else "length")
+        assert (found[ids], reasons[ids]) == (cut, "stop" if end in tokens else "length")
 
 
 @pytest.mark.parametrize("kv_bits", [None, 8])
@@ -131,7 +111,7 @@ def test_a_common_beginning_is_computed_once_and_changes_nothing(model, kv_bits,
     config = GenerateConfig(max_tokens=6, kv_bits=kv_bits)
     common = np.random.default_rng(5).integers(1, 61, 30).tolist()
     requests = [Request(ids=common + ids, config=config) for ids in prompts()[:6]]
-    expected = [alone(model, request.ids, config) for request in requests]
+    expected = [answer(model, request.ids, config) for request in requests]
     computed = []
     hidden = type(model).hidden
     monkeypatch.setattr(
@@ -173,25 +153,22 @@ def test_what_cannot_be_answered_is_refused_before_anything_is_computed(loaded):
     small = GenerateConfig(context_tokens=20)
     with pytest.raises(ConfigError, match=r"no room for an answer .*expected at most 19 tokens, found 30 tokens"):
         next(iter_answers(model, tokenizer, [Request(ids=[3] * 5), Request(ids=[3] * 30, config=small)]))
-    rows = BatchGenerator(model, set())
+    engine = engine_of(model)
     with pytest.raises(ConfigError, match="empty prompt"):
-        rows.insert(Request(ids=[]))
+        engine.add(Request(ids=[]))
     with pytest.raises(ConfigError, match="top_k is too large"):
-        rows.insert(Request(ids=[1], config=GenerateConfig(top_k=512)))
-    rows.insert(Request(ids=[1]))
+        engine.add(Request(ids=[1], config=GenerateConfig(top_k=512)))
+    engine.add(Request(ids=[1]))
     with pytest.raises(ConfigError, match="differ in kv_bits"):
-        rows.insert(Request(ids=[1], config=GenerateConfig(kv_bits=8)))
+        engine.add(Request(ids=[1], config=GenerateConfig(kv_bits=8)))
     with pytest.raises(ConfigError, match="batch_size"):
-        BatchGenerator(model, set(), batch_size=0)
+        engine_of(model, batch_size=0)
 
 
 def test_the_end_of_the_context_ends_the_answer(model):
     config = GenerateConfig(context_tokens=20, max_tokens=50)
-    rows = BatchGenerator(model, set())
-    rows.insert(Request(ids=[5] * 17, config=config))
-    rows.insert(Request(ids=[5] * 2, config=config))
-    steps = []
-    while rows.busy:
-        steps += rows.step()
-    assert [sum(step.row == row for step in steps) for row in (0, 1)] == [3, 18]
-    assert {step.row: step.finish_reason for step in steps} == {0: "length", 1: "length"}
+    engine = engine_of(model)
+    events = events_of(engine, [Request(ids=[5] * 17, config=config), Request(ids=[5] * 2, config=config)])
+    counts = {len(event.row.request.ids): len(event.row.tokens) for event in events}
+    assert counts == {17: 3, 2: 18}
+    assert {len(event.row.request.ids): event.finish_reason for event in events} == {17: "length", 2: "length"}

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import mlx.core as mx
-import mlx.nn as nn
 import pytest
 from text.sentencepiece_models import model_bytes, toy_pieces
 
 import mlx_afm
 from mlx_afm.errors import ConfigError, DataError
-from mlx_afm.generation import GenerateConfig, generate, to_prompt_ids
+from mlx_afm.generation import GenerateConfig, generate, sampling, to_prompt_ids
 from mlx_afm.generation.chat import Chat
 from mlx_afm.generation.speculation import Speculation
-from mlx_afm.model import KVCache
+from mlx_afm.model.row_cache import RowKVCache
 from mlx_afm.text.tokenizer import AFMTokenizer
 from tiny import tiny_model
 
@@ -140,7 +138,7 @@ def test_stopping_while_the_prompt_is_read(loaded):
 
 def test_an_interruption_between_two_layers(loaded, monkeypatch):
     """Ctrl-C pressed twice: some layers have stored the token and others not."""
-    chat, calls, update = new_chat(loaded), [], KVCache.update_and_fetch
+    chat, calls, update = new_chat(loaded), [], RowKVCache.update_and_fetch
 
     def interrupted(self, keys, values):
         calls.append(1)
@@ -149,7 +147,7 @@ def test_an_interruption_between_two_layers(loaded, monkeypatch):
         return update(self, keys, values)
 
     with monkeypatch.context() as patch:
-        patch.setattr(KVCache, "update_and_fetch", interrupted)
+        patch.setattr(RowKVCache, "update_and_fetch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             say(chat, QUESTIONS[0])
     fresh = new_chat(loaded, messages=list(chat.messages))
@@ -186,27 +184,6 @@ def test_a_text_that_spells_a_mark_is_refused(loaded):
     assert chat.messages == []
 
 
-class Parrot(nn.Module):
-    """A model that says what it is told."""
-
-    layers = model = None
-    args = SimpleNamespace(vocab_size=512)
-
-    def __init__(self, tokenizer):
-        super().__init__()
-        self.tokenizer = tokenizer
-
-    def tell(self, text):
-        self.ids = [*self.tokenizer.encode("\n" + text)[2:], self.tokenizer.turn_end_id, 0]
-
-    def make_cache(self, quantized=False):
-        return [KVCache()]
-
-    def next_logits(self, tokens_BL, cache):
-        cache[0].length += tokens_BL.shape[1]
-        return mx.eye(512)[self.ids.pop(0)][None]
-
-
 @pytest.mark.parametrize(
     ("said", "message", "cleaned"),
     [
@@ -222,11 +199,14 @@ class Parrot(nn.Module):
     ],
     ids=["text", "nothing", "tool call", "cut call", "marks"],
 )
-def test_what_an_answer_is_in_the_conversation(toy_tokenizer, said, message, cleaned):
-    parrot = Parrot(toy_tokenizer)
-    chat = Chat(model=parrot, tokenizer=toy_tokenizer, config=GenerateConfig(max_tokens=300))
+def test_what_an_answer_is_in_the_conversation(toy_tokenizer, monkeypatch, said, message, cleaned):
+    """A sampler that says what it is told, place by place."""
+    ids = [*toy_tokenizer.encode("\n" + said)[2:], toy_tokenizer.turn_end_id, 0]
+    monkeypatch.setattr(
+        sampling, "choose_tokens", lambda logits, configs, places: mx.array([ids[place] for place in places], mx.int32)
+    )
+    chat = Chat(model=tiny_model(vocab_size=512), tokenizer=toy_tokenizer, config=GenerateConfig(max_tokens=300))
     for question in ("one", "two"):
-        parrot.tell(said)
         assert say(chat, question) == said
         assert chat.messages[-1] == {"role": "assistant", **message}
         assert chat.last.cleaned == cleaned

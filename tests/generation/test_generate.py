@@ -10,7 +10,7 @@ import mlx_afm
 import tolerances
 from mlx_afm.errors import ConfigError, DataError
 from mlx_afm.generation import GenerateConfig, to_prompt_ids
-from mlx_afm.generation.sampling import choose
+from mlx_afm.generation.sampling import choose_tokens as choose
 
 REQUEST = [
     {"role": "system", "content": "Answer with one shell command."},

@@ -8,16 +8,15 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
+from engine_runs import answers, engine_of
 from text.sentencepiece_models import MARKS, TRAINED, model_bytes, toy_pieces
 
 from mlx_afm import response_format
 from mlx_afm.errors import AFMError, ConfigError, MissingDependencyError
-from mlx_afm.generation import GenerateConfig, stream_generate
+from mlx_afm.generation import GenerateConfig, Request, stream_generate
 from mlx_afm.generation.guided import guided_processor
 from mlx_afm.generation.schema import in_order, parse_wanted
 from mlx_afm.generation.speculation import Speculation
-from mlx_afm.generation.speculative import iter_speculative_steps
-from mlx_afm.generation.steps import iter_steps
 from mlx_afm.text.tokenizer import AFMTokenizer
 from tiny import tiny_model
 
@@ -173,21 +172,22 @@ def test_a_prompt_in_a_batch_of_answers_is_no_part_of_the_answer(models, tokeniz
 
 @pytest.mark.parametrize("temp", [0.0, 1.0])
 def test_with_a_draft_model(models, tokenizers, temp):
-    """Refused proposals are taken back from the schema too; greedy, the answer is the plain one."""
+    """Refused proposals are taken back from the schema too; the answer is the plain one."""
     tokenizer, target = tokenizers["bpe"], models["bpe"]
     draft = tiny_model(seed=5, vocab_size=target.args.vocab_size, num_layers=1, num_kv_reuse_layers=0)
-    ids, config = [2, 3, 4], GenerateConfig(temp=temp, seed=2)
-    options = {"max_tokens": 120, "logits_processors": [guided_processor(tokenizer, PLACE)]}
+    config = GenerateConfig(temp=temp, seed=2, max_tokens=120)
+
+    def request():
+        ends = frozenset(tokenizer.eos_token_ids)
+        processors = [guided_processor(tokenizer, PLACE)]
+        return Request(ids=[2, 3, 4], config=config, logits_processors=processors, stop_token_ids=ends)
+
     speculation = Speculation(draft=draft, num_draft_tokens=4)
-    steps = iter_speculative_steps(target, ids, config, speculation, cache=target.make_cache(), **options)
-    tokens = [step.token for step in steps]
+    beside = Request(ids=[5, 6], config=GenerateConfig(max_tokens=40))
+    tokens, _ = answers(engine_of(target, speculation=speculation), [request(), beside])
     assert 0 < speculation.accepted < speculation.drafted
     check(tokenizer.decode(tokens[: tokens.index(tokenizer.turn_end_id)]), PLACE)
-    if temp == 0:
-        options["logits_processors"] = [guided_processor(tokenizer, PLACE)]
-        plain = [step.token for step in iter_steps(target, ids, config, cache=target.make_cache(), **options)]
-        length = plain.index(tokenizer.turn_end_id) + 1
-        assert tokens[:length] == plain[:length]
+    assert [tokens] == answers(engine_of(target), [request()])
 
 
 @pytest.mark.parametrize("name", TRAINED)

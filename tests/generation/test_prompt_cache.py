@@ -5,14 +5,22 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from engine_runs import answer, engine_of, events_of
 
 import mlx_afm
 import tolerances
 from mlx_afm.errors import ConfigError, FormatError
 from mlx_afm.formats.safetensors_file import read_metadata, read_safetensors, write_safetensors
-from mlx_afm.generation import GenerateConfig, PrefixCache, PromptCache, load_prompt_cache, save_prompt_cache
+from mlx_afm.generation import (
+    GenerateConfig,
+    PrefixCache,
+    PromptCache,
+    Request,
+    load_prompt_cache,
+    save_prompt_cache,
+)
+from mlx_afm.generation.prefix_cache import prefix_owner
 from mlx_afm.generation.prompt_cache import fingerprint
-from mlx_afm.generation.steps import iter_steps, prefill
 from mlx_afm.model.quantized import quantize_modules
 from mlx_afm.quant import Scheme
 from tiny import tiny_model, with_adapter
@@ -26,37 +34,48 @@ def model():
     return tiny_model()
 
 
-def tokens_with(model, ids, cache, known=0, **settings):
-    steps = iter_steps(model, ids, GenerateConfig(**settings), cache=cache, cached_tokens=known, max_tokens=8)
-    return [step.token for step in steps]
+def events_with(model, ids, known=None, **settings):
+    """What the engine gives for a prompt; with caches that begin with its ids, these are taken."""
+    prefixes = PrefixCache() if known is not None else None
+    config = GenerateConfig(**{"max_tokens": 8, **settings})
+    if known is not None:
+        prefixes.store(ids[: known[0].size()], known, prefix_owner(kv_bits=config.kv_bits))
+    events = events_of(engine_of(model, prefix_cache=prefixes), [Request(ids=ids, config=config)])
+    assert known is None or events[0].row.cached_tokens == known[0].size()
+    return events
+
+
+def tokens_with(model, ids, known=None, **settings):
+    return [event.token.token for event in events_with(model, ids, known, **settings)]
 
 
 def cache_of(model, ids, *, quantized=False):
     cache = model.make_cache(quantized=quantized)
-    mx.eval(prefill(model, ids, cache, step_tokens=2048))
+    mx.eval(model(mx.array([ids]), cache))
     return cache
+
+
+def log_softmax(logits):
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["plain", "int8"])
 def test_every_split_of_a_prompt_gives_what_the_whole_gives(model, quantized):
-    whole = model(mx.array([IDS]))[0]
-    expected = tokens_with(model, IDS, model.make_cache(quantized=quantized))
+    kv_bits = 8 if quantized else None
+    whole = log_softmax(model(mx.array([IDS]))[0, -1])
+    expected = tokens_with(model, IDS, kv_bits=kv_bits)
     for split in range(1, len(IDS)):
-        cache = cache_of(model, IDS[:split], quantized=quantized)
-        copies = [layer.copy() for layer in cache]
-        logits = prefill(model, IDS[split:], copies, step_tokens=2048)
-        assert mx.abs(logits[0] - whole[-1]).max().item() <= tolerances.SAME_ARITHMETIC
-        assert tokens_with(model, IDS, cache, split) == expected
+        events = events_with(model, IDS, cache_of(model, IDS[:split], quantized=quantized), kv_bits=kv_bits)
+        assert mx.abs(events[0].logprobs_V - whole).max().item() <= tolerances.SAME_ARITHMETIC
+        assert [event.token.token for event in events] == expected
 
 
 @pytest.mark.parametrize("step_tokens", [1, 7, 39, 40])
 def test_prompts_computed_in_pieces(model, step_tokens):
-    cache = model.make_cache()
-    logits = prefill(model, IDS, cache, step_tokens=step_tokens)
-    assert mx.abs(logits[0] - model(mx.array([IDS]))[0, -1]).max().item() <= tolerances.SAME_ARITHMETIC
-    assert cache[0].size() == 40
-    expected = tokens_with(model, IDS, model.make_cache())
-    assert tokens_with(model, IDS, model.make_cache(), prefill_step_size=step_tokens) == expected
+    events = events_with(model, IDS, prefill_step_size=step_tokens)
+    whole = log_softmax(model(mx.array([IDS]))[0, -1])
+    assert mx.abs(events[0].logprobs_V - whole).max().item() <= tolerances.SAME_ARITHMETIC
+    assert [event.token.token for event in events] == tokens_with(model, IDS)
 
 
 def test_only_the_last_token_goes_through_reusing_layers_and_head(model, monkeypatch):
@@ -67,7 +86,7 @@ def test_only_the_last_token_goes_through_reusing_layers_and_head(model, monkeyp
     layer = type(model.model.kv_reuse_layers[0])
     call = layer.__call__
     monkeypatch.setattr(layer, "__call__", lambda self, x, *more: rows.append(x.shape) or call(self, x, *more))
-    prefill(model, IDS, model.make_cache(), step_tokens=2048)
+    tokens_with(model, IDS, max_tokens=1)
     assert rows == [(1, 1, 32), (1, 1, 32), (1, 32)]
 
 
@@ -82,9 +101,9 @@ def test_a_saved_cache_is_as_good_as_one_in_memory(model, tmp_path, kv_bits):
     for kept, found in zip(cache, loaded.layers):
         assert mx.array_equal(kept.keys[..., :30, :], found.keys)
         assert mx.array_equal(kept.values[..., :30, :], found.values)
-    expected = tokens_with(model, IDS, model.make_cache(quantized=quantized))
+    expected = tokens_with(model, IDS, kv_bits=kv_bits)
     for known in (30, 17, 1):
-        assert tokens_with(model, IDS, loaded.take(known), known) == expected
+        assert tokens_with(model, IDS, loaded.take(known), kv_bits=kv_bits) == expected
     before = file.read_bytes()
     save_prompt_cache(file, loaded, model)
     assert file.read_bytes() == before
@@ -157,7 +176,7 @@ def test_prompts_that_begin_alike_share_exactly_that(model):
         found, known = prefixes.fetch(other)
         assert known == length
         assert [layer.size() for layer in found] == [length] * 3
-        assert tokens_with(model, other, found, known) == tokens_with(model, other, model.make_cache())
+        assert tokens_with(model, other, found) == tokens_with(model, other) == answer(model, other, CONFIG)
     assert prefixes.fetch(IDS)[1] == 39
     assert prefixes.fetch(IDS[:9])[1] == 8
     assert prefixes.fetch([60 - IDS[0], *IDS]) is None
@@ -213,4 +232,4 @@ def test_streaming_uses_and_fills_a_prefix_cache(model_folder):
     )
     next(abandoned)
     abandoned.close()
-    assert prefixes.newest((None, None)).ids == mlx_afm.generation.to_prompt_ids(tokenizer, "list the files in docs")
+    assert prefixes.newest(prefix_owner()).ids == mlx_afm.generation.to_prompt_ids(tokenizer, "list the files in docs")

@@ -9,6 +9,8 @@ from mlx.utils import tree_flatten
 import mlx_afm.model.packed as packed_module
 import tolerances
 from mlx_afm.errors import AdapterError, ConfigError
+from mlx_afm.model import backend
+from mlx_afm.model.cpu import quantized as cpu_quantized
 from mlx_afm.model.layers import Embedding, FusedLinear, Linear
 from mlx_afm.model.packed import Packed
 from mlx_afm.model.quantized import (
@@ -127,7 +129,7 @@ def test_the_kernel_of_the_gpu_path_gives_the_same(scheme, monkeypatch):
     """It runs here as well, only slowly."""
     layer, x = quantized(linear(), scheme), random((12, COLUMNS), seed=3)
     slow = layer(x)
-    monkeypatch.setattr(packed_module, "on_cpu", lambda: False)
+    monkeypatch.setattr(backend, "on_cpu", lambda: False)
     close(layer(x), np.array(slow))
     half, narrow = x.astype(mx.float16), quantized(linear(mx.float16), scheme)
     wanted = np.array(half.astype(mx.float32)) @ np.array(narrow.packed.dense()).T
@@ -139,7 +141,7 @@ def test_the_kernel_of_the_gpu_path_gives_the_same(scheme, monkeypatch):
 def test_a_compiled_product_and_gradient_are_the_same(scheme, rows, monkeypatch):
     for on_cpu in (True, False):
         packed_module._unit_grid.cache_clear()  # constants made while a trace is on must outlive it
-        monkeypatch.setattr(packed_module, "on_cpu", lambda on_cpu=on_cpu: on_cpu)
+        monkeypatch.setattr(backend, "on_cpu", lambda on_cpu=on_cpu: on_cpu)
         layer, x = quantized(linear(), scheme), random((rows, COLUMNS), seed=8)
         compiled = mx.compile(mx.value_and_grad(lambda x, layer=layer: mx.sum(layer(x) ** 2)))
         value, gradient = compiled(x)
@@ -148,7 +150,7 @@ def test_a_compiled_product_and_gradient_are_the_same(scheme, rows, monkeypatch)
 
 
 def test_sums_beyond_float16_do_not_overflow_before_the_scale(monkeypatch):
-    monkeypatch.setattr(packed_module, "on_cpu", lambda: False)
+    monkeypatch.setattr(backend, "on_cpu", lambda: False)
     weight = mx.full((32, COLUMNS), 0.015, mx.float16)
     weight[0, 0] = 0.005
     y = quantized(Linear(1, 1).with_weight(weight), Scheme(mode="balanced"))(mx.full((1, COLUMNS), 1000, mx.float16))
@@ -169,7 +171,7 @@ def test_the_fused_projection_slices_its_rows(scheme):
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_the_embedding_looks_up_and_is_the_head(scheme, dtype, monkeypatch):
-    monkeypatch.setattr(packed_module, "DENSE_VALUES", 1000)  # the head in several pieces
+    monkeypatch.setattr(cpu_quantized, "DENSE_VALUES", 1000)  # the head in several pieces
     table = Embedding(61, COLUMNS).with_weight(random((61, COLUMNS), 6).astype(dtype))
     layer, tokens = quantized(table, scheme), mx.array([[3, 0, 60], [7, 7, 1]])
     assert isinstance(layer, QuantizedEmbedding)

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 from mlx_afm.adapters import LoRAConfig
 from mlx_afm.errors import ConfigError
-from mlx_afm.model.recompute import recomputed, together
+from mlx_afm.model.recompute import Dropout, recomputed, together
 from tiny import random_tokens, tiny_model, with_adapter
 
 
@@ -85,7 +85,7 @@ def test_less_memory(monkeypatch):
 
 def test_dropout_is_drawn_once():
     """The mask of the backward pass is that of the forward pass, and later draws do not notice."""
-    dropout, x = nn.Dropout(0.5), mx.ones((1000,))
+    dropout, x = Dropout(0.5), mx.ones((1000,))
     mx.random.seed(3)
     kept, later = dropout(x), mx.random.uniform(shape=(4,))
     mx.random.seed(3)

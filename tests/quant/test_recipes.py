@@ -1,3 +1,7 @@
+from importlib import import_module
+from types import SimpleNamespace
+
+import mlx.core as mx
 import pytest
 
 from mlx_afm.errors import ConfigError
@@ -52,6 +56,20 @@ def test_a_mixture_gives_the_outer_layers_and_the_embedding_more():
     assert 1 < len(high) < len(SHAPES) / 2
 
 
+@pytest.mark.parametrize("recipe", ["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"])
+def test_a_mixture_has_the_bits_of_mlx_lm(recipe):
+    """Checked at the real number of layers: 35 and 21 that reuse keys are 56 to mlx-lm."""
+    names = ("self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+    ours = [f"model.{kind}.{n}" for kind, count in (("layers", 35), ("kv_reuse_layers", 21)) for n in range(count)]
+    theirs = [f"model.layers.{n}" for n in range(56)]
+    model = SimpleNamespace(layers=theirs, named_modules=lambda: [(f"{path}.mlp.down_proj", None) for path in theirs])
+    rule = import_module("mlx_lm.convert").mixed_quant_predicate_builder(recipe, model)
+    shapes = {f"{path}.{name}": (128, 128) for path in ours for name in names}
+    schemes = plan_schemes(QuantConfig(recipe=recipe), shapes).schemes
+    expected = [rule(f"{path}.{name}", None)["bits"] for path in theirs for name in names]
+    assert [scheme.bits for scheme in schemes.values()] == expected
+
+
 def test_a_predicate_chooses():
     def predicate(path, shape):
         if path == "model.embedding":
@@ -101,6 +119,13 @@ def test_an_entry_of_config_json_is_read_back(mode):
 def test_a_damaged_entry_is_refused(entry):
     with pytest.raises(ConfigError):
         parse_scheme(entry, where="config.json")
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4", "nvfp4", "mxfp8"])
+def test_the_usual_sizes_of_a_mode_are_those_of_mlx(mode):
+    quantized = mx.quantize(mx.ones((64, 256)), mode=mode)
+    arrays = Scheme(mode=mode).arrays(64, 256, "float32").values()
+    assert [(f"mlx.core.{dtype}", shape) for dtype, shape in arrays] == [(str(a.dtype), a.shape) for a in quantized]
 
 
 def test_bytes_are_those_of_the_arrays():

@@ -31,10 +31,11 @@ def best_rank(weight, rank):
 
 
 @pytest.mark.parametrize("rank", [1, 7, 40])
-def test_directions_are_the_best_of_their_rank(rank):
-    weight = matrix()
+@pytest.mark.parametrize("shape", [(40, 64), (64, 40), (64, 64)])
+def test_directions_are_the_best_of_their_rank(rank, shape):
+    weight = matrix(*shape) if shape[0] <= shape[1] else matrix(*reversed(shape)).T
     a, b = directions(weight, rank)
-    assert (a.shape, b.shape, a.dtype) == ((64, rank), (rank, 40), np.float32)
+    assert (a.shape, b.shape, a.dtype) == ((shape[1], rank), (rank, shape[0]), np.float32)
     np.testing.assert_allclose((a @ b).T, best_rank(weight, rank), atol=2e-5)
     np.testing.assert_allclose(np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=1), rtol=1e-3)
 

@@ -6,9 +6,10 @@ import pytest
 
 import mlx_afm
 from mlx_afm.adapters import LoRAConfig, write_adapter_folder, write_adapter_package, write_adapter_pt
-from mlx_afm.checkpoints.model_folder import read_config
+from mlx_afm.checkpoints.model_folder import load_model, read_config
 from mlx_afm.formats.fmadapter import Metadata
 from mlx_afm.serving import ServeConfig, running
+from mlx_afm.serving.pool import AdapterPool
 from serving_client import chat, parse_reply, request_bytes, send
 from tiny import random_adapter
 
@@ -25,6 +26,18 @@ def served_adapters(model_folder, tmp_path_factory):
     write_adapter_pt(folder / "spare.pt", random_adapter(base, seed=7))
     package = write_adapter_package(folder / "whole.fmadapter", whole, Metadata(name="whole", rank=32))
     return {"whole": package, **{name: folder / name for name in ("small", "some", "dora")}}
+
+
+@pytest.fixture(scope="session")
+def bytes_in_memory(model_folder):
+    """A function that gives the bytes of an adapter in its inference form, from the shapes in its file."""
+    pool = AdapterPool(load_model(model_folder), model_folder, 10**9)
+
+    def look(path):
+        name = str(len(pool.names))
+        return pool.register(name, path).size_bytes
+
+    return look
 
 
 @pytest.fixture(scope="session")

@@ -6,10 +6,10 @@ import random
 
 import pytest
 
+from mlx_afm.serving.api_error import APIError
 from mlx_afm.serving.config import ServeConfig
 from mlx_afm.serving.fields import parse_json
-from mlx_afm.serving.forms import processor_of
-from mlx_afm.serving.refusal import Refusal
+from mlx_afm.serving.plan import constraint_of
 from mlx_afm.serving.requests import Reader
 from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.workflows.demo import ASSETS
@@ -76,8 +76,8 @@ def hold():
 
     def go(asked):
         try:
-            return processor_of(reader.chat(parse_json(json.dumps(asked).encode())), tokenizer) is not None
-        except Refusal as refusal:
+            return constraint_of(reader.chat(parse_json(json.dumps(asked).encode())), tokenizer) is not None
+        except APIError as refusal:
             statuses.add(refusal.status)
             return False
 

@@ -6,10 +6,7 @@ import shutil
 import pytest
 
 import mlx_afm
-from mlx_afm.adapters import read_adapter
-from mlx_afm.checkpoints.model_folder import read_config
 from mlx_afm.serving import ServeConfig, running
-from mlx_afm.serving.pool import size_bytes
 from serving_client import chat, parse_reply, request_bytes, send
 
 CHAT, ADMIN = "/v1/chat/completions", "/admin/adapters"
@@ -88,10 +85,10 @@ def test_a_path_in_an_ordinary_request_reaches_nothing(server, call, served_adap
     assert call(server.url, "POST", CHAT, body(str(served_adapters["small"]))).status == 404
 
 
-def test_adapters_take_turns_in_little_memory(model_folder, served_adapters, call, alone):
+def test_adapters_take_turns_in_little_memory(model_folder, served_adapters, bytes_in_memory, call, alone):
     """Room for one of them at a time: all are served, and more than one never lies in memory."""
     some = {name: served_adapters[name] for name in ("whole", "small", "dora")}
-    sizes = [size_bytes(read_adapter(path, read_config(model_folder))) for path in some.values()]
+    sizes = [bytes_in_memory(path) for path in some.values()]
     config = ServeConfig(port=0, model_id="base", adapter_bytes=max(sizes), admin_roots=(model_folder,))
     with running(model_folder, some, config) as tight:
         for name in ("whole", "small", "dora", "whole"):

@@ -178,15 +178,15 @@ def test_an_answer_that_cannot_keep_its_form_ends_alone(model_folder, monkeypatc
     """A processor that fails in the middle of an answer takes no other answer of its batch with it."""
     from mlx_afm.serving import plan
 
-    def processor_of(asked, tokenizer):
-        def process(said, logits):
-            if len(said) == 3:
+    def constraint_of(asked, tokenizer):
+        def process(history, logits):
+            if len(history) == len(asked.prompts[0].ids) + 3:
                 raise ValueError("the form is broken")
             return logits
 
         return None if asked.schema is None else lambda: process
 
-    monkeypatch.setattr(plan, "processor_of", processor_of)
+    monkeypatch.setattr(plan, "constraint_of", constraint_of)
     told, form = [], {"type": "json_schema", "json_schema": {"name": "Person", "schema": SCHEMA}}
     with (
         running(model_folder, {}, ServeConfig(port=0, model_id="base"), told.append) as own,
@@ -216,7 +216,7 @@ def test_a_fault_of_the_server_is_told_as_one(model_folder, monkeypatch):
         openai.OpenAI(base_url=f"{own.url}/v1", api_key="none", max_retries=0, timeout=60) as client,
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(own.engine, "submit", None)
+            patch.setattr(own.model, "submit", None)
             with pytest.raises(openai.InternalServerError, match="the server could not answer"):
                 client.chat.completions.create(model="base", messages=chat(REQUESTS[0]))
         assert client.chat.completions.create(model="base", messages=chat(REQUESTS[0])).choices

@@ -8,7 +8,6 @@ import pytest
 from mlx_afm.adapters import LoRAConfig, write_adapter_folder
 from mlx_afm.checkpoints.model_folder import read_config
 from mlx_afm.serving import running
-from mlx_afm.serving.pool import size_bytes
 from serving_client import chat
 from tiny import random_adapter
 
@@ -30,12 +29,14 @@ def ask(call):
     return run
 
 
-def test_a_reloaded_adapter_does_not_use_the_prompts_of_the_old_one(model_folder, serve_config, ask, tmp_path):
+def test_a_reloaded_adapter_does_not_use_the_prompts_of_the_old_one(
+    model_folder, serve_config, bytes_in_memory, ask, tmp_path
+):
     base = read_config(model_folder)
     old, new, other = (random_adapter(base, LoRAConfig(rank=4, scale=2.0), seed=seed) for seed in (11, 12, 13))
     for name, adapter in (("poet", old), ("new", new), ("other", other)):
         write_adapter_folder(tmp_path / name, adapter)
-    one_at_a_time = dataclasses.replace(serve_config, adapter_bytes=size_bytes(old) * 3 // 2)
+    one_at_a_time = dataclasses.replace(serve_config, adapter_bytes=bytes_in_memory(tmp_path / "poet") * 3 // 2)
     adapters = {name: tmp_path / name for name in ("poet", "other")}
     with running(model_folder, {"new": tmp_path / "new"}, serve_config) as server:
         wanted, _ = ask(server, "new")
@@ -52,17 +53,18 @@ def test_a_reloaded_adapter_does_not_use_the_prompts_of_the_old_one(model_folder
 
 
 def test_the_first_chat_after_a_change_has_the_new_system_prompt(model_folder, serve_config, call, tmp_path):
-    base, sizes = read_config(model_folder), []
+    base = read_config(model_folder)
     for name, prompts in (("poet", ("Rhyme.",)), ("new", ("Answer with one shell command, and say nothing else.",))):
         adapter = random_adapter(base, LoRAConfig(rank=4, scale=2.0), seed=11)
-        sizes.append(size_bytes(adapter))
         write_adapter_folder(tmp_path / name, dataclasses.replace(adapter, system_prompts=prompts))
 
     def length(server, model):
         value = {"model": model, "messages": [{"role": "user", "content": "list the files"}], "max_tokens": 1}
         return call(server.url, "POST", CHAT, value).json["usage"]["prompt_tokens"]
 
-    one_at_a_time = dataclasses.replace(serve_config, adapter_bytes=sizes[0] * 3 // 2)
+    with running(model_folder, {"new": tmp_path / "new"}, serve_config) as server:
+        (loaded,) = call(server.url, "GET", "/admin/adapters").json["adapters"]
+    one_at_a_time = dataclasses.replace(serve_config, adapter_bytes=loaded["bytes"] * 3 // 2)
     with running(model_folder, {name: tmp_path / name for name in ("poet", "new")}, one_at_a_time) as server:
         before, wanted = length(server, "poet"), length(server, "new")
         shutil.rmtree(tmp_path / "poet")

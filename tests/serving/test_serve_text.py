@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mlx_afm
+from mlx_afm.generation.sampling import TokenLogprob
+from mlx_afm.generation.text_stream import TextStream
 from mlx_afm.serving import ServeConfig, plan, running
-from mlx_afm.serving.jobs import Said
-from mlx_afm.serving.text import TextStream, TokenNames
+from mlx_afm.serving.answers import TokenNames
 from mlx_afm.text.tokenizer import AFMTokenizer
 from serving_client import REQUESTS, chat
 
@@ -30,7 +31,7 @@ def pieces(tokenizer, ids, stops=()):
     stream = TextStream(tokenizer, stops, keeps_tokens=True)
     made = []
     for number, token in enumerate(ids):
-        made.append(stream.push(Said(token, float(number))))
+        made.append(stream.add(TokenLogprob(token, float(number))))
         if stream.stopped:
             break
     return [*made, stream.finish()], stream.stopped
@@ -39,10 +40,11 @@ def pieces(tokenizer, ids, stops=()):
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_any_tokens_give_the_text_that_decoding_gives(data, tokenizer):
-    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))
+    tokens = st.integers(0, tokenizer.vocab_size - 1).filter(lambda token: token not in tokenizer.eos_token_ids)
+    ids = data.draw(st.lists(tokens, max_size=30))
     made, stopped = pieces(tokenizer, ids)
     assert "".join(piece.text for piece in made) == tokenizer.decode(ids)
-    assert [said.token for piece in made for said in piece.said] == ids
+    assert [token.token for piece in made for token in piece.tokens] == ids
     assert not stopped
 
 
@@ -60,7 +62,7 @@ def test_a_stop_string_cuts_wherever_tokens_do(data, tokenizer):
     place = min((text.find(stop) for stop in stops if stop in text), default=len(text))
     assert (said, stopped) == (text[:place], place < len(text))
     names = TokenNames(tokenizer)
-    told = [names.describe(item.token)[0] for piece in made for item in piece.said]
+    told = [names.describe(item.token)[0] for piece in made for item in piece.tokens]
     assert len("".join(told)) >= len(said)
 
 
@@ -87,7 +89,7 @@ def test_a_character_in_bytes_is_told_whole(bytewise):
     made, _ = pieces(bytewise, ids)
     assert "".join(piece.text for piece in made) == "a é € b"
     assert all("\ufffd" not in piece.text for piece in made)
-    assert [said.token for piece in made for said in piece.said] == ids
+    assert [token.token for piece in made for token in piece.tokens] == ids
     names = TokenNames(bytewise)
     assert bytes(b for token in ids for b in names.describe(token)[1]).decode() == "a é € b"
     assert sum(names.describe(token)[0].startswith("bytes:\\x") for token in ids) == 5
@@ -97,27 +99,87 @@ def test_a_character_in_bytes_is_told_whole(bytewise):
     assert "".join(piece.text for piece in cut) == "a \ufffd"  # half of a character at the end
 
 
-@pytest.fixture
-def parrot(model_folder, tokenizer, monkeypatch):
-    """A client of a server whose answers of a given form say `SAYS`."""
-    ids = [*tokenizer.encode("\n" + SAYS)[2:], tokenizer.turn_end_id]
+@pytest.fixture(scope="module")
+def scripted(model_folder):
+    """A client of a server whose answers with a response format are the tokens that a test sets."""
+    script = []
 
-    def processor_of(_, schema):
-        return lambda: lambda said, logits: mx.where(mx.arange(logits.shape[-1]) == ids[len(said)], 0.0, -mx.inf)[None]
+    def constraint_of(asked, _):
+        start = len(asked.prompts[0].ids)
 
-    monkeypatch.setattr(plan, "processor_of", processor_of)
+        def process(history, logits):
+            return mx.where(mx.arange(logits.shape[-1]) == script[len(history) - start], 0.0, -mx.inf)[None]
+
+        return lambda: process
+
     with (
+        pytest.MonkeyPatch.context() as patch,
         running(model_folder, {}, ServeConfig(port=0, model_id="base")) as server,
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client,
     ):
+        patch.setattr(plan, "constraint_of", constraint_of)
 
-        def ask(**extra):
+        def ask(ids, **extra):
+            script[:] = ids
             form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
             return client.chat.completions.create(
                 model="base", messages=chat(REQUESTS[0]), response_format=form, max_tokens=300, **extra
             )
 
         yield ask
+
+
+@pytest.mark.parametrize(
+    ("stop", "cuts"),
+    [
+        (["bade", "ad"], ["x|ba|de", "x|b|a|d|e", "x|ba|d|e", "x|b|a|de"]),  # "ad" is whole before "bade" is
+        (["box", "o"], ["x|box", "x|b|o|x", "x|bo|x"]),  # "o" is whole before "box" is
+        (["d", "ad"], ["x|b|add", "x|ba|d|d", "x|b|a|d|d"]),  # of both, which "d" completes, the longer counts
+    ],
+    ids=str,
+)
+def test_an_answer_ends_at_the_first_character_that_completes_a_stop_string(scripted, tokenizer, stop, cuts):
+    """However the text is cut into tokens, in a stream and without one."""
+    for cut in cuts:
+        ids = [*map(tokenizer.convert_tokens_to_ids, cut.split("|")), tokenizer.turn_end_id]
+        choice = scripted(ids, stop=stop).choices[0]
+        assert (choice.message.content, choice.finish_reason) == ("xb", "stop"), cut
+        streamed = list(scripted(ids, stop=stop, stream=True))
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == "xb"
+        assert streamed[-1].choices[0].finish_reason == "stop"
+        told = scripted(ids, stop=stop, logprobs=True).choices[0].logprobs.content
+        assert "".join(token.token for token in told).startswith("xb")
+        free = scripted(ids).choices[0]
+        assert free.message.content == cut.replace("|", "")
+
+
+def cut_at_stops(text, stops):
+    """The rule of stop strings, character by character: the first that completes one; of several the longest."""
+    for end in range(1, len(text) + 1):
+        whole = [len(stop) for stop in stops if text[:end].endswith(stop)]
+        if whole:
+            return text[: end - max(whole)]
+    return text
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_stop_strings_hold_for_any_text_cut_and_stops(data, scripted, tokenizer):
+    pieces = ["a", "b", "d", "e", "ba", "be", "da", "de", "add", "A"]
+    cut = data.draw(st.lists(st.sampled_from(pieces), min_size=1, max_size=12))
+    stops = data.draw(st.lists(st.text("abdeA", min_size=1, max_size=4), min_size=1, max_size=4))
+    ids = [*map(tokenizer.convert_tokens_to_ids, cut), tokenizer.turn_end_id]
+    wanted = cut_at_stops("".join(cut), stops)
+    whole = scripted(ids, stop=stops).choices[0].message.content
+    streamed = scripted(ids, stop=stops, stream=True)
+    assert whole == wanted == "".join(chunk.choices[0].delta.content or "" for chunk in streamed)
+
+
+@pytest.fixture
+def parrot(scripted, tokenizer):
+    """A client whose answers with a response format say `SAYS`."""
+    ids = [*tokenizer.encode("\n" + SAYS)[2:], tokenizer.turn_end_id]
+    return lambda **extra: scripted(ids, **extra)
 
 
 def unmarked(text):

@@ -10,8 +10,8 @@ import mlx_afm
 from mlx_afm.errors import ConfigError, FormatError
 from mlx_afm.formats.safetensors_file import read_metadata, read_safetensors, write_safetensors
 from mlx_afm.formats.tensors import LazyTensor
-from mlx_afm.generation.answer_text import AnswerText
-from mlx_afm.generation.batch import BatchGenerator, Request
+from mlx_afm.generation import Engine, Request, TextStream
+from mlx_afm.generation.forms import decoder_of
 from serving_client import parse_reply, request_bytes, send
 from tiny import tiny_model
 
@@ -43,7 +43,7 @@ def test_prompts_of_ids(loaded, token, place):
     with pytest.raises(ConfigError, match=says(token, place, "prompts, prompt 1")):
         mlx_afm.batch_generate(*loaded, ["hi", ids], max_tokens=2)
     with pytest.raises(ConfigError, match="outside the vocabulary"):
-        BatchGenerator(loaded[0], {4}).insert(Request(ids=ids))
+        Engine(decoder_of(loaded[0]).decoder).add(Request(ids=ids))
 
 
 def test_arrays_of_ids(loaded):
@@ -66,7 +66,7 @@ def test_rows_without_a_piece_are_tokens_that_have_no_text(loaded):
     assert mlx_afm.batch_generate(model, tokenizer, [[2, last]], max_tokens=2)
     with pytest.raises(ConfigError, match="outside the vocabulary"):
         mlx_afm.generate(model, tokenizer, [2, last + 1], max_tokens=2)
-    assert AnswerText(tokenizer).add(last) == ""
+    assert TextStream(tokenizer).add(last).text == ""
 
 
 def test_a_text_whose_ids_the_model_does_not_have(loaded):

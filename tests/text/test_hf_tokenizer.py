@@ -75,6 +75,14 @@ def pair(request, folders):
     return AFMTokenizer.from_file(folder / "tokenizer.model"), load(folder)
 
 
+def test_a_model_without_a_pad_piece_has_no_pad_token(tmp_path):
+    pieces = [("<none>" if text == "<pad>" else text, score, kind) for text, score, kind in toy_pieces()]
+    (tmp_path / "tokenizer.model").write_bytes(model_bytes(pieces))
+    write_hf_tokenizer(tmp_path / "tokenizer.model", tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())["pad_token"] is None
+    assert load(tmp_path / "hf").pad_token is None
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_texts_have_the_same_ids(pair, text):
     ours, stock = pair

@@ -145,6 +145,10 @@ def test_weights_of_answers():
     assert [weight(weight=0), weight(train=False), weight(label=False), weight(label=0)] == [0, 0, 0, 0]
     assert [weight(), weight(weight=1), weight(train=True), weight(label=1, weight=None)] == [1, 1, 1, 1]
     assert [weight(weight=0.25), weight(weight=3, train=True)] == [0.25, 3]
+    assert [weight(weight=1e-6), weight(weight=1e6)] == [1e-6, 1e6]
+    for outside in (0.99e-6, 1_000_001):
+        with pytest.raises(DataError, match="expected 0, or a number from 1e-06 to 1,000,000"):
+            weight(weight=outside)
     assert parse({**USER, "weight": 0}, ANSWER) == parse({**USER, "train": False}, ANSWER) == parse(USER, ANSWER)
     assert to_dict(parse(USER, {**ANSWER, "train": False})[1]) == {**ANSWER, "weight": 0}
 
@@ -211,3 +215,23 @@ def test_require_trainable():
     ]:
         with pytest.raises(DataError, match=fault):
             require_trainable(parse(*messages), "line 1")
+
+
+def nested(levels):
+    value = "leaf"
+    for _ in range(levels):
+        value = {"a": value}
+    return value
+
+
+def test_json_may_be_nested_64_levels_deep():
+    assert parse(USER, CALL, {"role": "tool", "content": nested(64)}, ANSWER)[2].content == nested(64)
+    with pytest.raises(DataError, match=r"content is nested too deeply .expected at most 64 levels") as error:
+        parse(USER, CALL, {"role": "tool", "content": nested(65)}, ANSWER)
+    assert error.value.kind == "nested-too-deeply"
+
+
+def test_a_number_that_json_lacks_is_an_error_of_its_field():
+    with pytest.raises(DataError, match="content cannot be written as JSON") as error:
+        parse(USER, CALL, {"role": "tool", "content": {"a": float("nan")}}, ANSWER)
+    assert error.value.kind == "wrong-content"

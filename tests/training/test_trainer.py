@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -69,6 +71,32 @@ def test_training_lowers_the_loss_and_tells_what_happens():
     after = dict(tree_flatten(model.parameters()))
     assert all(np.array_equal(array, np.array(after[name])) for name, array in before.items()), "the base moved"
     assert [to_record(event)["event"] for event in events if is_recorded(event)][:2] == ["start", "eval"]
+
+
+def test_a_report_has_the_numbers_of_its_steps(monkeypatch):
+    # A clock that moves on by a second each time it is read, so that a step takes one.
+    monkeypatch.setattr("mlx_afm.training.trainer.time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    events, data = [], examples(40)
+    config = TrainConfig(epochs=1, batch_size=4, steps_per_report=4, learning_rate=0.01, schedule="linear", warmup=0)
+    train(adapted(), data, [], config, Hooks(on_event=events.append))
+    reports = [event for event in events if isinstance(event, StepsReported)]
+    assert [(event.step, event.total_steps, event.epoch) for event in reports] == [(4, 10, 0), (8, 10, 0), (10, 10, 0)]
+    assert [event.trained_tokens for event in reports] == [48, 96, 120]  # three of each example
+    assert [event.learning_rate for event in reports] == pytest.approx([0.007, 0.003, 0.001])
+    assert [event.seconds_left for event in reports] == [6, 2, 0]
+    read = sum(event.tokens_per_second * steps for event, steps in zip(reports, (4, 4, 2), strict=True))
+    assert read == sum(len(tokens) - 1 for tokens in data)
+
+
+@pytest.mark.parametrize(("val_batches", "count"), [(-1, 10), (1, 4), (2, 8), (3, 10), (9, 10)])
+def test_an_evaluation_covers_the_batches_that_were_asked_for(val_batches, count):
+    events, data = [], examples(10, seed=1)
+    config = TrainConfig(iters=1, batch_size=4, val_batches=val_batches)
+    train(adapted(), examples(4), data, config, Hooks(on_event=events.append))
+    before = next(event for event in events if isinstance(event, Evaluated))
+    loss, tokens = evaluate(adapted(), [make_batch([example]) for example in data[:count]])
+    assert before.tokens == tokens == 3 * count
+    assert before.loss == pytest.approx(loss / tokens, rel=1e-5)
 
 
 def test_epochs_use_every_example_and_the_last_partial_window():

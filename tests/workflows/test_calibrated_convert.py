@@ -37,8 +37,8 @@ def inputs_of_up(model, tokens):
     view = full_view(
         model.args, x.dtype, tokens.shape[1], positions_BL=None, documents_BL=None, last_readers_BL=None, cache=None
     )
-    y, _, _ = layer.self_attn(x, layer.input_layernorm, view, None, None)
-    return layer.input_layernorm(x), layer.post_attention_layernorm(x + y)
+    attended, _, _ = layer.self_attn(x, layer.input_layernorm, view, None, None)
+    return layer.input_layernorm(x), layer.post_attention_layernorm(attended)
 
 
 def test_the_weights_are_the_mean_squares_of_the_inputs(model_folder, data_folder):

@@ -4,10 +4,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import mlx_afm.model.layout as layout_module
+import mlx_afm.model.cpu.layout as layout_module
+from mlx_afm.model import backend
+from mlx_afm.model.cpu.layout import lay_out_for_decoding
 from mlx_afm.model.layers import FusedLinear, Linear
-from mlx_afm.model.layout import lay_out_for_decoding
 from tiny import tiny_model, with_adapter
+
+pytestmark = pytest.mark.skipif(not backend.on_cpu(), reason="a layout of the CPU backend alone")
 
 
 def matrices(model):
@@ -64,7 +67,7 @@ def test_16_bits_and_codes_are_left():
 
 
 def test_a_gpu_keeps_its_rows(monkeypatch):
-    monkeypatch.setattr(layout_module, "on_cpu", lambda: False)
+    monkeypatch.setattr(backend, "on_cpu", lambda: False)
     model = tiny_model()
     before = matrices(model)
     lay_out_for_decoding(model)

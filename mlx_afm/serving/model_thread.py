@@ -15,26 +15,24 @@ import mlx.core as mx
 
 from mlx_afm.adapters import is_zero
 from mlx_afm.checkpoints.hub import resolve
-from mlx_afm.checkpoints.model_folder import BASE_ADAPTER, load_model, read_config
+from mlx_afm.checkpoints.model_folder import load_model, read_config
 from mlx_afm.errors import ConfigError
 from mlx_afm.files import to_path
-from mlx_afm.model.layout import lay_out_for_decoding
-from mlx_afm.serving.adapters import AdapterSwitch
+from mlx_afm.serving.api_error import APIError
 from mlx_afm.serving.config import ServeConfig
 from mlx_afm.serving.jobs import Job
 from mlx_afm.serving.metrics import Metrics
 from mlx_afm.serving.pool import AdapterPool, Entry
-from mlx_afm.serving.refusal import Refusal
 from mlx_afm.serving.scheduler import Log, Scheduler
 from mlx_afm.text.system_prompt import default_system_prompt, system_prompt_notice
 from mlx_afm.text.tokenizer import AFMTokenizer
+from mlx_afm.workflows.draft_model import load_draft
 from mlx_afm.workflows.load import base_adapter, load_tokenizer
 
 T = TypeVar("T")
-BASE = "(base)"  # in the switch: the adapter that the base model itself carries
 
 
-class Engine:
+class ModelThread:
     """A loaded model in a thread of its own.
 
     Args:
@@ -93,15 +91,15 @@ class Engine:
         """Takes a request; its sinks are told from the model's thread.
 
         Raises:
-            Refusal: too many are waiting (429), or the server is stopping (503).
+            APIError: too many are waiting (429), or the server is stopping (503).
         """
         with self._wake:
             if not self._accepting:
-                raise Refusal(503, "the server is stopping", code="stopping", retry_seconds=5)
+                raise APIError(503, "the server is stopping", code="stopping", retry_seconds=5)
             limit = self.config.rows + self.config.queue
             if self.answers_in_flight + len(job.sinks) > limit:
                 seconds = max(1, math.ceil(self._metrics.mean("request_seconds")))
-                raise Refusal(
+                raise APIError(
                     429,
                     "too many requests are waiting",
                     code="queue_full",
@@ -131,7 +129,7 @@ class Engine:
 
         with self._wake:
             if not self._thread.is_alive():
-                future.set_exception(Refusal(503, "the server is stopping", code="stopping"))
+                future.set_exception(APIError(503, "the server is stopping", code="stopping"))
                 return future
             self._calls.append(run)
             self._wake.notify()
@@ -158,7 +156,7 @@ class Engine:
     # The thread.
 
     def _run(self, adapters: dict[str, Path], ready: Future[None]) -> None:
-        # Loading may fail in any way that reading files can; whoever started the engine is told.
+        # Loading may fail in any way that reading files can; whoever started the thread is told.
         try:
             self._scheduler = self._load(adapters)
         except BaseException as error:
@@ -167,24 +165,24 @@ class Engine:
         ready.set_result(None)
         while self._turn():
             pass
-        self._scheduler.fail_all(Refusal(503, "the server stopped", code="stopping"))
+        self._scheduler.fail_all(APIError(503, "the server stopped", code="stopping"))
         mx.synchronize()
 
     def _load(self, adapters: dict[str, Path]) -> Scheduler:
         model = load_model(self.folder)
         mx.eval(model.parameters())
-        lay_out_for_decoding(model)
+        model.make_cache(quantized=self.config.kv_bits is not None)  # says that a model has no int8 cache
         self._vocabulary = model.args.vocab_size
-        switch = AdapterSwitch(model)
         own = base_adapter(self.folder)
-        has_own = own is not None and not is_zero(own)
-        if own is not None and has_own:
-            switch.add(BASE, own, where=self.folder / BASE_ADAPTER)
-        pool = AdapterPool(switch, self.folder, self.config.adapter_bytes, reserved=self.model_id)
+        if own is not None and is_zero(own):
+            own = None
+        speculation = None
+        if (draft := self.config.draft_model) is not None:
+            speculation = load_draft(draft, model, self.tokenizer, self.config.num_draft_tokens)
+        pool = AdapterPool(model, self.folder, self.config.adapter_bytes, own=own, reserved=self.model_id)
         for name, path in adapters.items():
             self.warn_of(pool.register(name, path))
-        base = BASE if has_own else None
-        return Scheduler(model, switch, pool, self.config, self._metrics, self._log, base=base)
+        return Scheduler(pool, self.config, self._metrics, self._log, speculation)
 
     def _turn(self) -> bool:
         """One round; False when it is time to end."""

@@ -9,7 +9,7 @@ from mlx_afm.errors import AFMError
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
-class Refusal(AFMError):
+class APIError(AFMError):
     """A request that is not answered.
 
     Args:

@@ -5,9 +5,10 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_afm.model import attention_cpu, exponential
-from mlx_afm.model.attention_cpu import attention_on_cpu
-from mlx_afm.model.exponential import exp, sigmoid
+from mlx_afm.model import backend
+from mlx_afm.model.backend import exp, sigmoid
+from mlx_afm.model.cpu import attention as attention_cpu
+from mlx_afm.model.cpu.attention import attention_on_cpu
 from mlx_afm.model.layers import kept_silu, swiglu
 
 SCALE = 0.25
@@ -105,7 +106,7 @@ def test_exponentials_are_right_to_the_last_bits():
 @pytest.mark.parametrize("function", [swiglu, lambda gate, up: kept_silu(gate) * up])
 @pytest.mark.parametrize("on_cpu", [True, False])
 def test_swiglu_and_its_gradient(on_cpu, function, monkeypatch):
-    monkeypatch.setattr(exponential, "on_cpu", lambda: on_cpu)
+    monkeypatch.setattr(backend, "on_cpu", lambda: on_cpu)
     primals, cotangent = [random(4, 9), random(4, 9, seed=1)], random(4, 9, seed=2)
     (expected,), gradients = mx.vjp(lambda gate, up: nn.silu(gate) * up, primals, [cotangent])
     (out,), own_gradients = mx.vjp(function, primals, [cotangent])

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_afm.model.exponential import on_cpu
+from mlx_afm.model import backend
 from mlx_afm.model.layers import FusedLinear, Linear
 
 _ROWS = 64  # moved at once: what they write to stays in the processor's cache
@@ -22,7 +22,7 @@ def lay_out_for_decoding(model: nn.Module) -> None:
 
     Cost: 0.6 s a GB, once, and one more matrix meanwhile; what lies so already is left as it is.
     """
-    if not on_cpu():
+    if not backend.on_cpu():
         return
     for module in model.modules():
         if isinstance(module, (Linear, FusedLinear)) and module.weight.dtype == mx.float32:

@@ -14,11 +14,9 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
-from mlx_afm.model.exponential import LOG2_E
+from mlx_afm.model.cpu.exponential import LOG2_E
 
-QUICK_QUERIES = (
-    16  # with fewer, as in decoding, the number of operations is what takes time, and MLX's chain is shorter
-)
+MIN_QUERIES = 16  # with fewer, as in decoding, MLX's chain of operations is shorter and quicker
 CAUSAL_QUERIES = 128  # of a causal mask at a time: with the keys up to them alone, half of all scores are not computed
 HIDDEN = -1e30  # score of a key that is not visible: finite, since what is above an infinite highest one is NaN
 
