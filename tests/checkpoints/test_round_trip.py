@@ -261,7 +261,7 @@ def test_the_reference_loads_what_comes_back_strictly(name, tmp_path):
     with np.load(source / "logits.npz") as arrays, torch.no_grad():
         wanted = arrays["logits_base"]
         logits = model(torch.from_numpy(arrays["input_ids"])).logits.numpy()
-    # The weights are equal bit for bit and its own adapter has B = 0. 1.9e-6 was measured, presumably because the fixture
+    # The weights are equal bit for bit and its own adapter has B = 0. 1.9e-6 was measured, presumably since the fixture
     # was made on another processor, whose matrix products sum in another order.
     assert np.abs(logits - wanted).max() < SAME_ARITHMETIC
 
