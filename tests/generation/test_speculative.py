@@ -231,7 +231,7 @@ def test_a_round_waits_for_the_device_once(target, draft, monkeypatch, temp):
 
 def test_log_probabilities_of_all_tokens(target):
     """Of accepted ones and the target's own, by the whole text before them."""
-    sampler = Sampler(GenerateConfig(), top_logprobs=3, keeps_logprobs=True)
+    sampler = Sampler(GenerateConfig(), top_logprobs=3)
     draft = rigged(target, lambda number: number % 3 != 0)
     request = Request(ids=PROMPT, samplers=(sampler,), max_tokens=25)
     given = events_of(engine_of(target, speculation=Speculation(draft=draft)), [request])
