@@ -58,7 +58,7 @@ def stream_generate(
     ids = to_prompt_ids(tokenizer, prompt, vocabulary=model.args.vocab_size)
     held = decoder_of(model)
     engine = Engine(held.decoder, prefix_cache=prefix_cache, routes=held.routes, speculation=speculation)
-    sampler = Sampler(config, processors=logits_processors, prompt=ids, keeps_logprobs=True)
+    sampler = Sampler(config, processors=logits_processors, prompt=ids)
     request = Request(
         ids=ids,
         samplers=(sampler,),

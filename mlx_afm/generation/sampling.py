@@ -43,7 +43,6 @@ class Sampler:
         logit_bias: added to the logits of these tokens.
         processors: change the logits first.
         prompt: ids before the answer, which the processors are given.
-        keeps_logprobs: give the log probabilities of all tokens with each.
         tokens: of the answer so far; the engine appends them.
         error: what a processor raised.
     """
@@ -55,7 +54,6 @@ class Sampler:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     processors: Sequence[LogitsProcessor] = ()
     prompt: Sequence[int] = ()
-    keeps_logprobs: bool = False
     tokens: list[int] = field(default_factory=list)
     error: Exception | None = None
 
@@ -95,7 +93,7 @@ class Sampled:
         logits_BV: that they were sampled from, before penalties and processors.
         wanted: of each row, the arrays of its log probabilities: of the token; the most likely tokens (N,); theirs
             (N,).
-        processed_BV: the logits after penalties and processors, for rows that keep all log probabilities.
+        processed_BV: the logits after penalties and processors.
     """
 
     tokens_B: mx.array

@@ -130,6 +130,8 @@ def test_the_end_of_the_context_ends_the_answer(loaded):
     ids = to_prompt_ids(loaded[1], REQUEST)
     responses = list(mlx_afm.stream_generate(*loaded, ids, context_tokens=len(ids) + 3, max_tokens=20))
     assert [response.finish_reason for response in responses] == [None, None, "length"]
+    (last,) = mlx_afm.stream_generate(*loaded, ids, context_tokens=len(ids) + 1, max_tokens=20)  # one token has room
+    assert last.finish_reason == "length"
     with pytest.raises(ConfigError, match=rf"at most {len(ids) - 1} tokens, found {len(ids)} tokens"):
         next(mlx_afm.stream_generate(*loaded, ids, context_tokens=len(ids)))
     with pytest.raises(ConfigError, match=r"expected at most 4095 tokens, found 4096 tokens"):

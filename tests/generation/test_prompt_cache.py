@@ -134,7 +134,7 @@ def test_files_that_are_not_of_this_model_are_refused(model, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.safetensors"]
 
 
-@pytest.mark.parametrize("change", ["format", "ids", "missing", "shape"])
+@pytest.mark.parametrize("change", ["format", "ids", "missing", "shape", "one token less"])
 def test_damaged_files_are_refused(model, tmp_path, change):
     file = tmp_path / "kept.safetensors"
     save_prompt_cache(file, PromptCache(IDS, cache_of(model, IDS)), model)
@@ -145,6 +145,10 @@ def test_damaged_files_are_refused(model, tmp_path, change):
         del tensors["ids"]
     elif change == "missing":
         del tensors["values.2"]
+    elif change == "one token less":
+        other = tmp_path / "short.safetensors"
+        save_prompt_cache(other, PromptCache(IDS[:-1], cache_of(model, IDS[:-1])), model)
+        tensors["keys.1"] = read_safetensors(other)["keys.1"]
     else:
         tensors["keys.1"] = tensors["ids"]
     write_safetensors(tmp_path / "bad.safetensors", tensors, metadata=metadata)

@@ -231,7 +231,7 @@ def test_a_round_waits_for_the_device_once(target, draft, monkeypatch, temp):
 
 def test_log_probabilities_of_all_tokens(target):
     """Of accepted ones and the target's own, by the whole text before them."""
-    sampler = Sampler(GenerateConfig(), top_logprobs=3, keeps_logprobs=True)
+    sampler = Sampler(GenerateConfig(), top_logprobs=3)
     draft = rigged(target, lambda number: number % 3 != 0)
     request = Request(ids=PROMPT, samplers=(sampler,), max_tokens=25)
     given = events_of(engine_of(target, speculation=Speculation(draft=draft)), [request])
@@ -244,6 +244,19 @@ def test_log_probabilities_of_all_tokens(target):
         assert abs(event.token.logprob - row[event.token.token].item()) < tolerances.LOGITS_QUANTIZED
         assert len(event.token.top) == 3
         assert event.token.top[0][0] == event.token.token
+
+
+def test_log_probabilities_beside_a_row_that_ends_within_a_round(target):
+    """The row that ends has logits of its own; those of its neighbour stay where they are."""
+    ends = Request(ids=OTHERS[0], config=GenerateConfig(max_tokens=4), logits_processors=[lambda _, logits: logits])
+    (stays,) = requests_of([PROMPT], 12)
+    given = events_of(engine_of(target, speculation=Speculation(draft=target, num_draft_tokens=5)), [ends, stays])
+    events = [event for event in given if event.row.request is stays]
+    logits = target(mx.array([PROMPT + tokens_of(events)]))[0, len(PROMPT) - 1 : -1]
+    expected = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    assert len(events) == 12
+    for event, row in zip(events, expected):
+        assert mx.abs(event.logprobs_V - row).max().item() < tolerances.LOGITS_QUANTIZED
 
 
 def no_repeats(tokens, logits):

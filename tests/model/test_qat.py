@@ -15,7 +15,7 @@ from mlx_afm.adapters import LoRAConfig, adapter_shapes, adapter_weights, add_ad
 from mlx_afm.adapters.layers import coded_projections
 from mlx_afm.errors import AdapterError, ConfigError
 from mlx_afm.model.qat import QATFusedLinear, QATLinear, in_codes, on_grid, put_codes, start_qat
-from mlx_afm.model.quantized import quantize_modules
+from mlx_afm.model.quantized import QuantizedEmbedding, pack, quantize_modules
 from mlx_afm.quant import Scheme, quantize_balanced, unpack_codes
 from tiny import random_tokens, tiny_config, tiny_model
 
@@ -130,6 +130,16 @@ def test_what_is_trained_in_a_model_and_what_is_exported():
     put_codes(coded, weights)
     assert mx.abs(coded(tokens) - model(tokens)).max().item() < tolerances.LOGITS_QUANTIZED
     assert mx.abs(coded(tokens) - wide_model()(tokens)).max().item() > 10 * tolerances.LOGITS_QUANTIZED
+
+
+def test_the_embedding_takes_four_bits_in_training_and_behind_it():
+    model, coded = wide_model(), wide_model()
+    start_qat(model, all_paths(model))
+    put_codes(coded, dict(tree_flatten(model.trainable_parameters())))
+    wanted = pack(wide_model().model.embedding.weight, Scheme(bits=4, group_size=32)).dense()
+    for each in (model, coded):
+        assert isinstance(each.model.embedding, QuantizedEmbedding)
+        assert mx.array_equal(each.model.embedding.packed.dense(), wanted)
 
 
 def _moved(values, gradients):

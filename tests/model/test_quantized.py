@@ -263,6 +263,14 @@ def test_a_model_is_quantised_by_mlx_and_made_dense_again():
     assert mx.abs(model(tokens) - before).max().item() < tolerances.LOGITS_QUANTIZED
 
 
+@pytest.mark.parametrize("layer", [linear(), FusedLinear(COLUMNS, 32, 8)], ids=["linear", "fused"])
+def test_an_adapter_with_default_settings_is_that_of_the_dense_layer(layer):
+    for each in (layer, quantized(layer, Scheme(bits=4, group_size=32))):
+        adapted = each.to_lora()
+        matrices = {a.shape for name, a in tree_flatten(adapted.parameters()) if name.endswith("lora_a")}
+        assert (adapted.scale, matrices) == (0.5, {(COLUMNS, 32)})
+
+
 def test_full_fine_tuning_of_codes_is_refused():
     from mlx_afm.adapters import LoRAConfig, add_adapter
 
