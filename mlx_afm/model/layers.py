@@ -6,6 +6,7 @@ Shape suffixes: B batch, L tokens, H heads, E head width, P pairs of it, D model
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -90,6 +91,23 @@ class Embedding(nn.Embedding):
         return other
 
 
+def queries_keys_values(
+    rows: Callable[[mx.array, slice], mx.array], q_dims: int, kv_dims: int, x: mx.array, x_queries: mx.array | None
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Queries, keys and values of x; with `x_queries`, queries of that and the rest of x.
+
+    Args:
+        rows: the projection of an input to some rows of the matrix, which holds the three one after the other.
+        q_dims, kv_dims: how many rows make queries, and keys or values.
+    """
+    if x_queries is None:
+        q, k, v = mx.split(rows(x, slice(None)), [q_dims, q_dims + kv_dims], axis=-1)
+    else:
+        q = rows(x_queries, slice(0, q_dims))
+        k, v = mx.split(rows(x, slice(q_dims, None)), 2, axis=-1)
+    return q, k, v
+
+
 class FusedLinear(nn.Module):
     """One matrix that makes queries, keys and values; its rows are in this order.
 
@@ -109,12 +127,7 @@ class FusedLinear(nn.Module):
 
     def __call__(self, x: mx.array, x_queries: mx.array | None = None) -> tuple[mx.array, mx.array, mx.array]:
         """Queries, keys and values of x; with `x_queries`, queries of that and the rest of x."""
-        if x_queries is None:
-            q, k, v = mx.split(self.rows(x, slice(None)), [self.q_dims, self.q_dims + self.kv_dims], axis=-1)
-        else:
-            q = self.rows(x_queries, slice(0, self.q_dims))
-            k, v = mx.split(self.rows(x, slice(self.q_dims, None)), 2, axis=-1)
-        return q, k, v
+        return queries_keys_values(self.rows, self.q_dims, self.kv_dims, x, x_queries)
 
     def rows(self, x: mx.array, rows: slice) -> mx.array:
         """The product of x with some rows of the matrix, not split."""

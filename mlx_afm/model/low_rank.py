@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_afm.model import backend
+from mlx_afm.model.layers import queries_keys_values
 
 Bucket = str
 
@@ -150,13 +151,7 @@ class AdaptedFusedLinear(Adaptable):
 
     def __call__(self, x: mx.array, x_queries: mx.array | None = None) -> tuple[mx.array, mx.array, mx.array]:
         """Queries, keys and values of x; with `x_queries`, queries of that and the rest of x."""
-        q_dims, kv_dims = self.linear.q_dims, self.linear.kv_dims
-        if x_queries is None:
-            q, k, v = mx.split(self._rows(x, slice(None)), [q_dims, q_dims + kv_dims], axis=-1)
-        else:
-            q = self._rows(x_queries, slice(0, q_dims))
-            k, v = mx.split(self._rows(x, slice(q_dims, None)), 2, axis=-1)
-        return q, k, v
+        return queries_keys_values(self._rows, self.linear.q_dims, self.linear.kv_dims, x, x_queries)
 
     def _rows(self, x_BLD: mx.array, rows: slice) -> mx.array:
         y = self.linear.rows(x_BLD, rows)
@@ -203,13 +198,7 @@ class MagnitudeFusedLinear(MagnitudeLinear):
 
     def __call__(self, x: mx.array, x_queries: mx.array | None = None) -> tuple[mx.array, mx.array, mx.array]:  # type: ignore[override]
         """Queries, keys and values of x; with `x_queries`, queries of that and the rest of x."""
-        q_dims, kv_dims = self.linear.q_dims, self.linear.kv_dims
-        if x_queries is None:
-            q, k, v = mx.split(self._rows(x, slice(None)), [q_dims, q_dims + kv_dims], axis=-1)
-        else:
-            q = self._rows(x_queries, slice(0, q_dims))
-            k, v = mx.split(self._rows(x, slice(q_dims, None)), 2, axis=-1)
-        return q, k, v
+        return queries_keys_values(self._rows, self.linear.q_dims, self.linear.kv_dims, x, x_queries)
 
     def _rows(self, x: mx.array, rows: slice) -> mx.array:
         y = mx.addmm(self.linear.rows(x, rows), x @ self.lora_a, self.lora_b[:, rows])

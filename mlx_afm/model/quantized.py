@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_afm.errors import ConfigError
-from mlx_afm.model.layers import Embedding, FusedLinear, Linear
+from mlx_afm.model.layers import Embedding, FusedLinear, Linear, queries_keys_values
 from mlx_afm.model.lora import LoRAFusedLinear, LoRALinear
 from mlx_afm.model.packed import Packed
 from mlx_afm.quant.scheme import BALANCED, Scheme
@@ -112,12 +112,7 @@ class QuantizedFusedLinear(Quantized):
 
     def __call__(self, x: mx.array, x_queries: mx.array | None = None) -> tuple[mx.array, mx.array, mx.array]:
         """Queries, keys and values of x; with `x_queries`, queries of that and the rest of x."""
-        if x_queries is None:
-            q, k, v = mx.split(self.rows(x, slice(None)), [self.q_dims, self.q_dims + self.kv_dims], axis=-1)
-        else:
-            q = self.rows(x_queries, slice(0, self.q_dims))
-            k, v = mx.split(self.rows(x, slice(self.q_dims, None)), 2, axis=-1)
-        return q, k, v
+        return queries_keys_values(self.rows, self.q_dims, self.kv_dims, x, x_queries)
 
     def rows(self, x: mx.array, rows: slice) -> mx.array:
         """The product of x with some rows of the matrix, not split."""
