@@ -28,6 +28,17 @@ def test_the_bundled_model_writes_the_command(loaded):
     assert mlx_afm.generate(*loaded, REQUEST).strip() == "cp vome.go zasu.txt"
 
 
+def test_each_token_draws_by_its_own_place(loaded):
+    """The first token by place 0, the second by place 1, and so on: no two tokens of an answer share randomness."""
+    model, tokenizer = loaded
+    ids, config = to_prompt_ids(tokenizer, REQUEST), GenerateConfig(temp=30.0, seed=11, max_tokens=8)
+    sequence = list(ids)
+    for place, response in enumerate(mlx_afm.stream_generate(model, tokenizer, ids, config)):
+        logits = model.next_logits(mx.array([sequence]))
+        assert choose(logits, [config], [place]).item() == response.token
+        sequence.append(response.token)
+
+
 def test_greedy_equals_the_models_own_argmax(loaded):
     model, tokenizer = loaded
     ids = to_prompt_ids(tokenizer, REQUEST)

@@ -175,3 +175,18 @@ def test_with_a_number_that_adapts_a_sampled_answer_is_the_plain_one(target, dra
         speculation = Speculation(draft=draft, num_draft_tokens=None)
         assert tokens_of(target, speculation, config) == answer(target, PROMPT, config)
         assert speculation.rounds > 0
+
+
+def test_every_round_of_every_seed_has_randomness_of_its_own(monkeypatch):
+    target, draft = tiny_model(), tiny_model(seed=1)
+    keys = []
+
+    def record(target_MV, draft_NV, proposed_N, key):
+        keys.append(tuple(key.tolist()))
+        return verify_sampled(target_MV, draft_NV, proposed_N, key)
+
+    monkeypatch.setattr(speculative, "verify_sampled", record)
+    for seed in (0, 1, 2):
+        engine = engine_of(target, speculation=Speculation(draft=draft, num_draft_tokens=2))
+        answers(engine, [Request(ids=PROMPT, config=GenerateConfig(temp=1.0, seed=seed, max_tokens=16))])
+    assert len(keys) == len(set(keys)) > 12
