@@ -55,6 +55,12 @@ def machine() -> str:
     return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, CPU backend"
 
 
+def commit() -> str:
+    """The commit that is measured, short; with "+" if files were changed since."""
+    line = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
+    return subprocess.run(line, capture_output=True, text=True, cwd=Path(__file__).parent, check=True).stdout.strip()
+
+
 def described(*packages: str) -> dict[str, object]:
     versions = {name: version(name) for name in packages}
     return {"machine": machine(), "versions": versions, "date": date.today().isoformat()}
