@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--source", type=Path, required=True)
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
-    result = {**measure(options.source), **"commit": commit(), **described("mlx", "numpy", "torch", "tamm")}
+    result = {**measure(options.source), "commit": commit(), **described("mlx", "numpy", "torch", "tamm")}
     print(json.dumps(result, indent=2))
     options.json.write_text(json.dumps(result, indent=2) + "\n")
 
