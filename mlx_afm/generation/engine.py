@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import mlx.core as mx
 
@@ -94,7 +95,8 @@ class Engine:
         self._sampled: Sampled | None = None  # each row's newest token, not given out and not in the cache yet
         self._routes: Mapping[str, Slots] = {}
         self._steps = self._batch_steps = self._pieces = 0
-        self._accepted: dict[Row, deque[tuple[TokenLogprob, mx.array]]] = {}  # proposals that are not given out yet
+        # Proposals that are not given out yet.
+        self._accepted: dict[Row, deque[tuple[TokenLogprob, Callable[[], mx.array]]]] = {}
         self._given: set[Row] = set()  # those whose newest token was given out and awaits a round
         self._length = 0  # proposals of that round
         self._drafts = self._lengths = None
@@ -307,14 +309,16 @@ class Engine:
         if self._given.issuperset(self.rows):
             return []
         given = [
-            self._give(row, token, sampled.logprobs(index))
+            self._give(row, token, partial(sampled.processed, index))
             for index, (row, token) in enumerate(zip(self.rows, sampled.read()))
             if row not in self._given
         ]
         self._keep_unfinished(given)
         return given
 
-    def _give(self, row: Row, token: TokenLogprob, logprobs_V: mx.array, *, from_draft: bool = False) -> TokenEvent:
+    def _give(
+        self, row: Row, token: TokenLogprob, processed_1V: Callable[[], mx.array], *, from_draft: bool = False
+    ) -> TokenEvent:
         row.tokens.append(token.token)
         row.sampler.tokens.append(token.token)
         reason = None
@@ -322,7 +326,7 @@ class Engine:
             reason = STOP
         elif len(row.tokens) >= row.max_tokens:
             reason = LENGTH
-        return TokenEvent(row, token, logprobs_V, reason, from_draft)
+        return TokenEvent(row, token, processed_1V, reason, from_draft)
 
     # Tokens that a draft model proposes.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from mlx_afm.generation.config import GenerateConfig
-from mlx_afm.generation.sampling import LogitsProcessor, Sampler, TokenLogprob
+from mlx_afm.generation.sampling import LogitsProcessor, Sampler, TokenLogprob, log_probabilities
 
 STOP, LENGTH = "stop", "length"  # finish reasons
 
@@ -80,7 +80,7 @@ class TokenEvent:
     Attributes:
         row: whose.
         token: its id, with log probabilities if the row's sampler asks for them.
-        logprobs_V: of all tokens, float32, not computed unless it is read.
+        processed_1V: gives the logits after penalties and processors; None for an error.
         finish_reason: "stop" with a stop token, "length" with the last token of `max_tokens`; else None. A finished row
             has left.
         from_draft: whether a draft model proposed it.
@@ -89,7 +89,12 @@ class TokenEvent:
 
     row: Row
     token: TokenLogprob
-    logprobs_V: mx.array | None = None
+    processed_1V: Callable[[], mx.array] | None = None
     finish_reason: str | None = None
     from_draft: bool = False
     error: Exception | None = None
+
+    @property
+    def logprobs_V(self) -> mx.array | None:
+        """Log probabilities of all tokens, float32, not evaluated: nothing is made for tokens of which nobody asks."""
+        return None if self.processed_1V is None else log_probabilities(self.processed_1V())[0]

@@ -107,9 +107,9 @@ class Sampled:
         tokens: list[int] = self.tokens_B.tolist()  # type: ignore[assignment]
         return [_token_logprob(token, arrays) for token, arrays in zip(tokens, self.wanted)]
 
-    def logprobs(self, row: int) -> mx.array:
-        """Log probabilities (V,) of a row, not computed unless they are read."""
-        return log_probabilities(self.processed_BV[row : row + 1])[0]
+    def processed(self, row: int) -> mx.array:
+        """The logits (1, V) of a row after penalties and processors."""
+        return self.processed_BV[row : row + 1]
 
     def rows(self, indices: Sequence[int]) -> Sampled:
         """Those of some rows, in this order."""

@@ -6,9 +6,8 @@ are those of plain decoding. Sampled ones are distributed as the target's, by on
 - A fixed number of proposals: they are accepted with probability min(1, p / q), and the token behind them is drawn from
   what p has more than q. Of all rules this accepts the most.
 - A number that adapts to measured times, and rows whose logits depend on their tokens (penalties, constraints): a
-proposal
-  is accepted if it is the token that plain decoding samples. Draft and target draw with the same noise at each place,
-  so that they mostly agree, and the answer is that of plain decoding whatever the number of proposals is.
+  proposal is accepted if it is the token that plain decoding samples. Draft and target draw with the same noise at each
+  place, so that they mostly agree, and the answer is that of plain decoding whatever the number of proposals is.
 
 Shape suffixes: B rows, N proposed tokens, M one more, V vocabulary.
 Source: Leviathan, Kalman and Matias, "Fast inference from transformers via speculative decoding", 2023, algorithm 1;
@@ -18,9 +17,10 @@ sampling.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 
@@ -69,20 +69,25 @@ class Verdict:
     _logits_BMV: mx.array
     _processed: Mapping[int, Sequence[mx.array]]
 
-    def tokens(self, index: int) -> list[tuple[TokenLogprob, mx.array]]:
-        """A row's accepted tokens, each with the log probabilities (V,) of all tokens, computed when they are read."""
-        found = []
-        count, sampler = self.accepted[index], self._rows[index].sampler
-        for place in range(count):
-            logits_1V = self._logits_BMV[index, place : place + 1]
-            processed_1V = self._processed[index][place] if index in self._processed else logits_1V
-            token = mx.array(self._tokens[index][place : place + 1], mx.int32)
-            if sampler.top_logprobs is None:
-                told = TokenLogprob(self._tokens[index][place])
-            else:
+    def tokens(self, index: int) -> list[tuple[TokenLogprob, Callable[[], mx.array]]]:
+        """A row's accepted tokens, each with what gives its logits (1, V) after penalties and processors."""
+        sampler, ids = self._rows[index].sampler, self._tokens[index]
+        found: list[tuple[TokenLogprob, Callable[[], mx.array]]] = []
+        for place in range(self.accepted[index]):
+            told = TokenLogprob(ids[place])
+            if sampler.top_logprobs is not None:
+                token = mx.array(ids[place : place + 1], mx.int32)
+                logits_1V, processed_1V = self._logits(index, place), self._processed_logits(index, place)
                 (told,) = sampled_tokens([sampler], token, logits_1V, processed_1V).read()
-            found.append((told, log_probabilities(processed_1V)[0]))
+            found.append((told, partial(self._processed_logits, index, place)))
         return found
+
+    def _logits(self, index: int, place: int) -> mx.array:
+        return self._logits_BMV[index, place : place + 1]
+
+    def _processed_logits(self, index: int, place: int) -> mx.array:
+        held = self._processed.get(index)
+        return self._logits(index, place) if held is None else held[place]
 
 
 def length_needed(row: Row, *, fixed: bool) -> int:
