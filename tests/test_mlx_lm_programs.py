@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -114,3 +115,26 @@ def test_a_training_step_of_our_model_as_mlx_lm_compiles_it(dropout):
     batch, lengths = random_tokens((2, 9)), mx.array([[0, 9], [2, 9]])
     losses = [step(batch, lengths).item() for _ in range(12)]
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_lora(model_folder, tmp_path):
+    """`mlx_lm.lora` itself."""
+    answer = {"role": "assistant", "content": "rm -r"}
+    lines = [{"messages": [{"role": "user", "content": question}, answer]} for question in QUESTIONS]
+    for split in ("train", "valid"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    program = "import mlx_afm; mlx_afm.register(); from mlx_lm.lora import main; main()"
+    options = {
+        "--model": model_folder, "--data": tmp_path, "--adapter-path": tmp_path / "adapter", "--iters": 20,
+        "--batch-size": 2, "--num-layers": 2, "--learning-rate": "1e-2", "--steps-per-report": 10, "--val-batches": 1,
+        "--max-seq-length": 64,
+    }  # fmt: skip
+    words = [str(word) for pair in options.items() for word in pair]
+    line = [sys.executable, "-c", program, "--train", "--grad-checkpoint", *words]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=5 * SECONDS)
+    assert done.returncode == 0, done.stderr[-2000:]
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
+    losses = [float(loss) for loss in re.findall(r"val(?: loss)? +([0-9.]+)", shown, re.IGNORECASE)]
+    assert len(losses) == 2, shown
+    assert losses[1] < 0.9 * losses[0]
+    assert (tmp_path / "adapter" / "adapters.safetensors").is_file()
