@@ -9,11 +9,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from engine_runs import answer, engine_of, events_of
+from mlx.utils import tree_flatten, tree_map
 
 import tolerances
 from mlx_afm.generation import GenerateConfig, Request
 from mlx_afm.generation.batch_cache import ROOM_TOKENS
+from mlx_afm.generation.decode import PLAIN_STEPS, SWITCH
 from mlx_afm.generation.draft_length import DraftLength
+from mlx_afm.generation.engine import Engine
 from mlx_afm.generation.forms import decoder_of
 from mlx_afm.generation.speculation import Speculation
 from tiny import tiny_model
@@ -51,3 +54,28 @@ def test_models_that_are_dropped_take_their_decoders_along():
     del models
     gc.collect()
     assert all(form() is None for form in forms)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+def test_replaced_weights_leave_memory(compiled, monkeypatch):
+    """Weights are constants of a compiled step; when others take their place, nothing holds the old ones."""
+    monkeypatch.setenv(SWITCH, str(int(compiled)))
+    model = tiny_model(hidden_dim=256, vocab_size=4096)
+    config, held, tokens = GenerateConfig(max_tokens=PLAIN_STEPS + 4), [], []
+    for round in range(4):
+        model.update(tree_map(lambda array, scale=0.9**round: array * scale, model.parameters()))
+        mx.eval(model.parameters())
+        decoder = decoder_of(model)
+        engine = Engine(decoder.decoder, routes=decoder.routes)
+        (row,) = engine.add(Request(ids=[5, 9, 33], config=config))
+        while engine.busy:
+            engine.step()
+        tokens.append(row.tokens)
+        assert (decoder.decoder.counters.compiled_steps > 0) == compiled
+        del engine, decoder, row
+        gc.collect()
+        mx.clear_cache()
+        held.append(mx.get_active_memory())
+    size = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    assert max(held) - min(held) < 0.05 * size
+    assert len(set(map(tuple, tokens))) > 1  # the new weights are the ones that answer
