@@ -94,6 +94,10 @@ class Scheduler:
             job = self.waiting[0]
             if self.rows_in_use + len(job.sinks) > self._config.rows:
                 return
+            if job.adapter is not None and job.adapter not in self.pool.names:
+                what, found = "the adapter was removed while the request waited", repr(job.adapter)
+                self.waiting.popleft().fail(APIError(404, what, code="model_not_found", param="model", found=found))
+                continue
             try:
                 decoder = self.pool.acquire(job.adapter)
             except (AFMError, OSError) as error:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -98,3 +99,20 @@ def test_adapters_take_turns_in_little_memory(model_folder, served_adapters, byt
             assert sum(entry["bytes"] for entry in listed if entry["loaded"]) <= config.adapter_bytes
         loads = {entry["name"]: entry["loads"] for entry in listed}
     assert loads["whole"] == 2
+
+
+def test_a_request_that_waits_for_an_adapter_which_is_removed(model_folder, served_adapters, call):
+    """It is told what it would be told if it came now."""
+    root = served_adapters["small"].parent
+    config = ServeConfig(port=0, model_id="base", rows=1, admin_roots=(root,))
+    with running(model_folder, {"small": served_adapters["small"]}, config) as server, ThreadPoolExecutor() as pool:
+        long = {**body("base"), "max_tokens": 400, "logit_bias": {"2": -100, "4": -100}}
+        first = pool.submit(call, server.url, "POST", CHAT, long)
+        waits = pool.submit(call, server.url, "POST", CHAT, body("small"))
+        while b"mlx_afm_waiting 1" not in call(server.url, "GET", "/metrics").body:
+            assert not waits.done()
+        assert call(server.url, "DELETE", f"{ADMIN}/small").status == 200
+        reply = waits.result(60)
+        assert (reply.status, reply.error["code"]) == (404, "model_not_found")
+        assert "was removed" in reply.error["message"]
+        assert first.result(60).status == 200
