@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 from dataclasses import dataclass
 
 SYSTEM = "Answer with one shell command."
@@ -49,6 +50,14 @@ def send(url, data, *, timeout=30.0):
         while piece := connection.recv(1 << 16):
             received += piece
     return received
+
+
+def wait_for(condition, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.02)
+    return value
 
 
 def parse_reply(received):

@@ -8,7 +8,7 @@ import pytest
 
 import mlx_afm
 from mlx_afm.serving import ServeConfig, running
-from serving_client import chat, parse_reply, request_bytes, send
+from serving_client import chat, parse_reply, request_bytes, send, wait_for
 
 CHAT, ADMIN = "/v1/chat/completions", "/admin/adapters"
 
@@ -108,9 +108,9 @@ def test_a_request_that_waits_for_an_adapter_which_is_removed(model_folder, serv
     with running(model_folder, {"small": served_adapters["small"]}, config) as server, ThreadPoolExecutor() as pool:
         long = {**body("base"), "max_tokens": 400, "logit_bias": {"2": -100, "4": -100}}
         first = pool.submit(call, server.url, "POST", CHAT, long)
+        wait_for(lambda: b"mlx_afm_rows 1" in call(server.url, "GET", "/metrics").body)
         waits = pool.submit(call, server.url, "POST", CHAT, body("small"))
-        while b"mlx_afm_waiting 1" not in call(server.url, "GET", "/metrics").body:
-            assert not waits.done()
+        wait_for(lambda: b"mlx_afm_waiting 1" in call(server.url, "GET", "/metrics").body)
         assert call(server.url, "DELETE", f"{ADMIN}/small").status == 200
         reply = waits.result(60)
         assert (reply.status, reply.error["code"]) == (404, "model_not_found")

@@ -2,13 +2,12 @@
 
 import json
 import socket
-import time
 
 import pytest
 
 from mlx_afm.errors import ConfigError
 from mlx_afm.serving import ServeConfig, find_adapters, parse_bytes, running
-from serving_client import chat, parse_reply, request_bytes, send
+from serving_client import chat, parse_reply, request_bytes, send, wait_for
 
 CHAT, NO_END = "/v1/chat/completions", {"2": -100, "4": -100}
 
@@ -23,14 +22,6 @@ LONG = body(max_tokens=3000, logit_bias=NO_END, stream=True)  # ends for no reas
 def gauge(text, name):
     (line,) = [line for line in text.splitlines() if line.startswith(f"mlx_afm_{name} ")]
     return float(line.split()[1])
-
-
-def wait_for(condition, seconds=20.0):
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, "it did not come about"
-        time.sleep(0.02)
-    return value
 
 
 def open_stream(url, value=LONG):
