@@ -41,7 +41,7 @@ from mlx.utils import tree_flatten
 from mlx_afm.adapters import LoRAConfig, add_adapter
 from mlx_afm.data import Tokens, make_batch
 from mlx_afm.generation.batch_cache import BatchCache
-from mlx_afm.generation.decode import Decoder, Routes
+from mlx_afm.generation.decode import Decoder
 from mlx_afm.generation.forms import decoder_of
 from mlx_afm.model import AFMConfig, Model, backend
 from mlx_afm.training.step import batch_loss
@@ -99,7 +99,7 @@ class OurStep:
         with gpu_graph.as_on_gpu(SWITCH):
             held = decoder_of(model)
             self.decoder: Decoder = held.decoder
-            self.routes: Routes = held.route
+            self.routes: Any = held.route
             prompt = model.make_cache()
             self.decoder.prefill(mx.zeros((1, KNOWN_TOKENS), mx.int32), prompt, self.routes)
             self.cache: BatchCache = self.decoder.new_cache()

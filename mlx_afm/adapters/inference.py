@@ -11,8 +11,7 @@ shares the base's arrays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from hashlib import sha256
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from math import prod
 
 import mlx.core as mx
@@ -25,73 +24,70 @@ from mlx_afm.model.lora import PARTS, LoRAFusedLinear, LoRALinear
 from mlx_afm.model.low_rank import (
     AdaptedFusedLinear,
     AdaptedGateUp,
-    Bucket,
+    LowRank,
     LowRankStack,
     MagnitudeLinear,
-    Slots,
+    Routes,
 )
 
 Weights = Mapping[str, Callable[[], mx.array]]
+KEPT_WINDOWS = 64  # views of which are held
+_Pair = dict[str, Callable[[], mx.array]]
+_Layout = tuple[tuple[str, int], ...]  # name and width of each adapter in a window, in one module
+_View = tuple[mx.array, mx.array, _Layout]
 
 
 class AdapterStacks:
     """The low-rank adapters of one inference model.
 
     Args:
-        form: whose modules hold the stacks.
+        form: whose modules take them.
+
+    Attributes:
+        sizes: bytes of each adapter by its name, in the order in which their matrices lie.
 
     Cost: each adapter's matrices once, in the model's dtype; of the fused projection B with zeros between its parts,
-        2 R (Q + 2 K) values a layer for nothing. `add` and `remove` copy the stacks of one bucket, a module at a time.
+        2 R (Q + 2 K) values a layer for nothing. `add` and `remove` copy what is held, a module at a time.
     """
 
     def __init__(self, form: InferenceModel) -> None:
         self._form = form
         self._modules = form.adaptable()
-        self._slots: dict[Bucket, list[str]] = {}
-        self._stacks: dict[Bucket, dict[str, LowRankStack]] = {}
+        self._stacks: dict[str, LowRankStack] = {}
+        self._views: dict[tuple[str, ...], dict[str, _View]] = {}  # of windows that were used
         self.sizes: dict[str, int] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self.sizes
 
     def add(self, name: str, weights: Weights, scale: float) -> int:
-        """Puts an adapter beside the others; returns its bytes.
+        """Puts an adapter behind the others; returns its bytes.
 
         Args:
             weights: what gives `...lora_a` (D, R) and `...lora_b` (R, O), float32, by our names.
             scale: of B A.
 
         Raises:
-            AdapterError: there is one of this name.
+            AdapterError: there is one of this name; values that are not finite in the model's dtype.
         """
         if name in self:
             raise AdapterError("there is an adapter of this name", where=name)
-        pairs = _pairs(weights)
-        bucket, size, done = _bucket(pairs), 0, list[str]()
+        size = 0
+        self._views.clear()
         try:
-            for path, (a, b) in self._matrices(pairs, scale):
+            for path, (a, b) in self._matrices(_pairs(weights), scale):
                 size += a.nbytes + b.nbytes
-                self._append(path, bucket, a, b)
-                done.append(path)
+                self._stacks.setdefault(path, LowRankStack()).append(name, a, b)
         except BaseException:  # a file that cannot be read to its end leaves nothing behind
-            for path in done:
-                self._drop(path, bucket, len(self._slots.get(bucket, ())))
+            self._drop(name)
             raise
-        self._slots.setdefault(bucket, []).append(name)
         self.sizes[name] = size
         return size
 
     def remove(self, name: str) -> None:
         """Forgets an adapter; its memory is free again. One that is not here is no error."""
-        if self.sizes.pop(name, None) is None:
-            return
-        bucket = self._bucket_of(name)
-        slot = self._slots[bucket].index(name)
-        del self._slots[bucket][slot]
-        for path in list(self._stacks[bucket]):
-            self._drop(path, bucket, slot)
-        if not self._slots[bucket]:
-            del self._slots[bucket], self._stacks[bucket]
+        if self.sizes.pop(name, None) is not None:
+            self._drop(name)
 
     def size_of(self, shapes: Mapping[str, Sequence[int]]) -> int:
         """Bytes that `add` would return for an adapter with these shapes, by our names."""
@@ -113,95 +109,107 @@ class AdapterStacks:
                 values += sum(map(prod, _shapes_of(shapes, path)))
         return values * self._form.dtype.size
 
-    def routes(self, names: Sequence[str | None]) -> dict[Bucket, Slots]:
-        """The slots of rows with these adapters; None is the base alone."""
-        routes = {}
-        for bucket, held in self._slots.items():
-            slots = [held.index(name) if name in held else -1 for name in names]
-            if max(slots, default=-1) < 0:
-                continue
-            mask = None if min(slots) >= 0 else mx.array([slot >= 0 for slot in slots])
-            routes[bucket] = Slots(self._stacks[bucket], mx.array([max(slot, 0) for slot in slots], mx.int32), mask)
+    def routes(self, names: Sequence[str | None]) -> Routes:
+        """What rows with these adapters add to the base; None, or a name that is not here, is the base alone.
+
+        Rows that all have one adapter take plain products. Else a window holds adapters that lie beside each other,
+        those of the rows and at most as many bytes of others: few windows, and little that is computed for nothing.
+        """
+        used = {name for name in names if name is not None and name in self}
+        alike, masks = len(used) == 1 and used.issuperset(names), dict[_Layout, mx.array]()
+        routes = []
+        for window in self._windows(used):
+            found: dict[str, LowRank] = {}
+            for path, (a, b, layout) in self._views_of(window).items():
+                if not alike and layout not in masks:
+                    masks[layout] = _mask(layout, names)
+                found[path] = a, b, None if alike else masks[layout]
+            routes.append(found)
         return routes
 
-    def route(self, name: str | None) -> dict[Bucket, Slots]:
-        """The slots of rows that all have one adapter: plain products, without an index."""
-        if name is None:
-            return {}
-        bucket = self._bucket_of(name)
-        return {bucket: Slots(self._stacks[bucket], self._slots[bucket].index(name))}
+    def _windows(self, used: Collection[str]) -> list[tuple[str, ...]]:
+        order, found = list(self.sizes), list[tuple[str, ...]]()
+        for end, name in enumerate(order, start=1):
+            if name not in used:
+                continue
+            wider = tuple(order[order.index(found[-1][0]) : end]) if found else (name,)
+            needed = sum(self.sizes[each] for each in wider if each in used)
+            if sum(self.sizes[each] for each in wider) <= 2 * needed:
+                found[-1:] = [wider]
+            else:
+                found.append((name,))
+        return found
 
-    def _append(self, path: str, bucket: Bucket, a: mx.array, b: mx.array) -> None:
-        """Puts an adapter's matrices behind those in one module."""
-        stacks = self._stacks.setdefault(bucket, {})
-        if path in stacks:
-            held = stacks[path]
-            a, b = mx.concatenate([held.lora_a, a]), mx.concatenate([held.lora_b, b])
-        mx.eval(a, b)
-        stacks[path] = LowRankStack(a, b)
+    def _views_of(self, window: tuple[str, ...]) -> dict[str, _View]:
+        """Of each module that adapters of a window are on, their matrices and the columns of each."""
+        if window not in self._views:
+            if len(self._views) >= KEPT_WINDOWS:
+                self._views.clear()
+            views = {}
+            for path, stack in self._stacks.items():
+                layout = tuple((name, stack.widths[name]) for name in window if name in stack.widths)
+                if layout:
+                    views[path] = *stack.window([name for name, _ in layout]), layout
+            self._views[window] = views
+        return self._views[window]
 
-    def _drop(self, path: str, bucket: Bucket, slot: int) -> None:
-        """Takes one slot out of the stacks of one module."""
-        stacks = self._stacks[bucket]
-        held, width = stacks[path], len(stacks[path].lora_b) // len(stacks[path].lora_a)
-        if len(held.lora_a) == 1:
-            del stacks[path]
-            return
-        a = mx.concatenate([held.lora_a[:slot], held.lora_a[slot + 1 :]])
-        b = mx.concatenate([held.lora_b[: width * slot], held.lora_b[width * (slot + 1) :]])
-        mx.eval(a, b)
-        stacks[path] = LowRankStack(a, b)
+    def _drop(self, name: str) -> None:
+        self._views.clear()
+        for path, stack in list(self._stacks.items()):
+            if name in stack.widths:
+                stack.remove(name)
+            if not stack.widths:
+                del self._stacks[path]
 
-    def _bucket_of(self, name: str) -> Bucket:
-        return next(bucket for bucket, names in self._slots.items() if name in names)
-
-    def _matrices(
-        self, pairs: Mapping[str, Mapping[str, Callable[[], mx.array]]], scale: float
-    ) -> Iterator[tuple[str, tuple[mx.array, mx.array]]]:
-        """For each module that the adapter is on: its path, A (1, D, R) and B (1, R, O) in the model's dtype."""
+    def _matrices(self, pairs: Mapping[str, _Pair], scale: float) -> Iterator[tuple[str, tuple[mx.array, mx.array]]]:
+        """For each module that the adapter is on: its path, A (R, D) and B (R, O) in the model's dtype."""
         for path, module in self._modules.items():
             if isinstance(module, AdaptedFusedLinear):
                 linear = module.linear
-                found = {part: pairs[f"{path}.{part}"] for part in PARTS if f"{path}.{part}" in pairs}
                 sizes = dict(zip(PARTS, (linear.q_dims, linear.kv_dims, linear.kv_dims)))
+                found = {
+                    part: self._read(name, pairs[name], scale) for part in PARTS if (name := f"{path}.{part}") in pairs
+                }
                 if found:
-                    read = {part: (pair["lora_a"](), scale * pair["lora_b"]()) for part, pair in found.items()}
-                    yield path, self._cast(*fused_matrices(read, sizes))
+                    a, b = fused_matrices(found, sizes)
+                    yield path, (a.T, b)
             elif isinstance(module, AdaptedGateUp):
                 parent = path.rpartition(".")[0]
-                both = [pairs.get(f"{parent}.{part}_proj") for part in ("gate", "up")]
-                if any(both):
-                    yield path, self._joined(both, scale)
+                both = [f"{parent}.{part}_proj" for part in ("gate", "up")]
+                read = [self._read(name, pairs[name], scale) if name in pairs else None for name in both]
+                if any(read):
+                    like = next(pair for pair in read if pair is not None)
+                    full = [pair or tuple(map(mx.zeros_like, like)) for pair in read]
+                    yield path, (mx.stack([a.T for a, _ in full]), mx.stack([b for _, b in full]))
             elif path in pairs:
-                yield path, self._cast(pairs[path]["lora_a"](), scale * pairs[path]["lora_b"]())
+                a, b = self._read(path, pairs[path], scale)
+                yield path, (a.T, b)
 
-    def _cast(self, a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
-        return a.astype(self._form.dtype)[None], b.astype(self._form.dtype)[None]
-
-    def _joined(
-        self, both: Sequence[Mapping[str, Callable[[], mx.array]] | None], scale: float
-    ) -> tuple[mx.array, mx.array]:
-        """A of gate and up joined, (1, D, 2 R), and their B, (2, R, O); zeros for the one that has no adapter."""
-        read = [None if pair is None else (pair["lora_a"](), scale * pair["lora_b"]()) for pair in both]
-        like = next(pair for pair in read if pair is not None)
-        full = [pair or (mx.zeros_like(like[0]), mx.zeros_like(like[1])) for pair in read]
-        a, b = mx.concatenate([a for a, _ in full], axis=1), mx.stack([b for _, b in full])
-        return a.astype(self._form.dtype)[None], b.astype(self._form.dtype)
+    def _read(self, path: str, pair: _Pair, scale: float) -> tuple[mx.array, mx.array]:
+        """A (D, R) and B (R, O) of one projection in the model's dtype, the scale folded into B."""
+        dtype = self._form.dtype
+        a, b = pair["lora_a"]().astype(dtype), (scale * pair["lora_b"]()).astype(dtype)
+        for kind, array in (("lora_a", a), ("lora_b", b)):
+            # In a mixed batch such a value would spoil the answers of all rows.
+            if not mx.isfinite(array).all().item():
+                expected = f"finite values, also as {str(dtype).rpartition('.')[2]}"
+                raise AdapterError("an adapter's values cannot be used", where=f"{path}.{kind}", expected=expected)
+        return a, b
 
 
-def _pairs(weights: Weights) -> dict[str, dict[str, Callable[[], mx.array]]]:
+def _mask(layout: _Layout, names: Sequence[str | None]) -> mx.array:
+    """The columns of a window that each row uses, bool (B, W)."""
+    owners = [owner for owner, width in layout for _ in range(width)]
+    return mx.array([[owner == name for owner in owners] for name in names])
+
+
+def _pairs(weights: Weights) -> dict[str, _Pair]:
     """The matrices by module path: `{"...q_proj": {"lora_a": ..., "lora_b": ...}}`."""
-    pairs: dict[str, dict[str, Callable[[], mx.array]]] = {}
+    pairs: dict[str, _Pair] = {}
     for name, read in weights.items():
         path, _, kind = name.rpartition(".")
         pairs.setdefault(path, {})[kind] = read
     return pairs
-
-
-def _bucket(pairs: Mapping[str, Mapping[str, Callable[[], mx.array]]]) -> Bucket:
-    """The name of the bucket of adapters with these modules and this rank."""
-    rank = next(iter(pairs.values()))["lora_a"]().shape[1]
-    return f"rank {rank} {sha256(' '.join(sorted(pairs)).encode()).hexdigest()[:12]}"
 
 
 def _shapes_of(shapes: Mapping[str, Sequence[int]], path: str) -> tuple[Sequence[int], Sequence[int]]:

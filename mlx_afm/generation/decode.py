@@ -8,7 +8,7 @@ inference form are its constants, since no form ever gets others (`forms.decoder
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,13 +17,11 @@ import mlx.core as mx
 from mlx_afm.generation.batch_cache import BatchCache
 from mlx_afm.model import backend
 from mlx_afm.model.inference import InferenceModel
-from mlx_afm.model.low_rank import Slots
+from mlx_afm.model.low_rank import Routes
 from mlx_afm.model.row_cache import RowKVCache
 
 PLAIN_STEPS = 16  # before the first compiled one of an answer: a short one never pays for a trace
 SWITCH = "MLX_AFM_COMPILE"  # environment: 1 compiles on every device, 0 on none
-
-Routes = Mapping[str, Slots]
 
 
 @dataclass
@@ -90,11 +88,11 @@ class Decoder:
         Cost: layers that reuse keys and values, and the head, are computed for the last token alone.
         """
         model = self.form.model
-        self.form.routing.slots = routes
+        self.form.routing.routes = routes
         try:
             return model.next_logits(tokens_1L, caches) if logits else model.hidden(tokens_1L, cache=caches)
         finally:
-            self.form.routing.slots = {}
+            self.form.routing.routes = ()
 
     def step(self, tokens_BL: mx.array, cache: BatchCache, routes: Routes, *, steps_done: int) -> mx.array:
         """Logits (B, L, V) after tokens that follow what the rows hold; these are stored, lengths stay as they are.
@@ -113,7 +111,7 @@ class Decoder:
             if cache.quantized not in self._functions:
                 self._functions[cache.quantized] = _compiled_step(self.form, self.counters, cache.quantized)
             step = self._functions[cache.quantized]
-            compiled = step(*arguments, self.form.quantizer_steps, _arrays_of(routes))
+            compiled = step(*arguments, self.form.quantizer_steps, list(routes))
             logits: mx.array
             logits, cache.keys, cache.values = compiled
             return logits
@@ -128,10 +126,10 @@ class Decoder:
 def _compiled_step(form: InferenceModel, counters: Counters, quantized: bool) -> Any:
     """`_step` as a compiled function. It refers to no decoder, so that dropping the decoder frees it at once."""
 
-    def traced(tokens: Any, offsets: Any, keys: Any, values: Any, steps: Any, given: Any) -> Any:
+    def traced(tokens: Any, offsets: Any, keys: Any, values: Any, steps: Any, routes: Any) -> Any:
         counters.traces += 1
         with form.with_quantizer_steps(steps):
-            return _step(form, tokens, offsets, keys, values, _routes_of(given), quantized=quantized, visible=None)
+            return _step(form, tokens, offsets, keys, values, routes, quantized=quantized, visible=None)
 
     return mx.compile(traced)
 
@@ -150,26 +148,9 @@ def _step(
     """Logits and the storage with the tokens in it; `visible` as in `RowKVCache`."""
     steps = form.quantizer_steps if quantized else [None] * len(keys)
     caches = [RowKVCache(k, v, offsets_B, steps=step, visible=visible) for k, v, step in zip(keys, values, steps)]
-    form.routing.slots = routes
+    form.routing.routes = routes
     try:
         logits = form.model(tokens_BL, caches)
     finally:
-        form.routing.slots = {}
+        form.routing.routes = ()
     return logits, [cache.keys for cache in caches], [cache.values for cache in caches]
-
-
-def _arrays_of(routes: Routes) -> dict[str, Any]:
-    """What a compiled step takes of the adapters: the matrices of the modules, the index and the mask."""
-    return {
-        bucket: [
-            {path: slots.matrices(path) for path in slots.stacks},
-            None if isinstance(slots.index, int) else slots.index,
-            slots.mask_B,
-        ]
-        for bucket, slots in routes.items()
-    }
-
-
-def _routes_of(given: dict[str, Any]) -> Routes:
-    """The routes that `_arrays_of` was given, over traced arrays."""
-    return {bucket: Slots(stacks, index, mask) for bucket, (stacks, index, mask) in given.items()}

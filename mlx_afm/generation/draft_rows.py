@@ -8,12 +8,13 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from mlx_afm.generation.batch_cache import BatchCache
-from mlx_afm.generation.decode import Decoder, Routes
+from mlx_afm.generation.decode import Decoder
 from mlx_afm.generation.draft_length import USUALLY_MISSING
 from mlx_afm.generation.rows import Row
 from mlx_afm.generation.speculation import Speculation
 from mlx_afm.generation.speculative import Proposals, propose_tokens
 from mlx_afm.model import KVCache
+from mlx_afm.model.low_rank import Routes
 
 FED_TOKENS = (
     USUALLY_MISSING  # at the begin of a round: a row lacks one token, or two if all its proposals were accepted

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -33,7 +33,7 @@ from mlx_afm.generation.sampling import Sampled, Sampler, TokenLogprob, sample
 from mlx_afm.generation.speculation import Speculation, require_pair
 from mlx_afm.generation.speculative import Verdict, judge, length_needed
 from mlx_afm.model import KVCache
-from mlx_afm.model.low_rank import Slots
+from mlx_afm.model.low_rank import Routes
 from mlx_afm.text.tokenizer import require_token_ids
 
 BATCH_SIZE = 16
@@ -57,7 +57,7 @@ class Engine:
         batch_size: rows at once; others wait.
         prefix_cache: keys and values of earlier prompts; None computes every prompt whole.
         owner: of the prefixes, such as a model; with the adapter's name it says whose prompts go together.
-        routes: the slots of some rows' adapters, and of one adapter alone; see `adapters.inference`.
+        routes: what rows with some adapters add to the base, see `adapters.inference`.
         prompts_first: compute all waiting prompts before the next token, as throughput wants it; else one piece of one
             prompt for each token, so that nobody waits long.
         speculation: a draft model, whose proposals are verified for all rows in one pass; None decodes plainly. With a
@@ -76,7 +76,7 @@ class Engine:
         batch_size: int = BATCH_SIZE,
         prefix_cache: PrefixCache | None = None,
         owner: Hashable = None,
-        routes: Callable[[Sequence[str | None]], Mapping[str, Slots]] = lambda names: {},
+        routes: Callable[[Sequence[str | None]], Routes] = lambda names: (),
         prompts_first: bool = True,
         keep_answers: bool = False,
         speculation: Speculation | None = None,
@@ -93,7 +93,7 @@ class Engine:
         self.overflow: Sequence[Engine] = ()
         self._cache: BatchCache | None = None
         self._sampled: Sampled | None = None  # each row's newest token, not given out and not in the cache yet
-        self._routes: Mapping[str, Slots] = {}
+        self._routes: Routes = ()
         self._steps = self._batch_steps = self._pieces = 0
         # Proposals that are not given out yet.
         self._accepted: dict[Row, deque[tuple[TokenLogprob, Callable[[], mx.array]]]] = {}
@@ -161,7 +161,7 @@ class Engine:
         self.remove(self._all_rows())
 
     def reroute(self) -> None:
-        """Looks up the slots of the rows' adapters again; to be called after adapters were added or removed."""
+        """Looks up the rows' adapters again; to be called after adapters were added or removed."""
         # Idle rows of the storage take the first row's.
         names = [row.request.adapter for row in self.rows]
         if self._cache is not None and names:

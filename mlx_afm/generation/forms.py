@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -12,7 +12,7 @@ from mlx_afm.adapters.inference import AdapterStacks, own_weights
 from mlx_afm.generation.decode import Decoder
 from mlx_afm.model import Model
 from mlx_afm.model.inference import InferenceModel, held_arrays, same_arrays
-from mlx_afm.model.low_rank import Slots
+from mlx_afm.model.low_rank import Routes
 
 OWN = ""  # the name of the adapter that is on a model itself
 
@@ -23,16 +23,16 @@ class ModelDecoder:
 
     Attributes:
         decoder: of its inference form.
-        route: the slots of that adapter; empty if there is none.
+        route: what that adapter adds; empty if there is none.
         arrays: the model's, which tell whether it is still the same.
     """
 
     decoder: Decoder
-    route: Mapping[str, Slots]
+    route: Routes
     arrays: list[mx.array]
 
-    def routes(self, names: Sequence[str | None]) -> Mapping[str, Slots]:
-        """The slots of rows, which all have the model's own adapter."""
+    def routes(self, names: Sequence[str | None]) -> Routes:
+        """What rows add, which all have the model's own adapter."""
         return self.route
 
 
@@ -53,10 +53,9 @@ def decoder_of(model: Model) -> ModelDecoder:
         weakref.finalize(model, _decoders.pop, id(model), None)
     _decoders.pop(id(model), None)
     form = InferenceModel(model)
-    stacks, own, route = AdapterStacks(form), own_weights(model), {}
+    stacks, own = AdapterStacks(form), own_weights(model)
     if own is not None:
         stacks.add(OWN, *own)
-        route = stacks.route(OWN)
-    made = ModelDecoder(Decoder(form), route, held_arrays(model))
+    made = ModelDecoder(Decoder(form), stacks.routes([OWN]), held_arrays(model))
     _decoders[id(model)] = made
     return made

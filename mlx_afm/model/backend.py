@@ -55,10 +55,3 @@ def exp(x: mx.array) -> mx.array:
 def sigmoid(x: mx.array) -> mx.array:
     """1 / (1 + e^-x), in x's dtype. Do not differentiate it: callers write their gradients out."""
     return exponential.sigmoid(x) if on_cpu() else mx.sigmoid(x)
-
-
-def gather_product(x: mx.array, stack: mx.array, index: mx.array) -> mx.array:
-    """The product of x (..., M, K) with matrix `index` (...) of a stack (N, K, O), (..., M, O), in one dtype."""
-    if on_cpu() and x.dtype != mx.float32:  # which the CPU's product does not take
-        return x @ stack[index]
-    return mx.gather_mm(x, stack, rhs_indices=index)

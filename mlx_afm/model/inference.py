@@ -157,7 +157,7 @@ def fused_matrices(pairs: dict[str, tuple[mx.array, mx.array]], sizes: dict[str,
     """
     rows = []
     for part, (_, b) in pairs.items():
-        blocks = [b if other == part else mx.zeros((b.shape[0], size)) for other, size in sizes.items()]
+        blocks = [b if other == part else mx.zeros((b.shape[0], size), b.dtype) for other, size in sizes.items()]
         rows.append(mx.concatenate(blocks, axis=1))
     return mx.concatenate([a for a, _ in pairs.values()], axis=1), mx.concatenate(rows)
 

@@ -1,111 +1,111 @@
 """Adapters in their inference form: several of them side by side on one projection, chosen for each row of a batch.
 
-Adapters with the same rank and the same adapted modules form a bucket. In every module their matrices lie in one
-stack, a slot each: A (N, D, R) and B (N, R, O), in the model's dtype, with the scale folded into B. The base product is
-computed once for all rows; each row's low-rank product takes its own slot. A step of one token a row leaves L out.
+In every module the adapters' matrices lie one behind the other along the rank: A (W, D) and B (W, O), in the model's
+dtype, with the scale folded into B; of gate and up (2, W, D) and (2, W, O). A call names windows of them. The base
+product is computed once for all rows, and so are those of a window: where a row has another adapter than a column of
+x A, the column is zero for it. A step of one token a row leaves L out.
 
-Shape suffixes: B batch, L tokens, D inputs, R rank, O outputs, N slots.
+Shape suffixes: B batch, L tokens, D inputs, W width of a window (the sum of its ranks), O outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_afm.model import backend
 from mlx_afm.model.layers import queries_keys_values
 
-Bucket = str
+# Of a window in one module: A (D, W), B (W, O), and the columns that each row uses (B, W), None for all. A and B of
+# gate and up have two of these in front.
+LowRank = tuple[mx.array, mx.array, mx.array | None]
+Routes = Sequence[Mapping[str, LowRank]]  # by window, by the path of the module
 
 
 class LowRankStack:
-    """The matrices of one bucket's adapters in one module.
-
-    Args:
-        lora_a_NDR: of gate and up, A of both joined, (N, D, 2 R).
-        lora_b_NRO: of gate and up, B of both one after the other, (2 N, R, O).
+    """The matrices of all adapters in one module.
 
     Attributes:
-        slots: of each slot A (D, R) and B (R, O), or (2, R, O) of gate and up: views, so that a step makes none.
+        widths: rows of each adapter in both arrays, by its name, in their order.
+        lora_a, lora_b: (W, D) and (W, O), or with two in front; None without adapters.
     """
 
-    def __init__(self, lora_a_NDR: mx.array, lora_b_NRO: mx.array) -> None:
-        self.lora_a, self.lora_b = lora_a_NDR, lora_b_NRO
-        count, wide = lora_a_NDR.shape[0], lora_b_NRO.shape[0] > lora_a_NDR.shape[0]
-        self.slots = [
-            (_view(lora_a_NDR, slot), lora_b_NRO[2 * slot : 2 * slot + 2] if wide else _view(lora_b_NRO, slot))
-            for slot in range(count)
-        ]
-        mx.eval(self.slots)
+    def __init__(self) -> None:
+        self.widths: dict[str, int] = {}
+        self.lora_a: mx.array | None = None
+        self.lora_b: mx.array | None = None
 
+    def append(self, name: str, a_RD: mx.array, b_RO: mx.array) -> None:
+        """Puts an adapter's matrices behind the others."""
+        if self.lora_a is not None and self.lora_b is not None:
+            a, b = mx.concatenate([self.lora_a, a_RD], axis=-2), mx.concatenate([self.lora_b, b_RO], axis=-2)
+        else:
+            a, b = mx.contiguous(a_RD), mx.contiguous(b_RO)
+        mx.eval(a, b)
+        self.lora_a, self.lora_b = a, b
+        self.widths[name] = b_RO.shape[-2]
 
-def _view(stack_NXY: mx.array, slot: int) -> mx.array:
-    """The matrix of one slot: a view, where an index would be a copy."""
-    return stack_NXY[slot : slot + 1].squeeze(0)
+    def remove(self, name: str) -> None:
+        """Takes an adapter's matrices out."""
+        assert self.lora_a is not None
+        assert self.lora_b is not None
+        start, end = self._bounds([name])
+        del self.widths[name]
+        if not self.widths:
+            self.lora_a = self.lora_b = None
+            return
+        rows = mx.array([row for row in range(self.lora_b.shape[-2]) if not start <= row < end])
+        # `take` copies; a slice, also in a concatenation with nothing else, would hold the old buffer.
+        kept = mx.take(self.lora_a, rows, axis=-2), mx.take(self.lora_b, rows, axis=-2)
+        mx.eval(kept)
+        self.lora_a, self.lora_b = kept
 
+    def window(self, names: Sequence[str]) -> tuple[mx.array, mx.array]:
+        """A (D, W) and B (W, O) of adapters that lie beside each other: views, so that a step makes none."""
+        assert self.lora_a is not None
+        assert self.lora_b is not None
+        start, end = self._bounds(names)
+        views = self.lora_a[..., start:end, :].swapaxes(-1, -2), self.lora_b[..., start:end, :]
+        mx.eval(views)
+        return views
 
-@dataclass(frozen=True)
-class Slots:
-    """Which slot of a bucket's stacks each row of a batch uses.
-
-    Attributes:
-        stacks: of the bucket, by the path of the module; looked up at each call. Instead of a stack there may be the
-            matrices themselves.
-        index: one slot for all rows, or int32 (B,); None for the only one, whose matrices are given.
-        mask_B: bool, the rows that have an adapter of this bucket; None for all.
-    """
-
-    stacks: Mapping[str, LowRankStack | tuple[mx.array, mx.array]]
-    index: int | mx.array | None
-    mask_B: mx.array | None = None
-
-    def matrices(self, path: str) -> tuple[mx.array, mx.array] | None:
-        """A and B in one module: of the slot, or all of them where rows have their own; None if it has no adapter."""
-        stack = self.stacks.get(path)
-        if stack is None or isinstance(stack, tuple):
-            return stack
-        return stack.slots[self.index] if isinstance(self.index, int) else (stack.lora_a, stack.lora_b)
+    def _bounds(self, names: Sequence[str]) -> tuple[int, int]:
+        """The first row of some neighbours, and the one behind the last."""
+        start = 0
+        for name, width in self.widths.items():
+            if name == names[0]:
+                break
+            start += width
+        return start, start + sum(self.widths[name] for name in names)
 
 
 @dataclass
 class Routing:
-    """The slots of the rows of the current call, by bucket; what is not named is not added. Shared by all modules."""
+    """The windows that the current call adds, shared by all modules."""
 
-    slots: Mapping[Bucket, Slots] = field(default_factory=dict)
+    routes: Routes = ()
 
 
-def _plus_low_rank(y: mx.array, x: mx.array, a: mx.array, b: mx.array, slots: Slots) -> mx.array:
+def _plus_low_rank(y: mx.array, x: mx.array, a_DW: mx.array, b_WO: mx.array, mask_BW: mx.array | None) -> mx.array:
     """y (B, L, O) + the rows' low-rank products of x (B, L, D); of one token a row, (B, O) and (B, D)."""
-    if not isinstance(slots.index, mx.array):
-        return mx.addmm(y, x @ a, b)
-    if x.ndim == 2:
-        return _plus_low_rank(y[:, None], x[:, None], a, b, slots)[:, 0]
-    inner_BLR = backend.gather_product(x, a, slots.index)
-    added = backend.gather_product(inner_BLR, b, slots.index)
-    return y + (added if slots.mask_B is None else mx.where(slots.mask_B[:, None, None], added, 0))
+    inner = x @ a_DW
+    if mask_BW is not None:  # not a product: what another row's adapter makes of this one may be infinite
+        inner = mx.where(mask_BW if x.ndim == 2 else mask_BW[:, None], inner, 0)
+    return mx.addmm(y, inner, b_WO)
 
 
 def _plus_low_rank_pair(
-    gate: mx.array, up: mx.array, x: mx.array, a: mx.array, b: mx.array, slots: Slots
+    gate: mx.array, up: mx.array, x: mx.array, a_2DW: mx.array, b_2WO: mx.array, mask_BW: mx.array | None
 ) -> tuple[mx.array, mx.array]:
     """Gate and up (B, L, F) + their low-rank products of x (B, L, D); of one token a row, (B, F) and (B, D)."""
-    rank, shape = b.shape[1], gate.shape
-    if not isinstance(slots.index, mx.array):
-        inner = x @ a
-        inner_2MR = inner.reshape(2, 1, rank) if inner.size == 2 * rank else inner.reshape(-1, 2, rank).swapaxes(0, 1)
-        more_gate, more_up = mx.split(inner_2MR @ b, 2)
-        return gate + more_gate.reshape(shape), up + more_up.reshape(shape)
-    batch = shape[0]
-    inner_BLR = backend.gather_product(x.reshape(batch, -1, x.shape[-1]), a, slots.index)
-    inner_B2LR = inner_BLR.reshape(batch, -1, 2, rank).swapaxes(1, 2)
-    index_B2 = 2 * slots.index[:, None] + mx.arange(2)
-    added_B2LF = backend.gather_product(inner_B2LR, b, index_B2)
-    if slots.mask_B is not None:
-        added_B2LF = mx.where(slots.mask_B[:, None, None, None], added_B2LF, 0)
-    more_gate, more_up = mx.split(added_B2LF, 2, axis=1)
+    shape = gate.shape
+    inner_2MW = x.reshape(1, -1, x.shape[-1]) @ a_2DW
+    if mask_BW is not None:
+        inner_2BLW = inner_2MW.reshape(2, shape[0], -1, mask_BW.shape[-1])
+        inner_2MW = mx.where(mask_BW[:, None], inner_2BLW, 0).reshape(inner_2MW.shape)
+    more_gate, more_up = mx.split(inner_2MW @ b_2WO, 2)
     return gate + more_gate.reshape(shape), up + more_up.reshape(shape)
 
 
@@ -114,8 +114,8 @@ class Adaptable(nn.Module):
 
     Args:
         linear: the base projection; adapters and base never share arrays.
-        routing: says which slots the rows use.
-        path: of the module, by which stacks are found.
+        routing: says what the current call adds.
+        path: of the module, by which that is found.
     """
 
     def __init__(self, linear: nn.Module, routing: Routing, path: str) -> None:
@@ -123,9 +123,8 @@ class Adaptable(nn.Module):
         self.linear, self.path = linear, path
         self._routing = routing
 
-    def _used(self) -> list[tuple[mx.array, mx.array, Slots]]:
-        found = ((slots.matrices(self.path), slots) for slots in self._routing.slots.values())
-        return [(*matrices, slots) for matrices, slots in found if matrices is not None]
+    def _used(self) -> list[LowRank]:
+        return [window[self.path] for window in self._routing.routes if self.path in window]
 
 
 class AdaptedLinear(Adaptable):
@@ -134,15 +133,15 @@ class AdaptedLinear(Adaptable):
     def __call__(self, x_BLD: mx.array) -> mx.array:
         """The adapted projection (B, L, O)."""
         y = self.linear(x_BLD)
-        for a, b, slots in self._used():
-            y = _plus_low_rank(y, x_BLD, a, b, slots)
+        for a, b, mask in self._used():
+            y = _plus_low_rank(y, x_BLD, a, b, mask)
         return y
 
     def plus(self, x_BLD: mx.array, residual_BLO: mx.array) -> mx.array:
         """residual + the adapted projection."""
         y = self.linear.plus(x_BLD, residual_BLO)
-        for a, b, slots in self._used():
-            y = _plus_low_rank(y, x_BLD, a, b, slots)
+        for a, b, mask in self._used():
+            y = _plus_low_rank(y, x_BLD, a, b, mask)
         return y
 
 
@@ -155,8 +154,8 @@ class AdaptedFusedLinear(Adaptable):
 
     def _rows(self, x_BLD: mx.array, rows: slice) -> mx.array:
         y = self.linear.rows(x_BLD, rows)
-        for a, b, slots in self._used():
-            y = _plus_low_rank(y, x_BLD, a, b if rows == slice(None) else b[..., rows], slots)
+        for a, b, mask in self._used():
+            y = _plus_low_rank(y, x_BLD, a, b if rows == slice(None) else b[:, rows], mask)
         return y
 
 
@@ -166,8 +165,8 @@ class AdaptedGateUp(Adaptable):
     def __call__(self, x_BLD: mx.array) -> tuple[mx.array, mx.array]:
         """Both, each (B, L, F)."""
         gate, up = self.linear(x_BLD)
-        for a, b, slots in self._used():
-            gate, up = _plus_low_rank_pair(gate, up, x_BLD, a, b, slots)
+        for a, b, mask in self._used():
+            gate, up = _plus_low_rank_pair(gate, up, x_BLD, a, b, mask)
         return gate, up
 
 

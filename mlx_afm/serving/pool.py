@@ -6,7 +6,7 @@ is an inference form of its own that shares the base's arrays. Both are read fro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,7 @@ from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.generation.decode import Decoder
 from mlx_afm.model import Model
 from mlx_afm.model.inference import InferenceModel
-from mlx_afm.model.low_rank import Slots
+from mlx_afm.model.low_rank import Routes
 from mlx_afm.text.system_prompt import SystemPrompts
 from mlx_afm.workflows.load import attach, open_adapter, system_prompts_of, trained_system_prompts_of
 
@@ -63,7 +63,7 @@ class AdapterPool:
 
     Attributes:
         decoder: of the base and all LoRA adapters. Those of DoRA adapters share its counters.
-        on_change: told the name of an adapter that came into memory or left; the slots of others may have moved.
+        on_change: told the name of an adapter that came into memory or left; the matrices of others may have moved.
 
     All methods belong to the thread that owns the model, except `names` and `system_prompts`.
     """
@@ -177,9 +177,9 @@ class AdapterPool:
         """What `routes_of` calls an adapter; None for the base."""
         return BASE if name is None and BASE in self._stacks else name
 
-    def routes_of(self, decoder: Decoder) -> Callable[[Sequence[str | None]], Mapping[str, Slots]]:
-        """The slots of rows of a decoder; those of a DoRA adapter have none."""
-        return self._stacks.routes if decoder is self.decoder else lambda names: {}
+    def routes_of(self, decoder: Decoder) -> Callable[[Sequence[str | None]], Routes]:
+        """What rows of a decoder add for their adapters; those of a DoRA adapter add nothing."""
+        return self._stacks.routes if decoder is self.decoder else lambda names: ()
 
     @property
     def held_bytes(self) -> int:
