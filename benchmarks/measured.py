@@ -55,10 +55,10 @@ def machine() -> str:
     return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, CPU backend"
 
 
-def commit() -> str:
-    """The commit that is measured, short; with "+" if files were changed since."""
+def commit(root: Path = Path(__file__).parent) -> str:
+    """The commit of a checkout, short; with "+" if files were changed since."""
     line = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
-    return subprocess.run(line, capture_output=True, text=True, cwd=Path(__file__).parent, check=True).stdout.strip()
+    return subprocess.run(line, capture_output=True, text=True, cwd=root, check=True).stdout.strip()
 
 
 def described(*packages: str) -> dict[str, object]:
