@@ -8,7 +8,7 @@ here. mlx-lm's parts are imported when first used.
 from mlx_afm.generation.answers import Answer, batch_generate, iter_answers
 from mlx_afm.generation.config import GenerateConfig
 from mlx_afm.generation.engine import Engine
-from mlx_afm.generation.generate import generate, stream_generate
+from mlx_afm.generation.generate import GenerationResponse, generate, stream_generate
 from mlx_afm.generation.prefix_cache import PrefixCache, PromptCache
 from mlx_afm.generation.prompt_cache import load_prompt_cache, save_prompt_cache
 from mlx_afm.generation.prompts import to_prompt_ids
@@ -20,6 +20,7 @@ __all__ = [
     "Answer",
     "Engine",
     "GenerateConfig",
+    "GenerationResponse",
     "PrefixCache",
     "PromptCache",
     "Request",

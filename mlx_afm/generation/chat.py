@@ -121,7 +121,7 @@ class Chat:
         engine, row = self._engine(ids, should_stop)
         pieces: list[str] = []
         reason: Ending = "stopped"
-        answer = responses(self.model, engine, TextStream(self.tokenizer, self.config.stop), len(ids), should_stop)
+        answer = responses(engine, TextStream(self.tokenizer, self.config.stop), len(ids), should_stop)
         try:
             for response in answer:
                 pieces.append(response.text)

@@ -28,7 +28,7 @@ from mlx_afm.generation.config import require_fitting
 from mlx_afm.generation.decode import Decoder
 from mlx_afm.generation.draft_rows import DraftRows, padded_rows, plain_step_seconds
 from mlx_afm.generation.prefix_cache import PrefixCache, prefix_owner
-from mlx_afm.generation.rows import LENGTH, STOP, Progress, Request, Row, TokenEvent
+from mlx_afm.generation.rows import LENGTH, STOP, FinishReason, Progress, Request, Row, TokenEvent
 from mlx_afm.generation.sampling import Sampled, Sampler, TokenLogprob, sample
 from mlx_afm.generation.speculation import Speculation, require_pair
 from mlx_afm.generation.speculative import Verdict, judge, length_needed
@@ -321,7 +321,7 @@ class Engine:
     ) -> TokenEvent:
         row.tokens.append(token.token)
         row.sampler.tokens.append(token.token)
-        reason = None
+        reason: FinishReason | None = None
         if token.token in row.request.stop_token_ids:
             reason = STOP
         elif len(row.tokens) >= row.max_tokens:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -13,12 +14,39 @@ from mlx_afm.generation.engine import Engine
 from mlx_afm.generation.forms import decoder_of
 from mlx_afm.generation.prefix_cache import PrefixCache
 from mlx_afm.generation.prompts import Prompt, require_tokenizer, to_prompt_ids
-from mlx_afm.generation.rows import LENGTH, STOP, Progress, Request, TokenEvent
+from mlx_afm.generation.rows import LENGTH, STOP, FinishReason, Progress, Request, TokenEvent
 from mlx_afm.generation.sampling import LogitsProcessor, Sampler
 from mlx_afm.generation.speculation import Speculation, require_pair
 from mlx_afm.generation.text_stream import TextStream
-from mlx_afm.model import Model
+from mlx_afm.model import Model, backend
 from mlx_afm.text.tokenizer import AFMTokenizer
+
+
+@dataclass(frozen=True)
+class GenerationResponse:
+    """A token of an answer, with the fields of mlx-lm's class of this name, whose import takes seconds.
+
+    Attributes:
+        text: what the token adds to the text; often nothing.
+        token: its id.
+        logprobs: of all tokens (V,), float32, not evaluated.
+        from_draft: whether a draft model proposed it.
+        prompt_tokens, generation_tokens: counts so far.
+        prompt_tps, generation_tps: tokens a second.
+        peak_memory: of MLX in this process, in GB.
+        finish_reason: "stop" or "length" with the last token, else None.
+    """
+
+    text: str
+    token: int
+    logprobs: mx.array | None
+    from_draft: bool
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    peak_memory: float
+    finish_reason: FinishReason | None = None
 
 
 def stream_generate(
@@ -32,8 +60,8 @@ def stream_generate(
     on_progress: Progress | None = None,
     speculation: Speculation | None = None,
     **settings: Any,
-) -> Iterator[Any]:
-    """mlx-lm's `GenerationResponse` objects, one per token, the last with its `finish_reason`.
+) -> Iterator[GenerationResponse]:
+    """One response per token, the last with its `finish_reason`.
 
     Args:
         model, tokenizer: from `mlx_afm.load`.
@@ -67,29 +95,25 @@ def stream_generate(
         on_progress=on_progress,
     )
     engine.add(request)
-    yield from responses(model, engine, TextStream(tokenizer, config.stop), len(ids))
+    yield from responses(engine, TextStream(tokenizer, config.stop), len(ids))
 
 
 def responses(
-    model: Model,
     engine: Engine,
     text: TextStream,
     prompt_tokens: int,
     should_stop: Callable[[], bool] = lambda: False,
-) -> Generator[Any, None, None]:
-    """The tokens of an engine's only row as mlx-lm's `GenerationResponse` objects, up to where the answer ends.
+) -> Generator[GenerationResponse, None, None]:
+    """The tokens of an engine's only row, up to where the answer ends.
 
     Args:
-        model: its weights are wired during generation (Metal only).
         engine: has one request.
         text: makes text of the tokens.
         prompt_tokens: length of the prompt.
         should_stop: asked after every token, and the row is removed if it says so.
     """
-    from mlx_lm.generate import GenerationResponse, wired_limit
-
     started, prompt_seconds, count = time.perf_counter(), 0.0, 0
-    with wired_limit(model):
+    with backend.wired_weights():
         try:
             for event in _events(engine):
                 now = time.perf_counter()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Final, Literal
 
 import mlx.core as mx
 
 from mlx_afm.generation.config import GenerateConfig
 from mlx_afm.generation.sampling import LogitsProcessor, Sampler, TokenLogprob, log_probabilities
 
-STOP, LENGTH = "stop", "length"  # finish reasons
+FinishReason = Literal["stop", "length"]
+STOP: Final = "stop"
+LENGTH: Final = "length"
 
 Progress = Callable[[int, int], None]  # tokens of the prompt computed, and of how many that were not known before
 
@@ -90,7 +93,7 @@ class TokenEvent:
     row: Row
     token: TokenLogprob
     processed_1V: Callable[[], mx.array] | None = None
-    finish_reason: str | None = None
+    finish_reason: FinishReason | None = None
     from_draft: bool = False
     error: Exception | None = None
 

@@ -6,7 +6,8 @@ A GPU takes MLX's own operations, and few of them: each is a kernel to launch. W
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 
 import mlx.core as mx
@@ -18,6 +19,23 @@ from mlx_afm.model.cpu.attention import MIN_QUERIES, attention_on_cpu
 def on_cpu() -> bool:
     """Whether new arrays are computed by the CPU backend."""
     return bool(mx.default_device() == mx.cpu)
+
+
+@contextmanager
+def wired_weights() -> Iterator[None]:
+    """Keeps MLX's arrays from being paged out meanwhile, as far as macOS recommends; elsewhere nothing is done.
+
+    Source: `mx.set_wired_limit`; mlx-lm generates in the same way.
+    """
+    if not mx.metal.is_available():
+        yield
+        return
+    before = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+    try:
+        yield
+    finally:
+        mx.synchronize()
+        mx.set_wired_limit(before)
 
 
 def one_kernel(function: Callable[..., mx.array]) -> Callable[..., mx.array]:

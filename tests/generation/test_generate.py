@@ -165,3 +165,13 @@ def test_what_cannot_be_generated_is_refused(loaded):
         GenerateConfig(stop="word")
     with pytest.raises(ConfigError, match="context_tokens: expected from 2 to 4096"):
         GenerateConfig(context_tokens=5000)
+
+
+def test_a_response_has_the_fields_of_mlx_lms():
+    from dataclasses import fields
+
+    from mlx_lm.generate import GenerationResponse as Theirs
+
+    from mlx_afm.generation import GenerationResponse
+
+    assert [field.name for field in fields(GenerationResponse)] == [field.name for field in fields(Theirs)]
