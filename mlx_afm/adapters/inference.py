@@ -55,6 +55,7 @@ class AdapterStacks:
         self._modules = form.adaptable()
         self._stacks: dict[str, LowRankStack] = {}
         self._views: dict[tuple[str, ...], dict[str, _View]] = {}  # of windows that were used
+        self._last: tuple[tuple[str | None, ...], Routes] = (), ()  # what `routes` was last asked and gave
         self.sizes: dict[str, int] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -73,7 +74,7 @@ class AdapterStacks:
         if name in self:
             raise AdapterError("there is an adapter of this name", where=name)
         size = 0
-        self._views.clear()
+        self._forget_views()
         try:
             for path, (a, b) in self._matrices(_pairs(weights), scale):
                 size += a.nbytes + b.nbytes
@@ -115,6 +116,8 @@ class AdapterStacks:
         Rows that all have one adapter take plain products. Else a window holds adapters that lie beside each other,
         those of the rows and at most as many bytes of others: few windows, and little that is computed for nothing.
         """
+        if tuple(names) == self._last[0]:
+            return self._last[1]
         used = {name for name in names if name is not None and name in self}
         alike, masks = len(used) == 1 and used.issuperset(names), dict[_Layout, mx.array]()
         routes = []
@@ -125,6 +128,7 @@ class AdapterStacks:
                     masks[layout] = _mask(layout, names)
                 found[path] = a, b, None if alike else masks[layout]
             routes.append(found)
+        self._last = tuple(names), routes
         return routes
 
     def _windows(self, used: Collection[str]) -> list[tuple[str, ...]]:
@@ -153,8 +157,13 @@ class AdapterStacks:
             self._views[window] = views
         return self._views[window]
 
-    def _drop(self, name: str) -> None:
+    def _forget_views(self) -> None:
+        """Lets go of the arrays that views share, so that a module's old ones are free as soon as it has new ones."""
         self._views.clear()
+        self._last = (), ()
+
+    def _drop(self, name: str) -> None:
+        self._forget_views()
         for path, stack in list(self._stacks.items()):
             if name in stack.widths:
                 stack.remove(name)

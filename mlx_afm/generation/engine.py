@@ -93,7 +93,6 @@ class Engine:
         self.overflow: Sequence[Engine] = ()
         self._cache: BatchCache | None = None
         self._sampled: Sampled | None = None  # each row's newest token, not given out and not in the cache yet
-        self._routes: Routes = ()
         self._steps = self._batch_steps = self._pieces = 0
         # Proposals that are not given out yet.
         self._accepted: dict[Row, deque[tuple[TokenLogprob, Callable[[], mx.array]]]] = {}
@@ -159,14 +158,6 @@ class Engine:
     def remove_all(self) -> None:
         """Ends all answers."""
         self.remove(self._all_rows())
-
-    def reroute(self) -> None:
-        """Looks up the rows' adapters again; to be called after adapters were added or removed."""
-        # Idle rows of the storage take the first row's.
-        names = [row.request.adapter for row in self.rows]
-        if self._cache is not None and names:
-            names += [names[0]] * (self._cache.rows - len(names))
-        self._routes = self._routes_of(names)
 
     def step(self) -> list[TokenEvent]:
         """Computes waiting prompts or the next tokens, and gives at most one of each row; finished rows leave."""
@@ -272,7 +263,6 @@ class Engine:
             self._drafts.join(rows)
         self._sampled = sampled if self._sampled is None else self._sampled.joined(sampled)
         self.rows = [*self.rows, *rows]
-        self.reroute()
         return self._drop_faulty()
 
     def _kind(self, request: Request) -> Hashable:
@@ -298,11 +288,17 @@ class Engine:
         assert self._cache is not None
         assert self._sampled is not None
         tokens_B1 = padded_rows(self._sampled.tokens_B[:, None], self._cache)
-        logits_BV = self.decoder.step(tokens_B1, self._cache, self._routes, steps_done=self._batch_steps)[:, -1]
+        logits_BV = self.decoder.step(tokens_B1, self._cache, self._routes(), steps_done=self._batch_steps)[:, -1]
         self._batch_steps += 1
         self._cache.lengths = [length + 1 for length in self._cache.lengths]
         counts = [len(row.tokens) + unread for row in self.rows]
         self._sampled = sample([row.sampler for row in self.rows], logits_BV[: len(self.rows)], counts)
+
+    def _routes(self) -> Routes:
+        """What the rows' adapters add; not kept, so that adapters can come and go between two steps."""
+        assert self._cache is not None
+        names = [row.request.adapter for row in self.rows]
+        return self._routes_of(names + names[:1] * (self._cache.rows - len(names)))  # idle rows take the first row's
 
     def _give_newest(self, sampled: Sampled) -> list[TokenEvent]:
         """Gives sampled tokens, one of each row that was not given its own yet; finished rows leave."""
@@ -381,7 +377,7 @@ class Engine:
         proposals = self._drafts.propose(self.rows, length, steps_done=self._batch_steps)
         newest_B1 = mx.array([row.tokens[-1:] for row in self.rows], mx.int32)
         tokens_BM = padded_rows(mx.concatenate([newest_B1, proposals.tokens_BN], axis=1), self._cache)
-        logits_BMV = self.decoder.step(tokens_BM, self._cache, self._routes, steps_done=self._batch_steps)
+        logits_BMV = self.decoder.step(tokens_BM, self._cache, self._routes(), steps_done=self._batch_steps)
         self._batch_steps += 1
         return judge(self.rows, logits_BMV[: len(self.rows)], proposals, fixed=fixed)
 
@@ -414,7 +410,7 @@ class Engine:
             for index in sorted(set(range(len(self.rows))) - set(indices)):
                 self._store_answer(index)
         if not indices and self.speculation is not None and self.speculation.wants_plain_time:
-            seconds = plain_step_seconds(self.decoder, self._cache, self._routes, steps_done=self._batch_steps)
+            seconds = plain_step_seconds(self.decoder, self._cache, self._routes(), steps_done=self._batch_steps)
             self.speculation.plain_step_seconds = seconds
         self.rows = [self.rows[index] for index in indices]
         self._accepted = {row: held for row, held in self._accepted.items() if row in self.rows}
@@ -423,7 +419,6 @@ class Engine:
         if self._drafts is not None:
             self._drafts.keep(indices)
         self._sampled = self._sampled.rows(indices) if self._sampled is not None and indices else None
-        self.reroute()
 
     def _store_answer(self, index: int) -> None:
         assert self._cache is not None

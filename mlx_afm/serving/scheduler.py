@@ -142,10 +142,8 @@ class Scheduler:
         return found
 
     def _take_change(self, name: str) -> None:
-        """An adapter came into memory or left: the matrices of others moved, and its file may be another next time."""
+        """An adapter came into memory or left: its file may be another next time."""
         self.prefixes.clear(prefix_owner(None, name, self._config.kv_bits))
-        for engine in self._engines:
-            engine.reroute()
 
     # One step.
 
