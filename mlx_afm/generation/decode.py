@@ -94,6 +94,14 @@ class Decoder:
         finally:
             self.form.routing.routes = ()
 
+    def hidden(self, tokens_1L: mx.array, caches: Sequence[Any], routes: Routes) -> mx.array:
+        """Final hidden states (L, D) of some tokens of one prompt, whose keys and values the caches take."""
+        self.form.routing.routes = routes
+        try:
+            return self.form.model.hidden(tokens_1L, cache=caches)[0]
+        finally:
+            self.form.routing.routes = ()
+
     def step(self, tokens_BL: mx.array, cache: BatchCache, routes: Routes, *, steps_done: int) -> mx.array:
         """Logits (B, L, V) after tokens that follow what the rows hold; these are stored, lengths stay as they are.
 

@@ -30,6 +30,7 @@ from mlx_afm.generation.draft_rows import DraftRows, padded_rows, plain_step_sec
 from mlx_afm.generation.prefix_cache import PrefixCache, prefix_owner
 from mlx_afm.generation.rows import LENGTH, STOP, FinishReason, Progress, Request, Row, TokenEvent
 from mlx_afm.generation.sampling import Sampled, Sampler, TokenLogprob, sample
+from mlx_afm.generation.scoring import score_tokens
 from mlx_afm.generation.speculation import Speculation, require_pair
 from mlx_afm.generation.speculative import Verdict, judge, length_needed
 from mlx_afm.model import KVCache
@@ -47,6 +48,7 @@ class _Prefill:
     rows: list[Row]
     caches: list[KVCache] = field(default_factory=list)
     done: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 class Engine:
@@ -136,7 +138,7 @@ class Engine:
             if other.request.config.kv_bits != config.kv_bits:
                 expected = other.request.config.kv_bits
                 raise ConfigError("rows of one batch differ in kv_bits", expected=expected, found=config.kv_bits)
-        limit = config.answer_tokens(len(request.ids))
+        limit = 0 if request.max_tokens == 0 else config.answer_tokens(len(request.ids))
         limit = limit if request.max_tokens is None else min(limit, request.max_tokens)
         own = Sampler(config, processors=request.logits_processors, prompt=request.ids)
         rows = [Row(request, sampler, limit) for sampler in request.samplers or (own,)]
@@ -207,7 +209,7 @@ class Engine:
         """Takes what the prefix cache holds of a prompt; only now, when all earlier prompts are in it."""
         request = prefill.rows[0].request
         prefill.caches = self.decoder.form.model.make_cache(quantized=request.config.kv_bits is not None)
-        if self.prefix_cache is not None:
+        if self.prefix_cache is not None and request.prompt_logprobs is None:
             found = self.prefix_cache.fetch(request.ids, self._kind(request), request.prefix_boundaries)
             prefill.caches, prefill.done = found or (prefill.caches, 0)
         for row in prefill.rows:
@@ -223,11 +225,19 @@ class Engine:
         end = min(end, prefill.done + request.config.prefill_step_size)
         tokens = mx.array([list(ids[prefill.done : end])])
         routes = self._routes_of([request.adapter])
-        if end < len(ids):
+        logits = None
+        if request.prompt_logprobs is not None:
+            model, hidden_LD = self.decoder.form.model, self.decoder.hidden(tokens, prefill.caches, routes)
+            targets = ids[prefill.done + 1 : end + 1]
+            prefill.logprobs += score_tokens(model, hidden_LD, targets, request.prompt_logprobs)
+            logits = model.logits(hidden_LD[-1:])
+        elif end == len(ids) and prefill.rows[0].max_tokens:
+            logits = self.decoder.prefill(tokens, prefill.caches, routes)
+        else:
             self.decoder.prefill(tokens, prefill.caches, routes, logits=False)
+        if end < len(ids):
             mx.eval([cache.state for cache in prefill.caches])
             mx.clear_cache()
-        logits = None if end < len(ids) else self.decoder.prefill(tokens, prefill.caches, routes)
         prefill.done, self._pieces = end, self._pieces + 1
         if self.prefix_cache is not None and _is_kept(request, end):
             self.prefix_cache.store(ids[:end], prefill.caches, self._kind(request))
@@ -235,9 +245,13 @@ class Engine:
             mx.eval([cache.state for cache in prefill.caches])
             known = prefill.rows[0].cached_tokens
             request.on_progress(end - known, len(ids) - known)
-        if logits is None:
+        if end < len(ids):
             return []
         self._prefills.remove(prefill)
+        for row in prefill.rows:
+            row.prompt_logprobs = prefill.logprobs
+        if logits is None or not prefill.rows[0].max_tokens:
+            return [TokenEvent(row, TokenLogprob(-1), finish_reason=LENGTH) for row in prefill.rows]
         return self._join(prefill, logits)
 
     def _join(self, prefill: _Prefill, logits_1V: mx.array) -> list[TokenEvent]:

@@ -55,7 +55,7 @@ def processor_of_grammar(tokenizer: AFMTokenizer, grammar: str, *, where: str) -
     matcher = _import_llguidance().LLMatcher(_vocabulary(tokenizer), grammar, log_level=0)
     if matcher.is_error():
         advice = "Say it without what is not supported, or check the answer afterwards."
-        found = _first_line(matcher)
+        found = _reason(matcher)
         raise ConfigError("an answer cannot be held to this schema", where=where, found=found, advice=advice)
     return GuidedProcessor(matcher, tokenizer)
 
@@ -136,8 +136,8 @@ class GuidedProcessor:
             allowed[end] = True
             return mx.array(allowed[:rows])
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        if self._matcher.is_error() and NO_TOKEN not in _first_line(self._matcher):
-            raise AFMError("the schema became too complex to follow", found=_first_line(self._matcher))
+        if self._matcher.is_error() and NO_TOKEN not in _reason(self._matcher):
+            raise AFMError("the schema became too complex to follow", found=_reason(self._matcher))
         tokens = np.flatnonzero(np.unpackbits(bits, bitorder="little")[: self._tokenizer.vocab_size])
         if self._matcher.is_error():
             tokens = tokens[:0]
@@ -205,9 +205,13 @@ def _vocabulary(tokenizer: AFMTokenizer) -> Any:
     return _VOCABULARIES[tokenizer]
 
 
-def _first_line(matcher: Any) -> str:
+def _reason(matcher: Any) -> str:
     """What a matcher complains of, without the state that it shows beneath."""
-    return str(matcher.get_error().strip().partition("\n")[0][:200])
+    lines = matcher.get_error().strip().split("\n")
+    why = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), None)
+    if why is None or not lines[0].endswith("regex parse error:"):
+        return str(lines[0])
+    return f"pattern {lines[1].strip()!r}: {why}"
 
 
 def _import_llguidance() -> Any:

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Number
 from typing import Any
 
-from mlx_afm.errors import ConfigError
+from mlx_afm.errors import ConfigError, DataError
 from mlx_afm.text.messages import parse_messages, parse_tools
 from mlx_afm.text.system_prompt import parse_system_prompt, with_system_prompt
-from mlx_afm.text.template import encode, render
+from mlx_afm.text.template import DEFAULT_SYSTEM, Turn, encode, render
 from mlx_afm.text.tokenizer import AFMTokenizer, require_token_ids
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
+LEAST_PIECE_TOKENS = 64  # each piece of a prompt is a call of the model
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """Ids of a prompt.
+
+    Attributes:
+        ids: end where the answer begins.
+        prefix_boundaries: lengths of its prefixes that other prompts may have too, ascending.
+    """
+
+    ids: list[int]
+    prefix_boundaries: tuple[int, ...] = ()
 
 
 def to_prompt_ids(
@@ -53,6 +68,52 @@ def to_prompt_ids(
     definitions = parse_tools(tools or (), where="tools", special_pieces=tokenizer.special_pieces)
     ids = encode(render(messages, system=None, tools=definitions, add_generation_prompt=True), tokenizer).ids
     return require_token_ids(ids, vocabulary, where=where)
+
+
+def encode_conversation(
+    tokenizer: AFMTokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] = (),
+    *,
+    system: str | None = DEFAULT_SYSTEM,
+    joins_turns: bool = False,
+) -> EncodedPrompt:
+    """The prompt of a conversation that others may continue.
+
+    Args:
+        tokenizer: the model's.
+        messages: dicts, read by `parse_messages` as training data is.
+        tools: definitions for the system turn.
+        system: system prompt of messages without a system message; None for no system turn. Tools need a system turn,
+            so with tools the model's own takes the place of None.
+        joins_turns: see `parse_messages`.
+
+    Raises:
+        DataError, ConfigError: the template cannot render it, or there is nothing to answer.
+    """
+    parsed = parse_messages(
+        messages, where="messages", special_pieces=tokenizer.special_pieces, joins_turns=joins_turns
+    )
+    if parsed[-1].role not in ("user", "tool"):
+        expected = "a user message or a tool's result last"
+        raise DataError("nothing to answer", where="messages", expected=expected, found=f"role {parsed[-1].role!r}")
+    definitions = parse_tools(tools, where="tools", special_pieces=tokenizer.special_pieces)
+    parsed = with_system_prompt(parsed, DEFAULT_SYSTEM if definitions and system is None else system)
+    encoded = encode(render(parsed, system=None, tools=definitions, add_generation_prompt=True), tokenizer)
+    return EncodedPrompt(encoded.ids, prefix_boundaries(encoded.turns))
+
+
+def prefix_boundaries(turns: Sequence[Turn]) -> tuple[int, ...]:
+    """Lengths of a conversation's prefixes that others may share: behind its system message and before user and tool
+    turns, at least `LEAST_PIECE_TOKENS` apart.
+
+    As a conversation grows its boundaries stay and others follow.
+    """
+    found = [turns[0].stop] if turns[0].role == "system" else []
+    for turn in turns[1:]:
+        if turn.role in ("user", "tool") and turn.start >= (found[-1] if found else 0) + LEAST_PIECE_TOKENS:
+            found.append(turn.start)
+    return tuple(found)
 
 
 def require_tokenizer(tokenizer: AFMTokenizer | None) -> AFMTokenizer:

@@ -26,7 +26,7 @@ class Request:
         ids: the prompt.
         samplers: one for each answer wanted; they share the prompt's computation. Without any there is one, of `config`
             and `logits_processors`.
-        max_tokens: of each answer; None for what `config` and the context leave.
+        max_tokens: of each answer; None for what `config` and the context leave. 0 computes the prompt alone.
         config: prefill size, cache kind and context; how to sample, where `samplers` are not given.
         logits_processors: see `Sampler`.
         stop_token_ids: ids that end an answer.
@@ -34,6 +34,8 @@ class Request:
         prefix_boundaries: lengths of the prompt's beginnings that other prompts may share, ascending. The prompt is
             always computed from boundary to boundary, so that an answer has the same bits whether one was held or not.
             None shares any common beginning.
+        prompt_logprobs: how many alternatives to give with the log probability of each prompt token; None gives
+            neither. Such a prompt is computed whole.
         on_progress: told of the prompt's computation.
     """
 
@@ -45,6 +47,7 @@ class Request:
     stop_token_ids: frozenset[int] = frozenset()
     adapter: str | None = None
     prefix_boundaries: Sequence[int] | None = None
+    prompt_logprobs: int | None = None
     on_progress: Progress | None = None
 
 
@@ -57,6 +60,7 @@ class Row:
         max_tokens: of the answer.
         tokens: given out so far.
         cached_tokens: of the prompt, how many came from the prefix cache.
+        prompt_logprobs: of each token of the prompt but the first, if they were asked for.
     """
 
     request: Request
@@ -64,6 +68,7 @@ class Row:
     max_tokens: int
     tokens: list[int] = field(default_factory=list)
     cached_tokens: int = 0
+    prompt_logprobs: Sequence[TokenLogprob] = ()
 
     def ids(self, start: int, end: int) -> list[int]:
         """Some ids of prompt and answer, without making a list of all."""
@@ -82,7 +87,7 @@ class TokenEvent:
 
     Attributes:
         row: whose.
-        token: its id, with log probabilities if the row's sampler asks for them.
+        token: its id, with log probabilities if the row's sampler asks for them; -1 for none.
         processed_1V: gives the logits after penalties and processors; None for an error.
         finish_reason: "stop" with a stop token, "length" with the last token of `max_tokens`; else None. A finished row
             has left.

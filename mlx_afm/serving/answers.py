@@ -1,46 +1,60 @@
-"""OpenAI's answers: one object, or the chunks of a stream."""
+"""Answers of /v1/chat/completions and /v1/completions: one object, or the chunks of a stream."""
 
 from __future__ import annotations
 
-import re
 import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
+from mlx_afm.files import to_json
 from mlx_afm.generation.sampling import TokenLogprob
+from mlx_afm.serving.api_error import APIError
 from mlx_afm.serving.jobs import Delta, End
 from mlx_afm.serving.requests import CompletionRequest
-from mlx_afm.text.sentencepiece_model import SPACE
-from mlx_afm.text.tokenizer import AFMTokenizer
+from mlx_afm.text.token_names import TokenNames
 from mlx_afm.text.tool_calls import MarkFilter, Parsed, ToolCallParser, is_open_block
 
-BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+DONE = b"data: [DONE]\n\n"
 
 
-class TokenNames:
-    """What a token is called and which bytes it stands for, as log probabilities tell it."""
+class ChoiceParser:
+    """Takes tool calls, and the marks of these, out of one choice's text.
 
-    def __init__(self, tokenizer: AFMTokenizer) -> None:
-        self._tokenizer = tokenizer
+    Args:
+        asked: the request.
 
-    @cached_property
-    def _pieces(self) -> list[str]:
-        return self._tokenizer.convert_ids_to_tokens(range(self._tokenizer.vocab_size))
+    Attributes:
+        calls: found so far.
+    """
 
-    def describe(self, token: int) -> tuple[str, list[int]]:
-        """Text and bytes of a token; a lone byte is called `bytes:\\xe4`."""
-        if token == self._tokenizer.newline_id:
-            return "\n", [10]
-        if not 0 <= token < len(self._pieces):  # a row of the embedding without a piece
-            return f"<{token}>", list(f"<{token}>".encode())
-        piece = self._pieces[token]
-        if match := BYTE.fullmatch(piece):
-            return f"bytes:\\x{match[1].lower()}", [int(match[1], 16)]
-        text = piece.replace(SPACE, " ")
-        return text, list(text.encode())
+    def __init__(self, asked: CompletionRequest) -> None:
+        self._parser = ToolCallParser() if asked.tools else None
+        self._marks = MarkFilter() if asked.chat else None
+        self._one_call = asked.one_call
+        self.calls: list[dict[str, Any]] = []
+
+    def feed(self, text: str) -> Parsed:
+        """What became certain with more text."""
+        parsed = Parsed(text, []) if self._parser is None else self._parser.feed(text)
+        return self._kept(parsed if self._marks is None else Parsed(self._marks.push(parsed.content), parsed.calls))
+
+    def finish(self, reason: str) -> tuple[Parsed, str]:
+        """The rest, and why the choice ended."""
+        complete = bool(self.calls)
+        rest = Parsed("", []) if self._parser is None else self._parser.finish()
+        if self._marks is not None:
+            content = "" if is_open_block(rest.content) else rest.content  # a call that was cut off
+            rest = Parsed(self._marks.push(content) + self._marks.finish(), rest.calls)
+        rest = self._kept(rest)
+        return rest, "tool_calls" if self.calls and (complete or reason != "length") else reason
+
+    def _kept(self, parsed: Parsed) -> Parsed:
+        room = max(1 - len(self.calls), 0) if self._one_call else None
+        calls = parsed.calls[:room]
+        self.calls += calls
+        return Parsed(parsed.content, calls)
 
 
 @dataclass
@@ -48,40 +62,34 @@ class Choice:
     """One choice so far.
 
     Attributes:
-        text: what was told as text.
+        parser: of its text.
+        text: without tool calls.
         tokens: with their log probabilities, if these were asked for.
-        calls: tool calls.
         reason: why it ended, once it has.
-        parser: takes tool calls out of the text, if there may be any.
-        marks: takes marks out of the content of a chat.
     """
 
+    parser: ChoiceParser
     text: str = ""
     tokens: list[TokenLogprob] = field(default_factory=list)
-    calls: list[dict[str, Any]] = field(default_factory=list)
     reason: str | None = None
-    parser: ToolCallParser | None = None
-    marks: MarkFilter | None = None
 
 
 class AnswerBuilder:
-    """Puts an answer together from events, and says it whole or in chunks.
+    """Puts an answer together from events, and gives it whole or in chunks.
 
     Args:
         asked: the request.
         names: of tokens, for log probabilities.
+
+    Attributes:
+        cached_tokens: of the prompts, those that came from the prefix cache.
     """
 
     def __init__(self, asked: CompletionRequest, names: TokenNames) -> None:
         self._asked, self._names = asked, names
-        count = len(asked.prompts) * asked.choices
-        self._choices = [
-            Choice(parser=ToolCallParser() if asked.tools else None, marks=MarkFilter() if asked.chat else None)
-            for _ in range(count)
-        ]
+        self._choices = [Choice(ChoiceParser(asked)) for _ in range(len(asked.prompts) * asked.choices)]
         self._tokens = self.cached_tokens = 0
-        prefix, kind = ("chatcmpl", "chat.completion") if asked.chat else ("cmpl", "text_completion")
-        self._kind = kind
+        prefix, self._kind = ("chatcmpl", "chat.completion") if asked.chat else ("cmpl", "text_completion")
         self._head = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": asked.model}
 
     @property
@@ -89,25 +97,37 @@ class AnswerBuilder:
         """Whether every choice has ended."""
         return all(choice.reason is not None for choice in self._choices)
 
-    def first_chunks(self) -> Iterator[dict[str, Any]]:
+    def first_events(self) -> Iterator[bytes]:
         """What a stream begins with: the role of each choice."""
         if self._asked.chat:
             for index in range(len(self._choices)):
-                yield self._chunk(index, {"role": "assistant", "content": ""})
+                yield _event(self._chunk(index, {"role": "assistant", "content": ""}))
+
+    def events(self, event: Delta | End) -> Iterator[bytes]:
+        """Takes an event; gives what a stream sends for it."""
+        for chunk in self.take(event):
+            yield _event(chunk)
+
+    def last_events(self) -> Iterator[bytes]:
+        """What a stream ends with."""
+        if self._asked.usage:
+            yield _event({**self._head, "object": self._chunk_kind, "choices": [], "usage": self.usage()})
+        yield DONE
+
+    def error_events(self, error: APIError) -> Iterator[bytes]:
+        """How a stream ends that cannot go on."""
+        yield _event(error.to_json())
 
     def take(self, event: Delta | End) -> Iterator[dict[str, Any]]:
-        """Takes an event; gives the chunks that a stream says for it."""
+        """Takes an event; gives the chunks that a stream has for it."""
         choice = self._choices[event.index]
         if isinstance(event, Delta):
-            text = event.piece.text
-            parsed = Parsed(text, []) if choice.parser is None else choice.parser.feed(text)
-            if choice.marks is not None:
-                parsed = Parsed(choice.marks.push(parsed.content), parsed.calls)
-            yield from self._tell(event.index, parsed, event.piece.tokens)
+            yield from self._add(event.index, choice.parser.feed(event.piece.text), event.piece.tokens)
             return
         self._tokens += event.tokens
-        choice.reason = event.reason
-        yield from self._end(event.index, choice)
+        rest, choice.reason = choice.parser.finish(event.reason)
+        yield from self._add(event.index, rest)
+        yield self._chunk(event.index, {}, reason=choice.reason)
 
     def whole(self) -> dict[str, Any]:
         """The answer as one object."""
@@ -115,7 +135,7 @@ class AnswerBuilder:
         return {**self._head, "object": self._kind, "choices": choices, "usage": self.usage()}
 
     def usage(self) -> dict[str, Any]:
-        """Token counts; those of the answer count the mark of its end."""
+        """Token counts; those of the answer count the stop token."""
         prompt = sum(len(prompt.ids) for prompt in self._asked.prompts)
         return {
             "prompt_tokens": prompt,
@@ -124,36 +144,20 @@ class AnswerBuilder:
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
-    def usage_chunk(self) -> dict[str, Any]:
-        """The last chunk of a stream that was asked for counts."""
-        return {**self._head, "object": self._chunk_kind, "choices": [], "usage": self.usage()}
-
     @property
     def _chunk_kind(self) -> str:
         return "chat.completion.chunk" if self._asked.chat else "text_completion"
 
-    def _tell(self, index: int, parsed: Parsed, tokens: Sequence[TokenLogprob] = ()) -> Iterator[dict[str, Any]]:
+    def _add(self, index: int, parsed: Parsed, tokens: Sequence[TokenLogprob] = ()) -> Iterator[dict[str, Any]]:
         """Chunks for more text and calls."""
         choice = self._choices[index]
         offset, choice.text = len(choice.text), choice.text + parsed.content
         choice.tokens += tokens
         if parsed.content or tokens:
             yield self._chunk(index, {"content": parsed.content}, tokens=tokens, offset=offset)
-        for call in parsed.calls:
-            if not (choice.calls and self._asked.one_call):
-                yield self._chunk(index, {"tool_calls": [{"index": len(choice.calls), **call}]})
-                choice.calls.append(call)
-
-    def _end(self, index: int, choice: Choice) -> Iterator[dict[str, Any]]:
-        complete = bool(choice.calls)
-        rest = Parsed("", []) if choice.parser is None else choice.parser.finish()
-        if choice.marks is not None:
-            content = "" if is_open_block(rest.content) else rest.content  # a call that was cut off
-            rest = Parsed(choice.marks.push(content) + choice.marks.finish(), rest.calls)
-        yield from self._tell(index, rest)
-        if choice.calls and (complete or choice.reason != "length"):
-            choice.reason = "tool_calls"
-        yield self._chunk(index, {}, reason=choice.reason)
+        first = len(choice.parser.calls) - len(parsed.calls)
+        for number, call in enumerate(parsed.calls, start=first):
+            yield self._chunk(index, {"tool_calls": [{"index": number, **call}]})
 
     def _chunk(
         self,
@@ -171,32 +175,44 @@ class AnswerBuilder:
         return {**chunk, "usage": None} if self._asked.usage else chunk
 
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        told = self._asked.sampler.top_logprobs is not None
+        wanted = self._asked.sampler.top_logprobs is not None
         end = {
             "index": index,
-            "logprobs": self._logprobs(choice.tokens, 0) if told else None,
+            "logprobs": self._logprobs(choice.tokens, 0) if wanted else None,
             "finish_reason": choice.reason,
         }
         if not self._asked.chat:
             return {**end, "text": choice.text}
         message: dict[str, Any] = {"role": "assistant", "content": choice.text}
-        if choice.calls:
-            message |= {"content": choice.text or None, "tool_calls": choice.calls}
+        if choice.parser.calls:
+            message |= {"content": choice.text or None, "tool_calls": choice.parser.calls}
         return {**end, "message": message}
 
     def _logprobs(self, tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
         if self._asked.chat:
-            return {"content": [self._told(token.token, token.logprob, token.top) for token in tokens], "refusal": None}
+            return {"content": token_logprobs(tokens, self._names), "refusal": None}
         texts = [self._names.describe(token.token)[0] for token in tokens]
         offsets = [offset + sum(map(len, texts[:place])) for place in range(len(texts))]
-        tops = [{self._names.describe(token)[0]: value for token, value in item.top} for item in tokens]
+        tops = [
+            None if item.logprob is None else {self._names.describe(token)[0]: value for token, value in item.top}
+            for item in tokens
+        ]
         values = [token.logprob for token in tokens]
         return {"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
-    def _told(self, token: int, logprob: float | None, top: Sequence[tuple[int, float]]) -> dict[str, Any]:
-        text, data = self._names.describe(token)
-        alternatives = []
-        for other, value in top:
-            name, other_bytes = self._names.describe(other)
-            alternatives.append({"token": name, "logprob": value, "bytes": other_bytes})
-        return {"token": text, "logprob": logprob, "bytes": data, "top_logprobs": alternatives}
+
+def token_logprobs(tokens: Sequence[TokenLogprob], names: TokenNames) -> list[dict[str, Any]]:
+    """Log probabilities of tokens as chat completions and responses write them."""
+
+    def described(token: int, logprob: float | None) -> dict[str, Any]:
+        text, data = names.describe(token)
+        return {"token": text, "logprob": logprob, "bytes": data}
+
+    return [
+        {**described(token.token, token.logprob), "top_logprobs": [described(*other) for other in token.top]}
+        for token in tokens
+    ]
+
+
+def _event(value: Any) -> bytes:
+    return f"data: {to_json(value, ascii_only=True)}\n\n".encode()

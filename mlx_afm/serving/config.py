@@ -46,6 +46,11 @@ class ServeConfig:
         request_seconds: from the request to the end of its answer.
         grace_seconds: that running requests have to finish when the server is told to stop.
         admin_roots: folders below which adapters may be added at run time; none switches that off.
+        allow_origins: web pages, such as "https://app.example", that may read answers; by CORS.
+        strict_turns: refuse conversations with two turns of one role in a row, or a system message that is not the
+            first; else these are joined, see `parse_messages`.
+        docs: show the OpenAPI page at /docs.
+        page: show the page for people at /.
 
     Raises:
         SettingError: settings out of range, or open to the network without a key.
@@ -76,6 +81,10 @@ class ServeConfig:
     request_seconds: float = 300.0
     grace_seconds: float = 30.0
     admin_roots: tuple[Path, ...] = ()
+    allow_origins: tuple[str, ...] = ()
+    strict_turns: bool = False
+    docs: bool = True
+    page: bool = True
 
     def __post_init__(self) -> None:
         set_paths(self, "admin_roots", "draft_model")
@@ -109,6 +118,9 @@ class ServeConfig:
         for root in self.admin_roots:
             if not root.is_dir():
                 yield f"admin_roots: expected folders, found {root}"
+        for origin in self.allow_origins:
+            if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*]+", origin):
+                yield f"allow_origins: expected origins such as https://app.example, found {origin}"
         if self.api_key is None and not is_loopback(self.host):
             yield f"host: {self.host} can be reached by others; expected an api_key with it (--api-key)"
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mlx_afm.generation.engine import STOP, Request
+from mlx_afm.generation.engine import STOP, Request, Row
 from mlx_afm.generation.sampling import TokenLogprob
 from mlx_afm.generation.text_stream import TextPiece, TextStream
 from mlx_afm.serving.api_error import APIError
@@ -49,21 +49,35 @@ class ChoiceSink:
         post: takes events.
         metrics: what is counted.
         at_once: post text as it comes, not all at the end.
+        echo: text that comes before the answer: its prompt's.
     """
 
     def __init__(
-        self, index: int, text: TextStream, post: Callable[[Event], None], metrics: Metrics, *, at_once: bool
+        self,
+        index: int,
+        text: TextStream,
+        post: Callable[[Event], None],
+        metrics: Metrics,
+        *,
+        at_once: bool,
+        echo: str = "",
     ) -> None:
         self._index, self._text, self._post, self._metrics, self._at_once = index, text, post, metrics, at_once
+        self._echo = echo
         self._started = time.perf_counter()
         self._pieces: list[TextPiece] = []
         self._tokens = 0
         self._done = False
 
+    def start(self, row: Row) -> None:
+        """The prompt was computed."""
+        first = (TokenLogprob(row.request.ids[0]),) if row.prompt_logprobs else ()
+        self._add(TextPiece(self._echo, (*first, *row.prompt_logprobs)))
+
     def add(self, token: TokenLogprob) -> bool:
         """Takes a token; True if the answer ends here."""
         if not self._tokens:
-            self._metrics.observe("first_token_seconds", time.perf_counter() - self._started)
+            self._metrics.first_token_seconds.observe(time.perf_counter() - self._started)
         self._tokens += 1
         self._add(self._text.add(token))
         return self._text.stopped
@@ -75,7 +89,7 @@ class ChoiceSink:
         if self._pieces:
             tokens = tuple(token for piece in self._pieces for token in piece.tokens)
             self._post(Delta(self._index, TextPiece("".join(piece.text for piece in self._pieces), tokens)))
-        self._metrics.observe("request_seconds", time.perf_counter() - self._started)
+        self._metrics.add_request(time.perf_counter() - self._started)
         self._post(End(self._index, STOP if self._text.stopped else reason, self._tokens))
 
     def fail(self, error: APIError) -> None:

@@ -98,7 +98,7 @@ class ModelThread:
                 raise APIError(503, "the server is stopping", code="stopping", retry_seconds=5)
             limit = self.config.rows + self.config.queue
             if self.answers_in_flight + len(job.sinks) > limit:
-                seconds = max(1, math.ceil(self._metrics.mean("request_seconds")))
+                seconds = max(1, math.ceil(self._metrics.mean_request_seconds))
                 raise APIError(
                     429,
                     "too many requests are waiting",

@@ -11,14 +11,15 @@ import mlx.core as mx
 from mlx_afm.errors import AFMError
 from mlx_afm.generation.engine import Request
 from mlx_afm.generation.guided import GuidedProcessor, guided_processor
+from mlx_afm.generation.prompts import EncodedPrompt
 from mlx_afm.generation.sampling import LogitsProcessor, Sampler, filter_logits
 from mlx_afm.generation.text_stream import TextStream
 from mlx_afm.generation.tool_choice import tool_call_processor
 from mlx_afm.serving.api_error import APIError
+from mlx_afm.serving.bodies import NO_LIMIT
 from mlx_afm.serving.config import ServeConfig
 from mlx_afm.serving.jobs import ChoiceSink, Event, Job
 from mlx_afm.serving.metrics import Metrics
-from mlx_afm.serving.prompts import Prompt
 from mlx_afm.serving.requests import CompletionRequest
 from mlx_afm.text.tokenizer import AFMTokenizer
 
@@ -58,9 +59,10 @@ def plan_jobs(
     new_constraint = constraint_of(asked, tokenizer)
     jobs = []
     for number, prompt in enumerate(asked.prompts):
+        answer_tokens = _answer_tokens(asked, prompt, config)
         generation = replace(
             asked.sampler.config,
-            max_tokens=_answer_tokens(asked, prompt, config),
+            max_tokens=max(answer_tokens, 1),
             kv_bits=config.kv_bits,
             prefill_step_size=config.prefill_tokens,
         )
@@ -82,6 +84,8 @@ def plan_jobs(
             config=generation,
             stop_token_ids=frozenset(tokenizer.eos_token_ids),
             prefix_boundaries=prompt.prefix_boundaries,
+            max_tokens=answer_tokens,
+            prompt_logprobs=asked.sampler.top_logprobs if asked.echo else None,
         )
         first, keeps_tokens = number * asked.choices, asked.sampler.top_logprobs is not None
         sinks = [
@@ -91,6 +95,7 @@ def plan_jobs(
                 post,
                 metrics,
                 at_once=asked.stream,
+                echo=tokenizer.decode(prompt.ids) if asked.echo else "",
             )
             for choice in range(asked.choices)
         ]
@@ -118,12 +123,11 @@ def constraint_of(asked: CompletionRequest, tokenizer: AFMTokenizer) -> Callable
     return make
 
 
-def _answer_tokens(asked: CompletionRequest, prompt: Prompt, config: ServeConfig) -> int:
+def _answer_tokens(asked: CompletionRequest, prompt: EncodedPrompt, config: ServeConfig) -> int:
     """The longest answer to a prompt."""
-    left, length = config.context_tokens - len(prompt.ids), len(prompt.ids)
-    wanted = asked.max_tokens
-    if left < 1 or (wanted is not None and wanted > left):
-        found = f"{length} of the prompt" + ("" if wanted is None else f" and {wanted} of the answer")
+    left, wanted = config.context_tokens - len(prompt.ids), asked.max_tokens
+    if left < (wanted != 0) or (wanted is not None and wanted > left):
+        found = f"{len(prompt.ids)} of the prompt" + (f" and {wanted} of the answer" if (wanted or 0) > 0 else "")
         raise APIError(
             400,
             "prompt and answer do not fit in the context",
@@ -133,4 +137,6 @@ def _answer_tokens(asked: CompletionRequest, prompt: Prompt, config: ServeConfig
             found=found,
             advice="Shorten the prompt." if left < 1 else f"Ask for at most {left} tokens.",
         )
-    return min(config.max_tokens, left) if wanted is None else wanted
+    if wanted is None:
+        return min(config.max_tokens, left)
+    return left if wanted == NO_LIMIT else wanted

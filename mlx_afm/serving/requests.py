@@ -1,37 +1,38 @@
-"""OpenAI's requests, checked once and then trusted."""
+"""Requests for completions: bodies, checked by their models, to what is generated."""
 
 from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_afm.errors import AFMError, ConfigError
+from mlx_afm.errors import AFMError, ConfigError, DataError
 from mlx_afm.generation.config import GenerateConfig
+from mlx_afm.generation.prompts import EncodedPrompt, encode_conversation
 from mlx_afm.generation.sampling import Sampler
-from mlx_afm.serving.api_error import APIError
+from mlx_afm.serving.api_error import APIError, invalid_fields, kind
+from mlx_afm.serving.bodies import (
+    ChatBody,
+    Completion,
+    NamedTool,
+    ObjectFormat,
+    ResponseFormat,
+    Sampling,
+    SchemaFormat,
+    TextBody,
+    Tool,
+    ToolChoice,
+)
 from mlx_afm.serving.config import ServeConfig
-from mlx_afm.serving.fields import Fields, kind, shown
-from mlx_afm.serving.prompts import Prompt, chat_prompt, text_prompts
+from mlx_afm.text.response_format import response_format
 from mlx_afm.text.template import DEFAULT_SYSTEM
 from mlx_afm.text.tokenizer import AFMTokenizer, require_token_ids
 from mlx_afm.text.values import present
 
-MAX_STOPS, MAX_TOP_LOGPROBS, MAX_TOP_COMPLETION, MAX_SEED = 4, 20, 5, 2**63
 LEAST_TOP_P = 1e-6  # what 0 means: the most likely token alone
-IDLE = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
-SHARED = (
-    *("model", "stream", "stream_options", "stop", "n", "max_tokens", "temperature", "top_p", "top_k", "min_p"),
-    *("seed", "logprobs", "frequency_penalty", "presence_penalty", "logit_bias", *IDLE),
-)
-CHAT = (
-    *SHARED,
-    *("messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls"),
-    *("response_format", "modalities"),
-)
-TEXT = (*SHARED, "prompt", "echo", "suffix", "best_of")
+Fault = tuple[str, str]  # the path of a field, and what is wrong with it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,33 +40,35 @@ class CompletionRequest:
     """What a request asks for.
 
     Attributes:
-        chat: chat, or text to be continued.
         model: the id as it was sent.
         prompts: ids of each prompt; one for a chat.
-        choices: answers to each.
-        max_tokens: of an answer; None for what the server says and the context leaves.
         sampler: how to sample the first answer; each has its own.
-        stops: strings that end an answer.
         stream, usage: events, and with the token counts at the end.
+        choices: answers to each prompt.
+        max_tokens: of an answer; None for the server's default, `NO_LIMIT` for what the context leaves.
+        stops: strings that end an answer.
+        chat: marks of tool calls are not part of the text.
         tools: the model may call tools.
         one_call: and only one at a time; also of a tool that is called by name.
         schema: of the JSON that the answer must be.
         forced_tools: the answer must call one of them, as `tool_choice` wants; empty if it need not.
+        echo: the prompt is part of the text, and of the log probabilities.
     """
 
-    chat: bool
     model: str
-    prompts: tuple[Prompt, ...]
-    choices: int
-    max_tokens: int | None
+    prompts: tuple[EncodedPrompt, ...]
     sampler: Sampler
-    stops: tuple[str, ...]
     stream: bool
-    usage: bool
+    usage: bool = False
+    choices: int = 1
+    max_tokens: int | None = None
+    stops: tuple[str, ...] = ()
+    chat: bool = True
     tools: bool = False
     one_call: bool = False
     schema: Mapping[str, Any] | None = None
     forced_tools: tuple[Mapping[str, Any], ...] = ()
+    echo: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,187 +87,207 @@ class Reader:
     vocabulary: int
     system_prompt: Callable[[str], str | None] = lambda model: DEFAULT_SYSTEM
 
-    def chat(self, values: Mapping[str, Any]) -> CompletionRequest:
+    def chat(self, body: ChatBody) -> CompletionRequest:
         """A request of /v1/chat/completions.
 
         Raises:
             APIError: fields that cannot be used, all in one; messages that the model's template cannot render.
         """
-        fields = Fields(values, CHAT)
-        fields.only("modalities", ["text"])
-        wanted = fields.whole("max_completion_tokens", 1, 2**31) or fields.whole("max_tokens", 1, 2**31)
-        alternatives = fields.whole("top_logprobs", 0, MAX_TOP_LOGPROBS)
-        told = fields.flag("logprobs")
-        if alternatives is not None and not told:
-            fields.fault("top_logprobs", "expected logprobs to be true with it")
-        tools = self._tools(fields)
-        forced_tools = _must_call(fields, tools)
-        schema = _schema(fields)
-        if forced_tools and schema is not None:
-            fields.fault("response_format", "an answer that must call a tool has no other form")
-        shared = self._shared(fields, (alternatives or 0) if told else None)
-        named = bool(forced_tools) and fields.value("tool_choice") != "required"
-        one_call = not fields.flag("parallel_tool_calls", True) or named
-        fields.done()
-        try:
-            system = self.system_prompt(shared["model"])
-            prompt = chat_prompt(fields.value("messages"), tools, schema, self.tokenizer, system)
-        except AFMError as error:
-            raise _refused("messages", error) from error
-        constraint = None if schema is None else schema["schema"]
-        return CompletionRequest(
-            chat=True,
-            prompts=(prompt,),
-            max_tokens=wanted,
-            tools=bool(tools),
-            one_call=one_call,
-            schema=constraint,
-            forced_tools=forced_tools,
-            **shared,
+        faults = self._shared_faults(body)
+        if body.top_logprobs is not None and not body.logprobs:
+            faults.append(("top_logprobs", "expected logprobs to be true with it"))
+        faults += [
+            (name, "expected -1 or at least 1, found 0")
+            for name in ("max_tokens", "max_completion_tokens")
+            if getattr(body, name) == 0
+        ]
+        wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        fields = {**self._completion(body, top_logprobs), "max_tokens": wanted}
+        return self.conversation(
+            [message.plain() for message in body.messages],
+            tools=body.tools or [],
+            tool_choice=body.tool_choice,
+            parallel=body.parallel_tool_calls is not False,
+            form=body.response_format,
+            faults=faults,
+            fields=fields,
         )
 
-    def text(self, values: Mapping[str, Any]) -> CompletionRequest:
+    def conversation(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Tool],
+        tool_choice: ToolChoice | None,
+        parallel: bool,
+        form: ResponseFormat | None,
+        faults: list[Fault],
+        fields: dict[str, Any],
+    ) -> CompletionRequest:
+        """A request for an answer in a conversation, whichever endpoint it came to.
+
+        Args:
+            messages: as `parse_messages` reads them.
+            tools, tool_choice, parallel, form: what the answer may and must be.
+            faults: found so far; more are added.
+            fields: of the `CompletionRequest` besides.
+
+        Raises:
+            APIError: as `chat`.
+        """
+        named = tool_choice.function.name if isinstance(tool_choice, NamedTool) else None
+        definitions = [] if tool_choice == "none" else [definition(tool) for tool in tools]
+        forced: tuple[Mapping[str, Any], ...] = ()
+        if named is not None or tool_choice == "required":
+            forced = tuple(tool for tool in definitions if named is None or tool["function"]["name"] == named)
+            if not forced:
+                what = "expected tools with it" if named is None else f"no tool is named {named[:80]!r}"
+                faults.append(("tool_choice", what))
+            if isinstance(form, (ObjectFormat, SchemaFormat)):
+                faults.append(("response_format", "an answer that must call a tool has no other form"))
+        if faults:
+            raise invalid_fields(faults)
+        if isinstance(form, SchemaFormat):
+            messages = [*messages[:-1], {**messages[-1], "response_format": _template_format(form)}]
+        return CompletionRequest(
+            prompts=(self.prompt(fields["model"], messages, definitions),),
+            tools=bool(definitions),
+            one_call=named is not None or not parallel,
+            schema=_schema(form),
+            forced_tools=forced,
+            **fields,
+        )
+
+    def prompt(
+        self, model: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+    ) -> EncodedPrompt:
+        """The prompt of a conversation with a model id.
+
+        Raises:
+            APIError: the model's template cannot render it.
+        """
+        system, joins_turns = self.system_prompt(model), not self.config.strict_turns
+        try:
+            return encode_conversation(self.tokenizer, messages, tools, system=system, joins_turns=joins_turns)
+        except AFMError as error:
+            raise APIError(400, str(error), code="invalid_value", param="messages") from error
+
+    def text(self, body: TextBody) -> CompletionRequest:
         """A request of /v1/completions.
 
         Raises:
             APIError: fields that cannot be used, all in one.
         """
-        fields = Fields(values, TEXT)
-        fields.only("echo", False)
-        fields.only("suffix", "")
-        fields.only("best_of", values.get("n") if isinstance(values.get("n"), int) else 1)
-        wanted = fields.whole("max_tokens", 1, 2**31)
-        shared = self._shared(fields, fields.whole("logprobs", 0, MAX_TOP_COMPLETION))
+        faults, prompts = self._shared_faults(body), tuple[EncodedPrompt, ...]()
+        if body.best_of not in (None, body.n or 1):
+            faults.append(("best_of", f"expected {body.n or 1}, as many as n, found {body.best_of}"))
+        if body.max_tokens == 0 and not body.echo:
+            faults.append(("max_tokens", "expected -1 or at least 1 without echo, found 0"))
         try:
-            prompts = text_prompts(fields.value("prompt"), self.tokenizer, self.vocabulary, self.config.rows)
-        except AFMError as error:
-            fields.fault("prompt", str(error))
-        fields.done()
-        return CompletionRequest(chat=False, prompts=prompts, max_tokens=wanted, **shared)
+            prompts = self._prompts(body.prompt)
+        except (ConfigError, DataError) as error:
+            faults.append(("prompt", str(error)))
+        fields = self._completion(body, body.logprobs)
+        if faults:
+            raise invalid_fields(faults)
+        return CompletionRequest(
+            chat=False, prompts=prompts, max_tokens=body.max_tokens, echo=bool(body.echo), **fields
+        )
 
-    def _shared(self, fields: Fields, top_logprobs: int | None) -> dict[str, Any]:
-        model = fields.value("model")
-        if not isinstance(model, str) or not model:
-            fields.fault("model", f"expected the id of a model, found {kind(model)}")
-        stream, usage = fields.flag("stream"), self._usage(fields)
-        seed = fields.whole("seed", -MAX_SEED, MAX_SEED - 1)
+    def sampler(self, body: Sampling, top_logprobs: int | None = None, **more: Any) -> Sampler:
+        """How a body wants its first answer to be sampled."""
+        temperature = self.config.temperature if body.temperature is None else body.temperature
         config = GenerateConfig(
-            temp=fields.number("temperature", 0, 2, self.config.temperature),
-            top_p=fields.number("top_p", 0, 1, 1.0) or LEAST_TOP_P,
-            top_k=fields.whole("top_k", 0, self.vocabulary - 1, 0) or 0,
-            min_p=fields.number("min_p", 0, 0.999, 0.0),
-            seed=secrets.randbits(63) if seed is None else seed % 2**64,
+            temp=float(temperature),
+            top_p=1.0 if body.top_p is None else float(body.top_p) or LEAST_TOP_P,
+            top_k=max(body.top_k or 0, 0),
+            min_p=float(body.min_p or 0),
+            seed=secrets.randbits(63) if body.seed is None else body.seed % 2**64,
         )
-        sampler = Sampler(
-            config=config,
-            top_logprobs=top_logprobs,
-            frequency_penalty=fields.number("frequency_penalty", -2, 2, 0.0),
-            presence_penalty=fields.number("presence_penalty", -2, 2, 0.0),
-            logit_bias=self._bias(fields),
+        return Sampler(config=config, top_logprobs=top_logprobs, **more)
+
+    def sampling_faults(self, body: Sampling) -> list[Fault]:
+        """What this model cannot do, though the field's type allows it."""
+        if (body.top_k or 0) < self.vocabulary:
+            return []
+        return [("top_k", f"expected at most {self.vocabulary - 1}, found {body.top_k}")]
+
+    def _shared_faults(self, body: Completion) -> list[Fault]:
+        faults = self.sampling_faults(body)
+        if (body.n or 1) > self.config.rows:
+            faults.append(("n", f"expected at most {self.config.rows}, found {body.n}"))
+        if body.stream_options is not None and not body.stream:
+            faults.append(("stream_options", "expected stream to be true with it"))
+        try:
+            require_token_ids(map(_as_id, body.logit_bias or {}), self.vocabulary, where="keys")
+        except ConfigError as error:
+            faults.append(("logit_bias", str(error)))
+        return faults
+
+    def _completion(self, body: Completion, top_logprobs: int | None) -> dict[str, Any]:
+        """Fields of the `CompletionRequest` that chat and text share."""
+        bias = {} if body.logit_bias is None else {_as_id(key): float(v) for key, v in body.logit_bias.items()}
+        sampler = self.sampler(
+            body,
+            top_logprobs,
+            frequency_penalty=float(body.frequency_penalty or 0),
+            presence_penalty=float(body.presence_penalty or 0),
+            logit_bias=bias,
         )
+        usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         return {
-            "model": model,
-            "choices": fields.whole("n", 1, self.config.rows, 1),
+            "model": body.model,
+            "choices": body.n or 1,
             "sampler": sampler,
-            "stops": fields.texts("stop", MAX_STOPS),
-            "stream": stream,
-            "usage": stream and usage,
+            "stops": tuple(body.stop or ()),
+            "stream": bool(body.stream),
+            "usage": usage,
         }
 
-    def _usage(self, fields: Fields) -> bool:
-        options = fields.value("stream_options")
-        if options is None:
-            return False
-        if not isinstance(options, dict) or not isinstance(options.get("include_usage", False), (bool, type(None))):
-            fields.fault("stream_options", 'expected {"include_usage": true or false}')
-            return False
-        if not fields.value("stream"):
-            fields.fault("stream_options", "expected stream to be true with it")
-        if unknown := set(options) - {"include_usage", "include_obfuscation"}:
-            fields.fault("stream_options", f"expected include_usage, found {min(unknown)[:80]}")
-        return bool(options.get("include_usage"))
+    def _prompts(self, prompt: Any) -> tuple[EncodedPrompt, ...]:
+        """Prompts of text to be continued: a string, a list of ids, or a list of either."""
+        several: list[Any] = [prompt]
+        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+            several = prompt
+        if len(several) > self.config.rows:
+            expected = f"at most {self.config.rows}"
+            raise DataError("too many prompts in one request", expected=expected, found=len(several))
+        places = ["prompt"] if several == [prompt] else [f"prompt {number}" for number in range(len(several))]
+        return tuple(EncodedPrompt(self._text_ids(item, where)) for item, where in zip(several, places))
 
-    def _bias(self, fields: Fields) -> dict[int, float]:
-        given = fields.value("logit_bias")
-        if given is None:
-            return {}
-        if not isinstance(given, dict):
-            fields.fault("logit_bias", f"expected an object of token ids and numbers, found {kind(given)}")
-            return {}
-        try:
-            ids = require_token_ids(map(_as_id, given), self.vocabulary, where="keys")
-        except ConfigError as error:
-            fields.fault("logit_bias", str(error))
-            return {}
-        for token, value in zip(ids, given.values()):
-            if type(value) not in (int, float) or not -100 <= value <= 100:
-                fields.fault("logit_bias", f"token {token}: expected a number from -100 to 100, found {shown(value)}")
-                return {}
-        return {token: float(value) for token, value in zip(ids, given.values())}
-
-    def _tools(self, fields: Fields) -> list[Any]:
-        tools = fields.value("tools")
-        if tools is None:
-            return []
-        good = isinstance(tools, list) and all(
-            isinstance(tool, dict)
-            and tool.get("type") == "function"
-            and isinstance(tool.get("function"), dict)
-            and isinstance(tool["function"].get("name"), str)
-            for tool in tools
-        )
-        if not good:
-            fields.fault("tools", 'expected a list of {"type": "function", "function": {"name": ..., ...}}')
-            return []
-        if fields.value("tool_choice") == "none":
-            return []
-        return [{**tool, "function": present(tool["function"])} for tool in map(present, tools)]
+    def _text_ids(self, prompt: object, where: str) -> list[int]:
+        if isinstance(prompt, str) and prompt:
+            return [self.tokenizer.eos_id, *self.tokenizer.encode(prompt)]
+        if isinstance(prompt, list) and prompt and all(isinstance(item, (int, float)) for item in prompt):
+            return require_token_ids(prompt, self.vocabulary, where=where)
+        expected = f"text, or token ids from 0 to {self.vocabulary - 1}"
+        raise DataError("not a prompt", where=where, expected=expected, found=kind(prompt))
 
 
-def _as_id(key: str) -> object:
+def _as_id(key: str) -> Any:
     """The number that a key of a JSON object spells, as the API writes token ids; other keys as they are."""
     return int(key) if re.fullmatch(r"-?[0-9]{1,12}", key) else key
 
 
-def _must_call(fields: Fields, tools: list[Any]) -> tuple[Mapping[str, Any], ...]:
-    """The tools of which one must be called, by `tool_choice`."""
-    choice = fields.value("tool_choice")
-    if choice in (None, "none", "auto"):
-        return ()
-    named = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
-    name = named.get("name") if isinstance(named, dict) else None
-    if choice != "required" and not isinstance(name, str):
-        one = '{"type": "function", "function": {"name": ...}}'
-        fields.fault("tool_choice", f'expected "auto", "none", "required" or {one}')
-        return ()
-    wanted = tuple(tool for tool in tools if name is None or tool["function"]["name"] == name)
-    if not wanted:
-        fields.fault("tool_choice", "expected tools with it" if name is None else f"no tool is named {name[:80]!r}")
-    return wanted
+def definition(tool: Tool) -> dict[str, Any]:
+    """A tool of the API as the model's template writes it: as it came, without nulls."""
+    given = present(tool.given)
+    return {**given, "function": present(given["function"])}
 
 
-def _schema(fields: Fields) -> dict[str, Any] | None:
-    """The `json_schema` of a response format; that of any object for `json_object`."""
-    wanted: Any = present(fields.value("response_format"))
-    if wanted is None:
-        return None
-    form = wanted.get("type") if isinstance(wanted, dict) else None
-    if form == "text" and len(wanted) == 1:
-        return None
-    if form == "json_object" and len(wanted) == 1:
-        return {"name": None, "schema": {"type": "object"}}
-    schema = wanted.get("json_schema") if form == "json_schema" else None
-    if not isinstance(schema, dict) or not isinstance(schema.get("schema"), dict) or not schema.get("name"):
-        shape = '{"type": "json_schema", "json_schema": {"name": ..., "schema": {...}}}'
-        fields.fault("response_format", f'expected type "text", "json_object", or {shape}')
-        return None
-    if not all(isinstance(schema.get(name, ""), (str, type(None))) for name in ("name", "description")):
-        fields.fault("response_format", "expected name and description to be strings")
-        return None
-    return schema
+def _schema(form: ResponseFormat | None) -> Mapping[str, Any] | None:
+    """The JSON schema that a response format holds the answer to."""
+    if isinstance(form, ObjectFormat):
+        return {"type": "object"} if form.schema_ is None else form.schema_
+    return form.json_schema.schema_ if isinstance(form, SchemaFormat) else None
 
 
-def _refused(param: str, error: AFMError) -> APIError:
-    if isinstance(error, APIError):
-        return error
-    return APIError(400, str(error), code="invalid_value", param=param)
+def _template_format(form: SchemaFormat) -> dict[str, Any]:
+    """A response format as the model's template writes it into the prompt."""
+    given = form.json_schema
+    try:
+        return response_format(given.schema_, name=given.name, description=given.description)
+    except ConfigError:  # not an object's: written as it came
+        described = present({"name": given.name, "description": given.description, "schema": given.schema_})
+        return {"type": "json_schema", "json_schema": {**described, "strict": "true"}}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
@@ -14,18 +16,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import uvicorn
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
+
 from mlx_afm.errors import AdapterError, ConfigError
 from mlx_afm.files import to_path, visible
-from mlx_afm.serving.admin import NAME
+from mlx_afm.serving.access import Access, RequestBody
+from mlx_afm.serving.app import Server, make_app
+from mlx_afm.serving.bodies import ADAPTER_NAME
 from mlx_afm.serving.config import ServeConfig
-from mlx_afm.serving.http import HEAD_BYTES
 from mlx_afm.serving.metrics import Metrics
 from mlx_afm.serving.model_thread import ModelThread
+from mlx_afm.serving.protocol import HEAD_BYTES, protocol_class
 from mlx_afm.serving.scheduler import Log
-from mlx_afm.serving.server import Server
 
 SUFFIXES = (".pt", ".fmadapter")
 SETTLE_SECONDS = 0.2
+FINISH_SECONDS = 2
 
 
 @dataclass(frozen=True)
@@ -144,23 +152,70 @@ async def serve(
     stop, hurry, loop = asyncio.Event(), asyncio.Event(), asyncio.get_running_loop()
     thread = await asyncio.to_thread(ModelThread, model, _checked(adapters), config, metrics, log)
     try:
-        server = Server(thread, config, metrics, log)
-        listening = await asyncio.start_server(server.handle, config.host, config.port, limit=HEAD_BYTES)
+        server = Server(thread, config, metrics)
+        listener = _Listener(_layers(server, log), config)
+        server.connections = lambda: len(listener.server_state.connections)
+        listening = socket.create_server((config.host, config.port), family=_family(config.host), backlog=2048)
         for number in (signal.SIGINT, signal.SIGTERM) if signals else ():
             loop.add_signal_handler(number, lambda: (hurry if stop.is_set() else stop).set())
-        port = listening.sockets[0].getsockname()[1]
+        serving = asyncio.ensure_future(listener.serve([listening]))
         host = f"[{config.host}]" if ":" in config.host else config.host
-        end = partial(_from_anywhere, loop, stop.set)
-        ready(Running(f"http://{host}:{port}", (server.model_id, *thread.adapters), thread, end))
+        url = f"http://{host}:{listening.getsockname()[1]}"
+        ready(Running(url, (thread.model_id, *thread.adapters), thread, partial(_from_anywhere, loop, stop.set)))
         await stop.wait()
         # New requests are refused while those under way finish, so the port stays open until they have.
         server.stopping = True
         await _first(asyncio.to_thread(thread.stop, config.grace_seconds), hurry.wait())
         await asyncio.to_thread(thread.stop, 0.0)
-        await server.finish()
-        listening.close()
+        listener.should_exit = True
+        await serving
     finally:
         await asyncio.to_thread(thread.stop, 0.0)
+
+
+class _Listener(uvicorn.Server):
+    """uvicorn, whose signals and life are ours."""
+
+    def __init__(self, app: ASGIApp, config: ServeConfig) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=protocol_class(config),
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                log_level="critical",
+                access_log=False,
+                server_header=False,
+                h11_max_incomplete_event_size=HEAD_BYTES,
+                timeout_keep_alive=config.idle_seconds,  # type: ignore[arg-type]
+                timeout_graceful_shutdown=FINISH_SECONDS,
+            )
+        )
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leaves signals alone."""
+        yield
+
+
+def _layers(server: Server, log: Log) -> ASGIApp:
+    """The routes and what stands around them, see `access`."""
+    config, app = server.config, make_app(server)
+    inner: ASGIApp = RequestBody(app, config, log)
+    if config.allow_origins:
+        inner = CORSMiddleware(
+            inner,
+            allow_origins=config.allow_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            allow_private_network=True,
+        )
+    return Access(inner, config, server.metrics, app.openapi()["paths"], lambda: server.connections())
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 async def _first(*waiting: Coroutine[Any, Any, Any]) -> None:
@@ -177,7 +232,7 @@ def _from_anywhere(loop: asyncio.AbstractEventLoop, action: Callable[[], None]) 
 
 
 def _checked(adapters: Mapping[str, str | Path]) -> dict[str, Path]:
-    wrong = [name for name in adapters if not NAME.fullmatch(name)]
+    wrong = [name for name in adapters if not re.fullmatch(ADAPTER_NAME, name)]
     if wrong:
         expected, found = "letters, digits and . _ : - (up to 128)", ", ".join(map(repr, wrong))
         raise AdapterError("an adapter's name cannot be a model id", expected=expected, found=found)

@@ -159,7 +159,7 @@ class Scheduler:
             return
         self._release(over)
         if decodes:
-            self._metrics.observe("step_seconds", time.perf_counter() - started)
+            self._metrics.step_seconds.observe(time.perf_counter() - started)
 
     def _give(self, event: TokenEvent) -> bool:
         """Hands a token on; whether the answer ends with it."""
@@ -169,11 +169,15 @@ class Scheduler:
             self._log(f"an answer broke its constraint: {event.error}")
             self._fail(job, APIError(400 if unusable else 500, str(event.error)))
             return False
-        if len(row.tokens) == 1 and sink is job.sinks[0]:
-            job.cached_tokens = row.cached_tokens
-            self._metrics.count("prompt_tokens", len(row.request.ids) - row.cached_tokens)
-        self._metrics.count("completion_tokens")
-        stopped = sink.add(event.token)
+        if len(row.tokens) <= 1:
+            sink.start(row)
+            if sink is job.sinks[0]:
+                job.cached_tokens = row.cached_tokens
+                self._metrics.prompt_tokens.inc(len(row.request.ids) - row.cached_tokens)
+        stopped = False
+        if row.tokens:
+            self._metrics.completion_tokens.inc()
+            stopped = sink.add(event.token)
         if stopped or event.finish_reason is not None:
             sink.end(STOP if stopped else str(event.finish_reason))
         return stopped or event.finish_reason is not None
@@ -193,7 +197,7 @@ class Scheduler:
         now = time.monotonic()
         for job in self.jobs:
             if job.cancelled:
-                self._metrics.count("cancelled")
+                self._metrics.cancelled.inc()
                 self._fail(job, APIError(499, "cancelled"), tell=False)
             elif now > job.deadline:
                 seconds = f"{self._config.request_seconds:g} s"

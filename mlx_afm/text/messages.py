@@ -67,7 +67,9 @@ def to_dict(message: Message) -> dict[str, Any]:
     return {"role": message.role, "content": message.content, **present(optional)}
 
 
-def parse_messages(value: object, *, where: object, special_pieces: Sequence[str] = ()) -> tuple[Message, ...]:
+def parse_messages(
+    value: object, *, where: object, special_pieces: Sequence[str] = (), joins_turns: bool = False
+) -> tuple[Message, ...]:
     """The messages in a list of dicts; the dicts are left as they are.
 
     A key whose value is null is absent. Content may come in parts (`parse_content`). Several results of tools in a row
@@ -78,6 +80,8 @@ def parse_messages(value: object, *, where: object, special_pieces: Sequence[str
         where: named in errors, such as `train.jsonl, line 3`.
         special_pieces: pieces of the tokenizer that no text may spell out
             (`AFMTokenizer.special_pieces`); without them this is not checked.
+        joins_turns: system messages become one, in front, and user or assistant messages in a row become one, their
+            texts in order with an empty line between.
 
     Raises:
         DataError: every faulty message, a line each; or an order of roles that the model never saw.
@@ -99,7 +103,12 @@ def parse_messages(value: object, *, where: object, special_pieces: Sequence[str
         except DataError as error:
             faults.append(error)
             continue
-        joined = _joined(messages[-1], message) if messages else None
+        if joins_turns and message.role == "system" and messages:
+            first = messages[0].role == "system"
+            messages[:1] = [_joined_turns(messages[0], message)] if first else [message, *messages[:1]]
+            indices[:0] = [] if first else [index]
+            continue
+        joined = _joined(messages[-1], message, joins_turns) if messages else None
         messages[-1:] = [joined] if joined else [*messages[-1:], message]
         indices += [] if joined else [index]
     if not faults:
@@ -224,12 +233,21 @@ def _unknown_keys(unknown: list[str], role: str, where: str) -> DataError:
     )
 
 
-def _joined(first: Message, second: Message) -> Message | None:
-    """Two results of tools in a row as one message; None for any other two messages."""
-    if not first.role == second.role == "tool" or first.response_format is not None:
+def _joined(first: Message, second: Message, joins_turns: bool) -> Message | None:
+    """Two results of tools in a row as one message, or two turns of any role; None if they stay apart."""
+    if first.role != second.role or first.response_format is not None:
         return None
+    if first.role != "tool":
+        return _joined_turns(first, second) if joins_turns else None
     content = join_results(first.content, second.content)
     return None if content is None else second._replace(content=content)
+
+
+def _joined_turns(first: Message, second: Message) -> Message:
+    """Two messages of one role, whose contents are texts, as one."""
+    content = "\n\n".join(str(text) for text in (first.content, second.content) if text)
+    calls, tools = (first.tool_calls or ()) + (second.tool_calls or ()), (first.tools or ()) + (second.tools or ())
+    return second._replace(content=content, tool_calls=calls or None, tools=tools or None)
 
 
 def _content(item: dict[str, Any], role: str, where: str) -> Content:

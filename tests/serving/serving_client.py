@@ -60,6 +60,12 @@ def wait_for(condition, seconds=20.0):
     return value
 
 
+def gauge(metrics, name):
+    """A value from the text of /metrics."""
+    (line,) = [line for line in metrics.splitlines() if line.startswith(f"mlx_afm_{name} ")]
+    return float(line.split()[1])
+
+
 def parse_reply(received):
     head, _, body = received.partition(b"\r\n\r\n")
     first, *lines = head.decode("latin-1").split("\r\n")

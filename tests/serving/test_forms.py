@@ -6,11 +6,11 @@ import random
 
 import pytest
 
-from mlx_afm.serving.api_error import APIError
+from mlx_afm.serving.api_error import APIError, parse_json
 from mlx_afm.serving.config import ServeConfig
-from mlx_afm.serving.fields import parse_json
 from mlx_afm.serving.plan import constraint_of
 from mlx_afm.serving.requests import Reader
+from mlx_afm.serving.validation import field_errors
 from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.workflows.demo import ASSETS
 
@@ -75,8 +75,12 @@ def hold():
     statuses = set()
 
     def go(asked):
+        value = parse_json(json.dumps(asked).encode())
         try:
-            return constraint_of(reader.chat(parse_json(json.dumps(asked).encode())), tokenizer) is not None
+            return constraint_of(reader.chat(ChatBody.model_validate(value)), tokenizer) is not None
+        except ValidationError as error:
+            statuses.add(field_errors(error.errors(), value, ChatBody).status)
+            return False
         except APIError as refusal:
             statuses.add(refusal.status)
             return False

@@ -7,9 +7,10 @@ import pytest
 
 from mlx_afm.errors import ConfigError
 from mlx_afm.serving import ServeConfig, find_adapters, parse_bytes, running
-from serving_client import chat, parse_reply, request_bytes, send, wait_for
+from serving_client import chat, gauge, parse_reply, request_bytes, send, wait_for
 
 CHAT, NO_END = "/v1/chat/completions", {"2": -100, "4": -100}
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 def body(**settings):
@@ -17,11 +18,6 @@ def body(**settings):
 
 
 LONG = body(max_tokens=3000, logit_bias=NO_END, stream=True)  # ends for no reason of its own
-
-
-def gauge(text, name):
-    (line,) = [line for line in text.splitlines() if line.startswith(f"mlx_afm_{name} ")]
-    return float(line.split()[1])
 
 
 def open_stream(url, value=LONG):
@@ -41,7 +37,7 @@ def test_health_models_and_metrics(server, call):
     assert call(server.url, "GET", "/health").json == {"status": "ok"}
     assert call(server.url, "POST", CHAT, body()).status == 200
     reply = call(server.url, "GET", "/metrics")
-    assert reply.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert reply.headers["content-type"].startswith("text/plain; version=")
     text = reply.body.decode()
     assert 'mlx_afm_requests_total{path="/v1/chat/completions",status="200"}' in text
     assert 'mlx_afm_first_token_seconds_bucket{le="+Inf"}' in text
@@ -54,14 +50,14 @@ def test_health_models_and_metrics(server, call):
     [
         (b"nonsense\r\n\r\n", 400, "not an HTTP request"),
         (b"GET /health HTTP/9.9\r\n\r\n", 400, "not an HTTP request"),
-        (b"GET /health HTTP/1.1\r\nHost: localhost\r\nbad header\r\n\r\n", 400, "not a header"),
-        (b"GET /health HTTP/1.1\nHost: localhost\n\n", 400, "CR LF"),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\nbad header\r\n\r\n", 400, "not an HTTP request"),
+        (b"GET /health HTTP/1.1\r\n\r\n", 400, "Host"),
         (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 40_000, 431, "too large"),
-        (b"POST /v1/completions HTTP/1.1\r\nContent-Length: x\r\n\r\n", 400, "Content-Length"),
-        (b"POST /v1/completions HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", 400, "twice"),
-        (b"POST /v1/completions HTTP/1.1\r\nContent-Length: 9999999\r\n\r\n", 413, "at most 1000000 bytes"),
-        (b"POST /v1/completions HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", 411, "unknown length"),
-        (b"POST /v1/completions HTTP/1.1\r\nContent-Length: 10\r\n\r\nabc", 408, "within 1 s"),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: x\r\n\r\n", 400, "Content-Length"),
+        (POST + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n", 400, "Content-Length"),
+        (POST + b"Content-Length: 9999999\r\n\r\n", 413, "at most 1000000 bytes"),
+        (POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400, "not an HTTP request"),
+        (POST + b"Content-Length: 10\r\n\r\nabc", 408, "within 1 s"),
         (b"POST /v1/comp", 408, "head did not arrive"),
         (request_bytes("GET", "/v1/nothing"), 404, "no such path"),
         (request_bytes("GET", CHAT), 405, "expected POST"),

@@ -16,17 +16,13 @@ from mlx_afm.checkpoints.model_folder import write_config
 from mlx_afm.formats.safetensors_file import write_safetensors
 from mlx_afm.model import AFMConfig
 from mlx_afm.serving import ServeConfig, running
-from serving_client import REQUESTS, chat
+from serving_client import REQUESTS, chat, gauge
 from tiny import random_adapter, tiny_model
 
 ADAPTERS = ("whole", "small", "some", "dora")
 TOKENS = 12
 CLIENTS, ALL, WARM_UP = 8, 500, 150
 MIDDLE = {"vocab_size": 512, "hidden_dim": 512, "num_layers": 8, "num_kv_reuse_layers": 3, "num_heads": 8}
-
-
-def gauge(text, name):
-    return float(next(line for line in text.splitlines() if line.startswith(f"mlx_afm_{name} ")).split()[1])
 
 
 class Client:

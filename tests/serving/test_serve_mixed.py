@@ -12,7 +12,7 @@ from mlx_afm.adapters import LoRAConfig, write_adapter_folder
 from mlx_afm.checkpoints.model_folder import read_config
 from mlx_afm.generation.decode import PLAIN_STEPS, SWITCH
 from mlx_afm.serving import ServeConfig, running
-from serving_client import REQUESTS, chat, request_bytes
+from serving_client import REQUESTS, chat, gauge, request_bytes
 from tiny import random_adapter
 
 CHAT, ADMIN = "/v1/chat/completions", "/admin/adapters"
@@ -37,14 +37,13 @@ def ranked(model_folder, served_adapters):
         del served_adapters[name]
 
 
-def gauge(call, url, name):
-    text = call(url, "GET", "/metrics").body.decode()
-    (line,) = [line for line in text.splitlines() if line.startswith(f"mlx_afm_{name} ")]
-    return float(line.split()[1])
+def metrics(call, url):
+    return call(url, "GET", "/metrics").body.decode()
 
 
 def steps(call, url):
-    return [gauge(call, url, f"{kind}_steps_total") for kind in ("plain", "compiled")]
+    text = metrics(call, url)
+    return [gauge(text, f"{kind}_steps_total") for kind in ("plain", "compiled")]
 
 
 def body(model, text=REQUESTS[0], **settings):
@@ -103,8 +102,8 @@ def test_all_adapters_of_a_batch_take_one_pass_a_token(model_folder, ranked, alo
     asked = [body(name, text, max_tokens=tokens, logit_bias=NO_END) for name, text in zip(models, REQUESTS * 2)]
     with running(model_folder, ranked, ServeConfig(port=0, model_id="base")) as server:
         texts = ask_at_once(server, call, asked)
-        passes, traces = steps(call, server.url), gauge(call, server.url, "traces_total")
-        given = gauge(call, server.url, "completion_tokens_total")
+        passes, traces = steps(call, server.url), gauge(metrics(call, server.url), "traces_total")
+        given = gauge(metrics(call, server.url), "completion_tokens_total")
         short = [call(server.url, "POST", CHAT, body(name)).json["choices"][0]["message"]["content"] for name in NAMES]
     assert given == tokens * len(models)
     # A row joins after at most three pieces of its prompt, each with a pass of those before it.
@@ -150,9 +149,9 @@ def test_adapters_come_and_go_while_others_decode(
         added = call(server.url, "POST", ADMIN, {"name": "late", "path": str(tmp_path / "guest2")})
         assert added.status == 200
         assert call(server.url, "POST", CHAT, body("late", max_tokens=4)).status == 200
-        assert gauge(call, server.url, "rows") == 2, "both still decode"
+        assert gauge(metrics(call, server.url), "rows") == 2, "both still decode"
         assert [text_of(*pair) for pair in opened] == quiet
-        assert gauge(call, server.url, "adapter_bytes") <= room
+        assert gauge(metrics(call, server.url), "adapter_bytes") <= room
         assert (steps(call, server.url)[1] > 0) == (compiled == "1")
 
 
@@ -163,7 +162,7 @@ def test_choices_beyond_a_batch_take_turns_and_share_the_prompt(model_folder, ca
         with running(model_folder, {}, ServeConfig(port=0, model_id="base", batch_size=size, prefix_bytes=0)) as server:
             reply = call(server.url, "POST", CHAT, body("base", n=5, temperature=1.9, seed=3, max_tokens=12)).json
             answers[size] = [choice["message"]["content"] for choice in reply["choices"]]
-            assert gauge(call, server.url, "prompt_tokens_total") == reply["usage"]["prompt_tokens"]
+            assert gauge(metrics(call, server.url), "prompt_tokens_total") == reply["usage"]["prompt_tokens"]
     assert answers[1] == answers[2] == answers[8]
     assert len(set(answers[1])) > 1
 
@@ -192,10 +191,10 @@ def test_one_piece_of_one_prompt_is_read_between_two_tokens(model_folder, served
     with running(model_folder, {"dora": served_adapters["dora"]}, config) as server:
         streams = [open_stream(server.url, body(name, max_tokens=3000, logit_bias=NO_END)) for name in ("base", "dora")]
         for name in ("base", "dora"):
-            before = gauge(call, server.url, "completion_tokens_total")
+            before = gauge(metrics(call, server.url), "completion_tokens_total")
             reply = call(server.url, "POST", CHAT, body(name, long, max_tokens=1)).json
             pieces = reply["usage"]["prompt_tokens"] // 8
-            assert gauge(call, server.url, "completion_tokens_total") - before >= 2 * pieces
+            assert gauge(metrics(call, server.url), "completion_tokens_total") - before >= 2 * pieces
         for connection, _ in streams:
             connection.close()
 
@@ -212,7 +211,7 @@ def test_a_step_that_fails_ends_the_answers_of_its_batch_and_no_others(model_fol
         prefill, decoder.prefill = decoder.prefill, fail
         reply = call(server.url, "POST", CHAT, body("base"))
         assert (reply.status, reply.error["code"]) == (500, "internal_error")
-        assert gauge(call, server.url, "rows") == 1, "the answer under way goes on"
+        assert gauge(metrics(call, server.url), "rows") == 1, "the answer under way goes on"
         decoder.prefill = prefill
         step, decoder.step = decoder.step, fail
         while piece := connection.recv(1 << 16):
@@ -221,5 +220,5 @@ def test_a_step_that_fails_ends_the_answers_of_its_batch_and_no_others(model_fol
         assert b"the model could not answer" in received
         decoder.step = step
         assert call(server.url, "POST", CHAT, body("base")).status == 200
-        assert gauge(call, server.url, "rows") == 0
+        assert gauge(metrics(call, server.url), "rows") == 0
     assert [line for line in told if "no memory" not in line] == []
