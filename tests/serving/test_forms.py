@@ -5,8 +5,10 @@ import json
 import random
 
 import pytest
+from pydantic import ValidationError
 
 from mlx_afm.serving.api_error import APIError, parse_json
+from mlx_afm.serving.bodies import ChatBody
 from mlx_afm.serving.config import ServeConfig
 from mlx_afm.serving.plan import constraint_of
 from mlx_afm.serving.requests import Reader
