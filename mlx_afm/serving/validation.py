@@ -20,6 +20,7 @@ EXPECTED = {
     "union_tag_not_found": 'expected an object with a "type"',
     "string_unicode": "expected a text without lone surrogates",
 }
+JSON_WORDS = {"'": '"', "True": "true", "False": "false", " or None": "", "None": "null"}
 
 
 def field_errors(errors: Sequence[Mapping[str, Any]], body: Any, model: type[BaseModel] | None) -> APIError:
@@ -44,9 +45,11 @@ def _what(error: Mapping[str, Any], model: type[BaseModel] | None) -> str:
     if error["type"] == "extra_forbidden":
         near = nearest_name(str(error["loc"][-1]), _names_beside(error["loc"], model))
         return f"not a field of this request{f'; did you mean {near}?' if near else ''}"
-    expected = EXPECTED.get(error["type"]) or str(error["msg"]).replace("Input should be", "expected").replace("'", '"')
+    expected = EXPECTED.get(error["type"]) or str(error["msg"]).replace("Input should be", "expected")
     if error["type"] == "union_tag_invalid":
-        expected = f"expected type {error['ctx']['expected_tags']}".replace("'", '"')
+        expected = f"expected type {error['ctx']['expected_tags']}"
+    for python, json in JSON_WORDS.items():
+        expected = expected.replace(python, json)
     return f"{expected[:1].lower()}{expected[1:]}, found {shown(error['input'])}"
 
 
