@@ -251,7 +251,7 @@ def test_turns_in_a_row_are_joined(client, model_folder):
     ):
         for given, joined in same:
             assert tokens(joined, own)
-            with pytest.raises(openai.BadRequestError, match="in a row|only be the first|system message"):
+            with pytest.raises(openai.BadRequestError, match=r"in a row|only be the first|system message"):
                 tokens(given, own)
 
 
