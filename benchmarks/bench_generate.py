@@ -14,7 +14,7 @@
                                 tokens at a time about 70 % are accepted; against mlx-lm's plain decoding, and
                                 (speedup) our own
     mixed_adapters              seconds of 8 rows over 4 adapters of ranks 4 to 64 in one batch, width 1024, prompts of
-                                16 tokens and answers of 32; against a batch for each adapter in turn, ours both
+                                16 tokens and answers of 64; against a batch for each adapter in turn, ours both
 
 12 + 6 layers, vocabulary 16,384 (8,192 in the last), random weights. Each side is alone in a process that loads,
 warms up with one run, and then runs when it is its turn. Times are medians; memory is MLX's peak, weights included.
@@ -174,7 +174,7 @@ def speculative(folder: Path, repeat: int) -> dict[str, object]:
 def mixed_adapters(folder: Path, repeat: int) -> dict[str, object]:
     """One batch of rows with different adapters against taking turns."""
     spec = model_spec(1024, folder)
-    spec |= {**adapters_spec(spec, folder, MIXED_RANKS), "prompt_tokens": 16, "answer_tokens": 32}
+    spec |= {**adapters_spec(spec, folder, MIXED_RANKS), "prompt_tokens": 16, "answer_tokens": 64}
     specs = {
         "ours": {"side": "ours", "run": "mixed", **spec, "turns": False},
         "mlx-lm": {"side": "ours", "run": "mixed", **spec, "turns": True},

@@ -78,6 +78,20 @@ from .system_prompt_options import system_prompt_options
 @click.option(
     "--admin-root", type=PATH, multiple=True, help="Folder from which local requests may add adapters; may be repeated."
 )
+@click.option(
+    "--allow-origin",
+    "allow_origins",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Web page that may read answers (CORS), such as https://app.example; repeatable.",
+)
+@click.option(
+    "--strict-turns",
+    is_flag=True,
+    help="Refuse two turns of one role in a row and late system messages instead of joining them.",
+)
+@click.option("--docs/--no-docs", default=True, show_default=True, help="OpenAPI page at /docs.")
+@click.option("--page/--no-page", default=True, show_default=True, help="Page for people at /.")
 @json_option
 def command(model: str, named: tuple[str, ...], adapters_dir: Path | None, as_json: bool, **settings: Any) -> None:
     """Answer over HTTP as OpenAI's API does; every adapter is a model id."""

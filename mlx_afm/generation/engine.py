@@ -209,7 +209,7 @@ class Engine:
         """Takes what the prefix cache holds of a prompt; only now, when all earlier prompts are in it."""
         request = prefill.rows[0].request
         prefill.caches = self.decoder.form.model.make_cache(quantized=request.config.kv_bits is not None)
-        if self.prefix_cache is not None and request.prompt_logprobs is None:
+        if self.prefix_cache is not None and (request.prompt_logprobs is None or request.prefix_boundaries):
             found = self.prefix_cache.fetch(request.ids, self._kind(request), request.prefix_boundaries)
             prefill.caches, prefill.done = found or (prefill.caches, 0)
         for row in prefill.rows:
@@ -226,10 +226,11 @@ class Engine:
         tokens = mx.array([list(ids[prefill.done : end])])
         routes = self._routes_of([request.adapter])
         logits = None
-        if request.prompt_logprobs is not None:
+        first = max(prefill.done + 1, request.scored_from)
+        if request.prompt_logprobs is not None and first <= end:
             model, hidden_LD = self.decoder.form.model, self.decoder.hidden(tokens, prefill.caches, routes)
-            targets = ids[prefill.done + 1 : end + 1]
-            prefill.logprobs += score_tokens(model, hidden_LD, targets, request.prompt_logprobs)
+            before_LD, targets = hidden_LD[first - 1 - prefill.done :], ids[first : end + 1]
+            prefill.logprobs += score_tokens(model, before_LD, targets, request.prompt_logprobs)
             logits = model.logits(hidden_LD[-1:])
         elif end == len(ids) and prefill.rows[0].max_tokens:
             logits = self.decoder.prefill(tokens, prefill.caches, routes)

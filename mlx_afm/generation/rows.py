@@ -35,7 +35,9 @@ class Request:
             always computed from boundary to boundary, so that an answer has the same bits whether one was held or not.
             None shares any common beginning.
         prompt_logprobs: how many alternatives to give with the log probability of each prompt token; None gives
-            neither. Such a prompt is computed whole.
+            neither.
+        scored_from: place of the first prompt token whose log probability is wanted, at least 1. The tokens before the
+            one in front of it may come from the prefix cache, if `prefix_boundaries` say so.
         on_progress: told of the prompt's computation.
     """
 
@@ -48,6 +50,7 @@ class Request:
     adapter: str | None = None
     prefix_boundaries: Sequence[int] | None = None
     prompt_logprobs: int | None = None
+    scored_from: int = 1
     on_progress: Progress | None = None
 
 
@@ -60,7 +63,7 @@ class Row:
         max_tokens: of the answer.
         tokens: given out so far.
         cached_tokens: of the prompt, how many came from the prefix cache.
-        prompt_logprobs: of each token of the prompt but the first, if they were asked for.
+        prompt_logprobs: of each token of the prompt from `scored_from` on, if they were asked for.
     """
 
     request: Request

@@ -79,7 +79,11 @@ class ChoiceSink:
         if not self._tokens:
             self._metrics.first_token_seconds.observe(time.perf_counter() - self._started)
         self._tokens += 1
-        self._add(self._text.add(token))
+        piece = self._text.add(token)
+        if self._echo and token.logprob is not None and self._text.stopped and piece.tokens[-1:] != (token,):
+            # The stop token too: who asks for log probabilities of a prompt counts one token behind it.
+            piece = TextPiece(piece.text, (*piece.tokens, token))
+        self._add(piece)
         return self._text.stopped
 
     def end(self, reason: str) -> None:

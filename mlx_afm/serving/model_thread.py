@@ -77,7 +77,9 @@ class ModelThread:
         return default_system_prompt(self._scheduler.pool.system_prompts(model))
 
     def warn_of(self, entry: Entry) -> None:
-        """Logs a warning if an adapter leaves its system prompt open and the server's settings do too."""
+        """Logs a warning of an adapter without effect, or whose system prompt is left open by the settings too."""
+        if entry.has_no_effect:
+            self._log(f"{entry.path}: the adapter has no effect: all its B matrices are zero.")
         notice = system_prompt_notice(entry.system_prompts, entry.path)
         if notice is not None and self.config.system is None:
             self._log(notice)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_afm.adapters import Adapter, remove_adapter
+from mlx_afm.adapters import Adapter, is_zero, remove_adapter
 from mlx_afm.adapters.inference import AdapterStacks, dora_size, magnitude_bytes
 from mlx_afm.checkpoints.arrays import to_mlx
 from mlx_afm.errors import AdapterError, AFMError
@@ -41,6 +41,7 @@ class Entry:
         used_at: when it was last asked for, in uses of the pool.
         loads: how often it was read.
         system_prompts: that it was trained with.
+        has_no_effect: answers are the base's, since all B are zero.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class Entry:
     used_at: int = 0
     loads: int = 0
     system_prompts: SystemPrompts = ()
+    has_no_effect: bool = False
 
 
 class AdapterPool:
@@ -88,10 +90,10 @@ class AdapterPool:
     # Which there are.
 
     def register(self, name: str, path: Path) -> Entry:
-        """Makes an adapter known. Its file is checked now, its values are read when it is first asked for.
+        """Makes an adapter known. Its file is read and checked now, and read again when it is first asked for.
 
         Raises:
-            AdapterError: the name is taken, or it cannot be served within the limit.
+            AdapterError: the name is taken, it cannot be served within the limit, or a value is not finite.
             FormatError, TensorsError: not an adapter of this model.
         """
         if name in (self._reserved, BASE):
@@ -100,7 +102,9 @@ class AdapterPool:
         if name in self._entries:
             raise AdapterError("there is an adapter of this name", where=name, advice="Remove it first.")
         adapter, size = self._open(path)
-        self._entries[name] = Entry(path, size, system_prompts=system_prompts_of(self._folder, adapter))
+        _require_finite(adapter, path)
+        prompts, no_effect = system_prompts_of(self._folder, adapter), is_zero(adapter)
+        self._entries[name] = Entry(path, size, system_prompts=prompts, has_no_effect=no_effect)
         self.names = tuple(self._entries)
         return self._entries[name]
 
@@ -247,6 +251,12 @@ class AdapterPool:
             self._leaving.discard(name)
             self._unload(name)
             del self._entries[name]
+
+
+def _require_finite(adapter: Adapter, path: Path) -> None:
+    for name, tensor in adapter.weights.items():
+        if not mx.isfinite(to_mlx(tensor)).all().item():
+            raise AdapterError("the adapter has values that are not finite", where=f"{path}: {name}")
 
 
 def _readers(adapter: Adapter) -> dict[str, Callable[[], mx.array]]:

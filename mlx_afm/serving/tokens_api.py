@@ -23,11 +23,18 @@ def tokenize(body: TokenizeBody, reader: Reader, names: TokenNames) -> dict[str,
     if body.messages is not None:
         tools = [definition(tool) for tool in body.tools or []]
         ids = reader.prompt(body.model or "", [message.plain() for message in body.messages], tools).ids
+    elif body.prompt == end_token(reader):  # programs ask for its id in this way
+        ids = [reader.tokenizer.eos_id]
     else:
         start = [] if body.add_special_tokens is False else [reader.tokenizer.eos_id]
         ids = [*start, *reader.tokenizer.encode(body.prompt or "")]
     texts = [names.describe(token)[0] for token in ids] if body.return_token_strs else None
     return {"count": len(ids), "max_model_len": reader.config.context_tokens, "tokens": ids, "token_strs": texts}
+
+
+def end_token(reader: Reader) -> str:
+    """The name of the token that ends a text and stands in front of one."""
+    return reader.tokenizer.convert_ids_to_tokens([reader.tokenizer.eos_id])[0]
 
 
 def detokenize(body: DetokenizeBody, reader: Reader) -> dict[str, Any]:
@@ -45,8 +52,7 @@ def detokenize(body: DetokenizeBody, reader: Reader) -> dict[str, Any]:
 
 def tokenizer_info(reader: Reader) -> dict[str, Any]:
     """What programs ask of a tokenizer before they use it."""
-    tokenizer = reader.tokenizer
-    end = tokenizer.convert_ids_to_tokens([tokenizer.eos_id])[0]
+    tokenizer, end = reader.tokenizer, end_token(reader)
     return {
         "tokenizer_class": "SentencePieceTokenizer",
         "vocab_size": tokenizer.vocab_size,

@@ -1,0 +1,1 @@
+"""How good a model or an adapter is."""
