@@ -57,7 +57,7 @@ class AFMEvalModel(TemplateLM):  # type: ignore[misc]
         super().__init__()
         self._model, tokenizer = load(resolve(model), adapter)
         self.tokenizer = require_tokenizer(tokenizer)
-        self._batch_size = int(batch_size) if str(batch_size).isdecimal() else 16
+        self._batch_size = int(str(batch_size)) if str(batch_size).isdecimal() else 16
         self._max_length = int(max_length)
 
     @property

@@ -90,7 +90,7 @@ def shown(value: Any) -> str:
     """A value as a message shows it, cut short."""
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 128:
         return "a number of very many digits"
-    if isinstance(value, (dict, list)):
+    if isinstance(value, (dict, list, bytes)):
         return f"an {kind(value)}"
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

@@ -46,6 +46,7 @@ from mlx_afm.serving.validation import field_errors
 from mlx_afm.text.token_names import TokenNames
 
 T = TypeVar("T")
+JSON_HEADER = (b"content-type", b"application/json")
 Builder = AnswerBuilder | ResponseBuilder
 ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"description": "The request is refused, see `error`."},
@@ -63,7 +64,9 @@ class JSONBodyRoute(APIRoute):
         async def handle(request: Request) -> Response:
             if request.method == "POST":
                 _require_json(request)
-            return await handler(_JSONRequest(request.scope, request.receive))
+            # FastAPI goes by this header; one that is left out means JSON too.
+            headers = [*(pair for pair in request.scope["headers"] if pair[0] != b"content-type"), JSON_HEADER]
+            return await handler(_JSONRequest({**request.scope, "headers": headers}, request.receive))
 
         return handle
 
@@ -387,10 +390,12 @@ def _refused_by_router(request: Request, error: HTTPException) -> Response:
     """No such path, a wrong method, or a body that is no JSON."""
     if isinstance(error.__cause__, APIError):
         return error_response(error.__cause__)
-    allowed = (error.headers or {}).get("Allow", "")
     if error.status_code != 405:
         found = request.url.path[:80]
         return error_response(APIError(404, "no such path", code="not_found", expected="see /docs", found=found))
+    path = getattr(request.scope.get("route"), "path", "").replace(":path}", "}")
+    methods = {name.upper() for name in request.app.openapi()["paths"].get(path, ("get",))}
+    allowed = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
     if request.method == "OPTIONS":
         return Response(status_code=204, headers={"Allow": f"{allowed}, OPTIONS"})
     refusal = APIError(405, "wrong method", expected=allowed, found=request.method, headers={"Allow": allowed})

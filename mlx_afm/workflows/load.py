@@ -39,7 +39,7 @@ TOKENIZER = "tokenizer.model"
 def load(
     path: str | Path, adapter_path: str | Path | None = None, *, lazy: bool = False
 ) -> tuple[Model, AFMTokenizer | None]:
-    """The model of an MLX folder and its tokenizer (None if the folder has none).
+    """The model of an MLX folder, in evaluation mode as mlx-lm's, and its tokenizer (None if the folder has none).
 
     If the adapter, or a folder into which one was fused, names the one system prompt that it was trained with, prompts
     without a system message get this one (`tokenizer.system_prompt`).
@@ -63,6 +63,7 @@ def load(
     if tokenizer is not None:
         trained_with = system_prompts_of(folder, None if adapter_path is None else adapter)
         tokenizer.system_prompt = default_system_prompt(trained_with)
+    model.eval()
     return model, tokenizer
 
 

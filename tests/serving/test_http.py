@@ -42,10 +42,16 @@ def test_head_is_get_without_the_body(path, client):
 
 
 def test_options_says_what_a_path_allows(client):
-    for path, allowed in ((CHAT, {"POST", "OPTIONS"}), ("/v1/models", {"GET", "OPTIONS"})):
+    for path, allowed in (
+        (CHAT, {"POST"}),
+        ("/v1/models", {"GET", "HEAD"}),
+        ("/admin/adapters", {"GET", "HEAD", "POST"}),
+        ("/admin/adapters/x", {"DELETE"}),
+        ("/", {"GET", "HEAD"}),
+    ):
         reply = client.options(path)
         assert (reply.status_code, reply.content) == (204, b"")
-        assert set(reply.headers["allow"].split(", ")) == allowed
+        assert set(reply.headers["allow"].split(", ")) == allowed | {"OPTIONS"}
     assert client.options("/v1/nothing").status_code == 404
 
 

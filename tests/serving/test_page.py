@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlx_afm.serving import ServeConfig, running
-from serving_client import REQUESTS
+from serving_client import REQUESTS, wait_for
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the browser extra")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -48,8 +48,8 @@ def open_page(browser, site):
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("request", lambda r: None if r.url.startswith((url or site.url, "data:")) else faults.append(r.url))
         page.goto(url or site.url)
-        page.wait_for_function(
-            "document.querySelectorAll('#left option').length > 0 || !document.getElementById('key-label').hidden"
+        wait_until(
+            page, "document.querySelectorAll('#left option').length > 0 || !document.getElementById('key-label').hidden"
         )
         return page
 
@@ -57,6 +57,11 @@ def open_page(browser, site):
     for context in contexts:
         context.close()
     assert faults == []
+
+
+def wait_until(page, condition):
+    """Waits until a JavaScript condition holds; the page's own policy forbids Playwright to do so within the page."""
+    wait_for(lambda: page.evaluate(condition), seconds=30)
 
 
 def picture(page, name):
@@ -70,9 +75,7 @@ def ask(page, text):
 
 
 def finished(page, count=1):
-    page.wait_for_function(
-        f"document.querySelectorAll('article').length >= {count} && !document.querySelector('.running')"
-    )
+    wait_until(page, f"document.querySelectorAll('article').length >= {count} && !document.querySelector('.running')")
     return [card.inner_text() for card in page.query_selector_all("article p:not(.error)")]
 
 
@@ -130,7 +133,7 @@ def test_answers_come_as_they_are_made_and_can_be_stopped(open_page, site):
         page.route("**/v1/chat/completions", endless)
         page.fill("#limit", "3000")
         ask(page, "go on")
-        page.wait_for_function("document.querySelector('article p').textContent.length > 40")
+        wait_until(page, "document.querySelector('article p').textContent.length > 40")
         assert page.is_visible("#stop")
         assert not page.is_visible("#send")
         if stop == "Escape":
@@ -157,15 +160,15 @@ def test_faults_are_shown(open_page, site):
     page.fill("#limit", "4")
     page.route("**/v1/chat/completions", lambda route: route.fulfill(status=500, body="it broke"))
     ask(page, "broken")
-    page.wait_for_function("document.querySelectorAll('.error').length >= 4")
+    wait_until(page, "document.querySelectorAll('.error').length >= 4")
     assert "it broke" in page.query_selector_all(".error")[-1].inner_text()
     page.unroute("**/v1/chat/completions")
     page.route("**/v1/chat/completions", lambda route: route.abort())
     ask(page, "gone")
-    page.wait_for_function("document.querySelectorAll('.error').length >= 6")
+    wait_until(page, "document.querySelectorAll('.error').length >= 6")
     page.unroute("**/v1/chat/completions")
     ask(page, "well")
-    page.wait_for_function("document.querySelectorAll('article').length >= 8 && !document.querySelector('.running')")
+    wait_until(page, "document.querySelectorAll('article').length >= 8 && !document.querySelector('.running')")
     assert len(page.query_selector_all(".error")) == 6
 
 
@@ -186,7 +189,7 @@ def test_a_key_is_asked_for(open_page, model_folder):
         assert page.is_visible("#key")
         page.fill("#key", "correct-horse")
         page.press("#key", "Tab")
-        page.wait_for_function("document.querySelectorAll('#left option').length > 0")
+        wait_until(page, "document.querySelectorAll('#left option').length > 0")
         page.fill("#limit", "4")
         ask(page, "hi")
         assert finished(page)
