@@ -193,10 +193,10 @@ def names_of_a_reader():
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_commands(page, originals, place, monkeypatch, capsys):
-    async def refuse(*arguments, **settings):
+    def refuse(*arguments, **settings):
         raise OSError(98, "nothing listens in this test")
 
-    monkeypatch.setattr("asyncio.start_server", refuse)
+    monkeypatch.setattr("socket.create_server", refuse)
     if page in NOT_HERE:
         pytest.skip(NOT_HERE[page])
     for _, code in blocks_of(page):

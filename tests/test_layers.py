@@ -18,9 +18,9 @@ LEVELS = (
     ("model", "text"),
     ("adapters", "checkpoints", "data", "interop"),
     ("training", "generation", "memory"),
-    ("draft", "evaluation"),
+    ("draft",),
     ("workflows",),
-    ("serving",),
+    ("serving", "evaluation"),
     ("__init__", "__main__"),
     ("cli",),
 )
@@ -38,7 +38,8 @@ ALLOWED = {
 UPWARD = {("__main__", "cli"): "`python -m mlx_afm` is the command"}
 
 FORMATS_MAY_IMPORT = {"numpy", "mlx_afm.errors", "mlx_afm.files", "mlx_afm.formats"}
-DEPENDENCIES = {"filelock", "mlx", "mlx_lm", "numpy", "sentencepiece", "click", "rich", "yaml", "huggingface_hub"}
+WEB = {"fastapi", "fastapi_offline", "h11", "prometheus_client", "pydantic", "starlette", "uvicorn"}
+DEPENDENCIES = WEB | {"filelock", "mlx", "mlx_lm", "numpy", "sentencepiece", "click", "rich", "yaml", "huggingface_hub"}
 OPTIONAL = {
     "datasets",
     "llguidance",
@@ -47,6 +48,8 @@ OPTIONAL = {
     "tensorboardX",
     "wandb",
 }  # imported late, where one is asked for
+# Modules that are of no use without an optional library.
+ONLY_WITH = {"mlx_afm/evaluation/lm_eval_model.py": {"lm_eval"}}
 # Not settings but a file of the toolkit's that happens to be YAML; formats/ gets the plain value.
 YAML_FORMATS = {"mlx_afm/workflows/draft_pair.py": "checkpoint_spec.yaml"}
 ORACLES = {"torch", "tamm", "coremltools", "safetensors"}
@@ -199,8 +202,13 @@ def test_only_declared_libraries_are_imported(imports):
         if item.top not in sys.stdlib_module_names
         and item.top not in ours | DEPENDENCIES
         and not (item.top in OPTIONAL and item.inner)
+        and item.top not in ONLY_WITH.get(str(item.file.relative_to(ROOT)), ())
     ]
     assert unknown == []
+
+
+def test_the_web_stays_in_the_server(imports):
+    assert [item.place for item in imports if item.top in WEB and unit_of(item.file) != "serving"] == []
 
 
 def test_the_terminal_belongs_to_the_command_line(imports):

@@ -27,7 +27,7 @@ OWN = {
     "mlx_afm/formats/asset_pack.py": "a fault, shown",
     "mlx_afm/generation/jsonl.py": "a digest",
     "mlx_afm/generation/tool_choice.py": "a schema that was read from strict JSON",
-    "mlx_afm/serving/fields.py": "a fault, shown",
+    "mlx_afm/serving/api_error.py": "a fault, shown",
     "mlx_afm/text/hf_chat_template.py": "texts",
     "mlx_afm/text/messages.py": "a fault, shown",
     "mlx_afm/training/distributed.py": "a digest",

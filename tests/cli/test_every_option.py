@@ -108,7 +108,7 @@ BESIDE = {
 def test_a_file_that_is_not_there_is_refused(command, option, world, cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLX_AFM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("asyncio.start_server", None)
+    monkeypatch.setattr("socket.create_server", None)
     beside = BESIDE.get((command, option.name), ())
     data = command.startswith("data ") and option.name == "data"
     line = [*command.split(), "--data", NOWHERE, *world.base[command][1:]] if data else None
@@ -415,7 +415,9 @@ def test_every_option_is_tried_in_one_of_these_ways():
         ("serve", "no_system_prompt"), ("data convert", "overwrite"), ("data split", "overwrite"), ("lora", "best"),
         ("lora", "overwrite"), ("recover", "overwrite"), ("export", "best"), ("fuse", "best"),
         ("toolkit train_adapter", "no_cache"), ("chat", "kv_bits"), ("chat", "verbose"), ("serve", "kv_bits"),
-        ("serve", "model_id"), ("data stats", "overflow"), ("lora", "train"), ("lora", "resume"), ("recover", "resume"),
+        ("serve", "model_id"), ("serve", "strict_turns"), ("serve", "docs"), ("serve", "page"),
+        ("serve", "allow_origins"), ("data stats", "overflow"), ("lora", "train"), ("lora", "resume"),
+        ("recover", "resume"),
         ("toolkit generate", "prompt"), ("toolkit train_adapter", "activation_checkpointing"),
         ("toolkit train_adapter", "compile_model"), ("toolkit train_adapter", "fixed_sized_sequences"),
         ("toolkit train_adapter", "pack_sequences"), ("toolkit train_adapter", "precision"),

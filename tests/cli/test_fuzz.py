@@ -248,10 +248,10 @@ def _isolate(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
-    async def refuse(*arguments, **settings):
+    def refuse(*arguments, **settings):
         raise OSError(98, "nothing listens in this test")
 
-    monkeypatch.setattr("asyncio.start_server", refuse)
+    monkeypatch.setattr("socket.create_server", refuse)
 
 
 def _run(line, monkeypatch, capsys):

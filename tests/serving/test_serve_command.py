@@ -117,6 +117,7 @@ def test_a_second_signal_does_not_wait(model_folder):
         (["--model", "MODEL", "--adapter", "a b=MODEL"], 1, "cannot be a model id"),
         (["--model", "MODEL", "--adapter", "mlx=MODEL"], 1, "what the base is called"),
         (["--model", "MODEL", "--adapter-memory", "much"], 2, "not a size"),
+        (["--model", "MODEL", "--allow-origin", "*"], 2, "allow_origins: expected origins such as https://app.example"),
         (["--model", "MODEL", "--rows", "0"], 2, "rows: expected at least 1"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
