@@ -51,8 +51,8 @@ def add_low_rank(
 def add_scaled_product(y: mx.array, inner: mx.array, b: mx.array, scale: float) -> mx.array:
     """y + scale * inner b, (..., O), in one kernel.
 
-    Cost: its gradient scales the small arrays, where that of `alpha` in `mx.addmm` multiplies arrays as large as y,
-        which takes three times as long.
+    Cost: two products in its gradient, which scale what they add up. The gradient of `alpha` in `mx.addmm` multiplies
+        arrays as large as y, which takes three times as long.
     """
 
     @mx.custom_function
@@ -63,7 +63,9 @@ def add_scaled_product(y: mx.array, inner: mx.array, b: mx.array, scale: float) 
     def _(primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         _, inner, b = primals
         inner_TR, cotangent_TO = inner.reshape(-1, inner.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
-        return cotangent, scale * (cotangent @ b.T), scale * (inner_TR.T @ cotangent_TO)
+        # With beta 0 the first argument gives a shape alone.
+        inner_cotangent = mx.addmm(inner, cotangent, b.T, alpha=scale, beta=0.0)
+        return cotangent, inner_cotangent, mx.addmm(b, inner_TR.T, cotangent_TO, alpha=scale, beta=0.0)
 
     return add(y, inner, b)  # type: ignore[return-value, operator]
 
