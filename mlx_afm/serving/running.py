@@ -34,6 +34,7 @@ from mlx_afm.serving.scheduler import Log
 SUFFIXES = (".pt", ".fmadapter")
 SETTLE_SECONDS = 0.2
 FINISH_SECONDS = 2
+BACKLOG = 2048
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ async def serve(
         server = Server(thread, config, metrics)
         listener = _Listener(_layers(server, log), config)
         server.connections = lambda: len(listener.server_state.connections)
-        listening = socket.create_server((config.host, config.port), family=_family(config.host), backlog=2048)
+        listening = _listening_socket(config.host, config.port)
         for number in (signal.SIGINT, signal.SIGTERM) if signals else ():
             loop.add_signal_handler(number, lambda: (hurry if stop.is_set() else stop).set())
         serving = asyncio.ensure_future(listener.serve([listening]))
@@ -214,8 +215,20 @@ def _layers(server: Server, log: Log) -> ASGIApp:
     return Access(inner, config, server.metrics, app.openapi()["paths"], lambda: server.connections())
 
 
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
+def _listening_socket(host: str, port: int) -> socket.socket:
+    """A socket that listens. It names TCP, without which asyncio leaves Nagle's algorithm on, and answers wait 40 ms."""
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
+    )[0]
+    listening = socket.socket(family, kind, protocol)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(BACKLOG)
+    except BaseException:
+        listening.close()
+        raise
+    return listening
 
 
 async def _first(*waiting: Coroutine[Any, Any, Any]) -> None:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import socket
+import time
 import zlib
 
 import httpx
@@ -158,6 +159,16 @@ def test_documents_and_page_can_be_switched_off(model_folder, client):
     with running(model_folder, {}, config) as server, httpx.Client(base_url=server.url) as plain:
         for path in ("/", "/docs", "/openapi.json", "/docs/static/swagger-ui-bundle.js"):
             assert plain.get(path).status_code == 404, path
+
+
+def test_answers_are_not_held_back(client):
+    """Nagle's algorithm would hold the end of each answer back until the client acknowledges its beginning: 40 ms."""
+    seconds = []
+    for _ in range(10):
+        started = time.perf_counter()
+        client.post("/tokenize", json={"prompt": "list the files"}).raise_for_status()
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 0.03
 
 
 def test_an_answer_on_a_connection_that_closes(server):
