@@ -196,7 +196,7 @@ def test_commands(page, originals, place, monkeypatch, capsys):
     def refuse(*arguments, **settings):
         raise OSError(98, "nothing listens in this test")
 
-    monkeypatch.setattr("mlx_afm.serving.running._listening_socket", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
     if page in NOT_HERE:
         pytest.skip(NOT_HERE[page])
     for _, code in blocks_of(page):

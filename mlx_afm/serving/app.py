@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from functools import partial
@@ -97,6 +98,7 @@ class Server:
         self.stopping = False
         self.connections: Callable[[], int] = lambda: 0
         self._samples: tuple[list[Sample], list[Sample]] = ([], [])
+        self._mailbox = Mailbox(asyncio.get_running_loop())
         metrics.registry.register(SchedulerCollector(lambda: self._samples))  # type: ignore[arg-type]
 
     def card(self, name: str) -> dict[str, Any]:
@@ -126,12 +128,9 @@ class Server:
         Raises:
             APIError: there is no answer. ClientDisconnect: nobody waits for it.
         """
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        events = asyncio.Queue[Event]()
         deadline = time.monotonic() + self.config.request_seconds
-
-        def post(event: Event) -> None:
-            with suppress(RuntimeError):  # the loop has ended: nobody listens
-                loop.call_soon_threadsafe(events.put_nowait, event)
+        post = partial(self._mailbox.post, events)
 
         def plan() -> tuple[CompletionRequest, list[Job]]:
             asked = read()
@@ -158,6 +157,30 @@ class Server:
         finally:
             if not streams:
                 cancel()
+
+
+class Mailbox:
+    """Events from the model's thread to the loop, which is woken once for all that come together.
+
+    Args:
+        loop: that waits for them.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop, self._held = loop, deque[tuple[asyncio.Queue[Event], Event]]()
+
+    def post(self, events: asyncio.Queue[Event], event: Event) -> None:
+        """Puts an event into a queue of the loop; for the thread that owns the model alone."""
+        self._held.append((events, event))
+        if len(self._held) == 1:
+            with suppress(RuntimeError):  # the loop has ended: nobody listens
+                self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        while self._held:
+            events, event = self._held[0]
+            events.put_nowait(event)
+            self._held.popleft()
 
 
 class EventStream(StreamingResponse):

@@ -216,7 +216,7 @@ def _layers(server: Server, log: Log) -> ASGIApp:
 
 
 def _listening_socket(host: str, port: int) -> socket.socket:
-    """A socket that listens. It names TCP, without which asyncio leaves Nagle's algorithm on, and answers wait 40 ms."""
+    """A socket that listens. It names TCP: else asyncio leaves Nagle's algorithm on, and answers wait for 40 ms."""
     family, kind, protocol, _, address = socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
     )[0]

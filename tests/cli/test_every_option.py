@@ -108,7 +108,7 @@ BESIDE = {
 def test_a_file_that_is_not_there_is_refused(command, option, world, cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLX_AFM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("mlx_afm.serving.running._listening_socket", None)
+    monkeypatch.setattr("socket.getaddrinfo", None)
     beside = BESIDE.get((command, option.name), ())
     data = command.startswith("data ") and option.name == "data"
     line = [*command.split(), "--data", NOWHERE, *world.base[command][1:]] if data else None

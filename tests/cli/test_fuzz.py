@@ -251,7 +251,7 @@ def _isolate(monkeypatch, tmp_path):
     def refuse(*arguments, **settings):
         raise OSError(98, "nothing listens in this test")
 
-    monkeypatch.setattr("mlx_afm.serving.running._listening_socket", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
 
 
 def _run(line, monkeypatch, capsys):
