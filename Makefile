@@ -28,7 +28,7 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 .venv/.parity: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,parity]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,parity,lm-eval,clients,browser]"
 	touch $@
 
 clean:

@@ -24,10 +24,12 @@ class EncodedPrompt:
     Attributes:
         ids: end where the answer begins.
         prefix_boundaries: lengths of its prefixes that other prompts may have too, ascending.
+        text: that it was made of, if it was one text.
     """
 
     ids: list[int]
     prefix_boundaries: tuple[int, ...] = ()
+    text: str | None = None
 
 
 def to_prompt_ids(

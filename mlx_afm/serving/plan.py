@@ -88,6 +88,7 @@ def plan_jobs(
             prompt_logprobs=asked.sampler.top_logprobs if asked.echo else None,
         )
         first, keeps_tokens = number * asked.choices, asked.sampler.top_logprobs is not None
+        text = tokenizer.decode(prompt.ids) if prompt.text is None else prompt.text
         sinks = [
             ChoiceSink(
                 first + choice,
@@ -95,7 +96,7 @@ def plan_jobs(
                 post,
                 metrics,
                 at_once=asked.stream,
-                echo=tokenizer.decode(prompt.ids) if asked.echo else "",
+                echo=text if asked.echo else "",
             )
             for choice in range(asked.choices)
         ]

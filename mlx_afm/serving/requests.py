@@ -254,7 +254,10 @@ class Reader:
             expected = f"at most {self.config.rows}"
             raise DataError("too many prompts in one request", expected=expected, found=len(several))
         places = ["prompt"] if several == [prompt] else [f"prompt {number}" for number in range(len(several))]
-        return tuple(EncodedPrompt(self._text_ids(item, where)) for item, where in zip(several, places))
+        return tuple(
+            EncodedPrompt(self._text_ids(item, where), text=item if isinstance(item, str) else None)
+            for item, where in zip(several, places)
+        )
 
     def _text_ids(self, prompt: object, where: str) -> list[int]:
         if isinstance(prompt, str) and prompt:

@@ -1,14 +1,21 @@
 """Adapters added and removed while the server runs."""
 
+import json
 import os
 import shutil
+import struct
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 import mlx_afm
+from mlx_afm.adapters import LoRAConfig, write_adapter_folder
+from mlx_afm.checkpoints.model_folder import read_config
+from mlx_afm.errors import AdapterError
+from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.serving import ServeConfig, running
 from serving_client import chat, parse_reply, request_bytes, send, wait_for
+from tiny import random_adapter
 
 CHAT, ADMIN = "/v1/chat/completions", "/admin/adapters"
 
@@ -116,3 +123,56 @@ def test_a_request_that_waits_for_an_adapter_which_is_removed(model_folder, serv
         assert (reply.status, reply.error["code"]) == (404, "model_not_found")
         assert "was removed" in reply.error["message"]
         assert first.result(60).status == 200
+
+
+def test_adapters_by_vllms_calls(server, call, served_adapters):
+    load, unload = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+    spare = served_adapters["small"].parent / "spare.pt"
+    added = call(server.url, "POST", load, {"lora_name": "spare", "lora_path": str(spare)})
+    assert (added.status, added.body) == (200, b"Success: LoRA adapter 'spare' added successfully.")
+    try:
+        cards = {card["id"]: card for card in call(server.url, "GET", "/v1/models").json["data"]}
+        assert (cards["spare"]["parent"], cards["base"]["parent"]) == ("base", None)
+        assert call(server.url, "POST", CHAT, body("spare")).status == 200
+        assert call(server.url, "POST", load, {"lora_name": "spare", "lora_path": str(spare)}).status == 409
+    finally:
+        assert call(server.url, "POST", unload, {"lora_name": "spare"}).status == 200
+    assert call(server.url, "POST", unload, {"lora_name": "spare"}).status == 404
+    assert call(server.url, "POST", load, {"lora_name": "x", "lora_path": "/etc/passwd"}).status == 403
+    assert call(server.url, "POST", load, {"lora_name": "x"}).error["param"] == "lora_path"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_values_that_are_not_finite_are_refused_by_name(value, server, call, served_adapters, model_folder):
+    folder = served_adapters["small"].parent / "spoiled"
+    shutil.copytree(served_adapters["small"], folder)
+    data = bytearray((folder / "adapters.safetensors").read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    name = sorted(set(header) - {"__metadata__"})[5]
+    place = start + header[name]["data_offsets"][0]
+    data[place : place + 4] = struct.pack("<f", value)
+    (folder / "adapters.safetensors").write_bytes(data)
+    try:
+        reply = call(server.url, "POST", ADMIN, {"name": "spoiled", "path": str(folder)})
+        assert (reply.status, reply.error["code"]) == (400, "not_added")
+        assert "not finite" in reply.error["message"]
+        assert name in reply.error["message"]
+        with pytest.raises(AdapterError, match="not finite"), running(model_folder, {"a": folder}, ServeConfig(port=0)):
+            raise AssertionError
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_an_adapter_without_effect_is_served_with_a_warning(model_folder, call, tmp_path, alone):
+    fresh = random_adapter(read_config(model_folder), LoRAConfig(rank=4))
+    for name, tensor in fresh.weights.items():
+        if name.endswith(".lora_b"):
+            fresh.weights[name] = LazyTensor.of(0 * tensor.read_values())
+    write_adapter_folder(tmp_path / "fresh", fresh)
+    told = []
+    with running(model_folder, {"fresh": tmp_path / "fresh"}, ServeConfig(port=0), told.append) as server:
+        reply = call(server.url, "POST", CHAT, body("fresh"))
+        assert reply.json["choices"][0]["message"]["content"] == alone("base", "list the files", max_tokens=8)
+    (line,) = told
+    assert "no effect" in line
