@@ -93,8 +93,8 @@ class AdapterPool:
         """Makes an adapter known. Its file is read and checked now, and read again when it is first asked for.
 
         Raises:
-            AdapterError: the name is taken, it cannot be served within the limit, or a value is not finite.
-            FormatError, TensorsError: not an adapter of this model.
+            AdapterError: the name is taken, or it cannot be served within the limit.
+            FormatError, TensorsError: not an adapter of this model, or one with values that are not finite.
         """
         if name in (self._reserved, BASE):
             advice = "Choose another, or set --model-id."
@@ -102,7 +102,6 @@ class AdapterPool:
         if name in self._entries:
             raise AdapterError("there is an adapter of this name", where=name, advice="Remove it first.")
         adapter, size = self._open(path)
-        _require_finite(adapter, path)
         prompts, no_effect = system_prompts_of(self._folder, adapter), is_zero(adapter)
         self._entries[name] = Entry(path, size, system_prompts=prompts, has_no_effect=no_effect)
         self.names = tuple(self._entries)
@@ -251,12 +250,6 @@ class AdapterPool:
             self._leaving.discard(name)
             self._unload(name)
             del self._entries[name]
-
-
-def _require_finite(adapter: Adapter, path: Path) -> None:
-    for name, tensor in adapter.weights.items():
-        if not mx.isfinite(to_mlx(tensor)).all().item():
-            raise AdapterError("the adapter has values that are not finite", where=f"{path}: {name}")
 
 
 def _readers(adapter: Adapter) -> dict[str, Callable[[], mx.array]]:

@@ -11,7 +11,7 @@ import pytest
 import mlx_afm
 from mlx_afm.adapters import LoRAConfig, write_adapter_folder
 from mlx_afm.checkpoints.model_folder import read_config
-from mlx_afm.errors import AdapterError
+from mlx_afm.errors import TensorsError
 from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.serving import ServeConfig, running
 from serving_client import chat, parse_reply, request_bytes, send, wait_for
@@ -158,7 +158,7 @@ def test_values_that_are_not_finite_are_refused_by_name(value, server, call, ser
         assert (reply.status, reply.error["code"]) == (400, "not_added")
         assert "not finite" in reply.error["message"]
         assert name in reply.error["message"]
-        with pytest.raises(AdapterError, match="not finite"), running(model_folder, {"a": folder}, ServeConfig(port=0)):
+        with pytest.raises(TensorsError, match="not finite"), running(model_folder, {"a": folder}, ServeConfig(port=0)):
             raise AssertionError
     finally:
         shutil.rmtree(folder)
