@@ -55,7 +55,6 @@ class Access:
         metrics: counts the answers.
         paths: that metrics tell apart.
         connections: how many are open.
-        log: takes faults of ours.
     """
 
     def __init__(

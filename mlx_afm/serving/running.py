@@ -23,13 +23,14 @@ from starlette.types import ASGIApp
 from mlx_afm.errors import AdapterError, ConfigError
 from mlx_afm.files import to_path, visible
 from mlx_afm.serving.access import Access, RequestBody
-from mlx_afm.serving.app import Server, make_app
+from mlx_afm.serving.app import make_app
 from mlx_afm.serving.bodies import ADAPTER_NAME
 from mlx_afm.serving.config import ServeConfig
 from mlx_afm.serving.metrics import Metrics
 from mlx_afm.serving.model_thread import ModelThread
 from mlx_afm.serving.protocol import HEAD_BYTES, protocol_class
 from mlx_afm.serving.scheduler import Log
+from mlx_afm.serving.server import Server
 
 SUFFIXES = (".pt", ".fmadapter")
 SETTLE_SECONDS = 0.2
