@@ -182,10 +182,20 @@ def log_probabilities(logits_BV: mx.array) -> mx.array:
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
+def import_filters(config: GenerateConfig) -> None:
+    """Imports what `filter_logits` needs for these settings: mlx-lm, which takes seconds the first time."""
+    if _filters(config):
+        import mlx_lm.sample_utils  # noqa: F401
+
+
+def _filters(config: GenerateConfig) -> bool:
+    return config.top_p < 1 or config.min_p > 0 or config.top_k > 0
+
+
 def filter_logits(logprobs_BV: mx.array, config: GenerateConfig) -> mx.array:
     """Log probabilities with minus infinity for tokens that the settings exclude; mlx-lm's order."""
-    if config.top_p == 1 and not config.min_p and not config.top_k:
-        return logprobs_BV  # without mlx-lm, whose import takes seconds
+    if not _filters(config):
+        return logprobs_BV
     from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 
     if config.top_p < 1:

@@ -6,13 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-import mlx.core as mx
-
 from mlx_afm.errors import AFMError
 from mlx_afm.generation.engine import Request
 from mlx_afm.generation.guided import GuidedProcessor, guided_processor
 from mlx_afm.generation.prompts import EncodedPrompt
-from mlx_afm.generation.sampling import LogitsProcessor, Sampler, filter_logits
+from mlx_afm.generation.sampling import LogitsProcessor, Sampler, import_filters
 from mlx_afm.generation.text_stream import TextStream
 from mlx_afm.generation.tool_choice import tool_call_processor
 from mlx_afm.serving.api_error import APIError
@@ -54,8 +52,7 @@ def plan_jobs(
     Raises:
         APIError: prompt and answer do not fit in the context; a schema or tools that cannot constrain an answer.
     """
-    # Its first use imports mlx-lm, which takes seconds: here, while the model's thread goes on with others.
-    filter_logits(mx.zeros((1, tokenizer.vocab_size)), asked.sampler.config)
+    import_filters(asked.sampler.config)  # here, while the model's thread goes on with others
     new_constraint = constraint_of(asked, tokenizer)
     jobs = []
     for number, prompt in enumerate(asked.prompts):
