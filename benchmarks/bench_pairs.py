@@ -7,8 +7,9 @@ short_answer       `mlx-afm generate` in a cold process: 8 tokens behind a promp
 first_token        the same with one token
 server_throughput  tokens a second of `mlx-afm serve`: 8 clients, 4 adapters of ranks 4 to 64, answers of 32 tokens
 train              `mlx-afm lora`, 20 steps of 4 examples, all of the command's time
+prefill, decode    the cases of width 1024 of `bench_generate`, each side by its own checkout's `generate_sides.py`
 
-Model: width 512, 12 + 6 layers, the demo's tokenizer. A pair is one run of each side, in changing order; the figure is
+Model of the first four: width 512, 12 + 6 layers, the demo's tokenizer. A pair is one run of each side, in changing order; the figure is
 the median of now / before (for throughput of before's time / now's), with the bounds between which it lies with 95 %
 (percentiles of 2,000 resamples). All run with OpenBLAS.
 """
@@ -49,6 +50,7 @@ class Side:
         names = folder / f"names-{root.name}"
         names.mkdir()
         (names / "mlx_afm_cli").symlink_to(root / "cli")
+        self.root = root
         self.folder = names  # commands run here, where no checkout is found before that of PYTHONPATH
         self.environment = {**os.environ, "PYTHONPATH": f"{root}:{names}"}
 
@@ -149,6 +151,34 @@ def train(model: Path, folder: Path) -> Callable[[Side], float]:
     return measure
 
 
+def in_process(run: str, folder: Path) -> Callable[[Side], float]:
+    """Seconds of a case of bench_generate, each side in a process that stays."""
+    from bench_generate import specs_of
+
+    spec, processes = specs_of(f"{run}_1024", folder)["ours"], dict[str, subprocess.Popen[str]]()
+
+    def ask(side: Side) -> float:
+        process = processes.get(side.folder.name)
+        if process is None:
+            program = side.root / "benchmarks" / "generate_sides.py"
+            process = processes[side.folder.name] = subprocess.Popen(
+                [sys.executable, str(program), json.dumps(spec)],
+                env=side.environment,
+                cwd=side.folder,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            assert process.stdout is not None
+            process.stdout.readline()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        print(json.dumps({"do": "run"}), file=process.stdin, flush=True)
+        return float(json.loads(process.stdout.readline())["seconds"])
+
+    return ask
+
+
 def in_pairs(measure: Callable[[Side], float], now: Side, before: Side, repeat: int) -> dict[str, object]:
     ratios, seconds = [], {"now": [], "before": []}
     for number in range(repeat + 1):
@@ -172,7 +202,7 @@ def in_pairs(measure: Callable[[Side], float], now: Side, before: Side, repeat: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, required=True)
-    parser.add_argument("--cases", default="short_answer,first_token,server_throughput,train")
+    parser.add_argument("--cases", default="short_answer,first_token,server_throughput,train,prefill,decode")
     parser.add_argument("--repeat", type=int, default=11)
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -187,6 +217,8 @@ def main() -> None:
             "first_token": answer(model, 1),
             "server_throughput": throughput(model, adapters),
             "train": train(model, folder),
+            "prefill": in_process("prefill", folder),
+            "decode": in_process("decode", folder),
         }
         for case in options.cases.split(","):
             results[case] = {**in_pairs(measures[case], now, before, options.repeat), "commit": commit()}
