@@ -9,7 +9,8 @@ server_throughput  tokens a second of `mlx-afm serve`: 8 clients, 4 adapters of 
 train              `mlx-afm lora`, 20 steps of 4 examples, all of the command's time
 prefill, decode    the cases of width 1024 of `bench_generate`, each side by its own checkout's `generate_sides.py`
 
-Model of the first four: width 512, 12 + 6 layers, the demo's tokenizer. A pair is one run of each side, in changing order; the figure is
+Model of the first four: width 512, 12 + 6 layers, the demo's tokenizer. A pair is one run of each side, in changing
+order; the figure is
 the median of now / before (for throughput of before's time / now's), with the bounds between which it lies with 95 %
 (percentiles of 2,000 resamples). All run with OpenBLAS.
 """

@@ -68,7 +68,7 @@ def exchange(url, data):
         received = b""
         try:
             connection.sendall(data)
-            connection.settimeout(5)
+            connection.settimeout(2)
             while piece := connection.recv(1 << 16):
                 received += piece
         except (ConnectionError, TimeoutError):  # a mutated head may keep the connection
