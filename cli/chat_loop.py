@@ -12,7 +12,7 @@ import click
 
 from mlx_afm.errors import AFMError
 from mlx_afm.files import to_path
-from mlx_afm.generation.chat import Chat, Turn
+from mlx_afm.generation.chat import Chat, ChatTurn
 from mlx_afm.text.system_prompt import parse_system_prompt
 from mlx_afm.text.template import DEFAULT_SYSTEM
 from mlx_afm.workflows.chat import ChatModel, save_chat
@@ -85,7 +85,7 @@ class ChatLoop:
         if turn is not None and (pieces or turn.finish_reason == "stopped"):
             self._report("".join(pieces), turn)
 
-    def _report(self, text: str, turn: Turn) -> None:
+    def _report(self, text: str, turn: ChatTurn) -> None:
         counts = {
             "prompt_tokens": turn.prompt_tokens,
             "reused_tokens": turn.reused_tokens,

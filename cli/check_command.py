@@ -13,10 +13,10 @@ from .output import json_option
 from .parameters import PATH, refuse_given
 
 if TYPE_CHECKING:
-    from mlx_afm.formats.fmadapter_report import Report
+    from mlx_afm.formats.fmadapter_report import PackageReport
 
 
-def show_report(report: Report, as_json: bool) -> None:
+def show_report(report: PackageReport, as_json: bool) -> None:
     """Prints a check's findings and verdict."""
     if as_json:
         click.echo(to_json(report.to_dict(), default=str))

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from mlx_afm.data.config import DataConfig
-from mlx_afm.data.fix import Change, Fixed
+from mlx_afm.data.fix import Fixed, LineChange
 from mlx_afm.data.problems import Problem
 from mlx_afm.data.report import DataReport
 from mlx_afm.data.sources import unread_text
@@ -90,7 +90,7 @@ def _fixed_lines(fixed: Fixed) -> Iterator[str]:
     yield f"{fixed.folder}: {', '.join(path.name for path in fixed.files)} written; what changed:"
     by_kind = sorted(fixed.changes, key=lambda change: change.kind)
     for kind, group in groupby(by_kind, key=lambda change: change.kind):
-        changes: list[Change] = list(group)
+        changes: list[LineChange] = list(group)
         yield from (f"  {Path(c.file).name} line {c.line}: {c.message}" for c in changes[:SHOWN])
         if fixed.counts[kind] > SHOWN:
             yield f"  ... and {fixed.counts[kind] - SHOWN:,} more of {kind}; --json lists {len(changes):,}"

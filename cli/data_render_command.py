@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from mlx_afm.data.config import DataConfig
-from mlx_afm.data.sample import Choice, Sample
+from mlx_afm.data.sample import ExampleChoice, Sample
 from mlx_afm.files import to_json
 from mlx_afm.workflows.show_data import samples
 
@@ -26,7 +26,7 @@ CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u206
 @click.command("render")
 @data_argument
 @click.option("--model", type=PATH, required=True, help="Model folder, for its tokenizer.")
-@click.option("-n", "--count", type=int, default=Choice.count, show_default=True, help="How many examples.")
+@click.option("-n", "--count", type=int, default=ExampleChoice.count, show_default=True, help="How many examples.")
 @click.option("--seed", type=int, help="Choose them at random; without it they are the first.")
 @click.option("--line", type=int, help="The example of this line alone.")
 @click.option("--split", type=click.Choice(["train", "valid", "test"]), help="[default: the first there is]")
@@ -47,7 +47,7 @@ def render(
     """Show examples as the model sees them, with what it learns to say highlighted (in «» if not on a terminal)."""
     if line is not None:
         refuse_given(("count",), "with --line")
-    chosen = samples(data, model, Choice(count, seed, line), reading, split)
+    chosen = samples(data, model, ExampleChoice(count, seed, line), reading, split)
     if as_json:
         examples = [sample.to_dict(with_ids=ids) for sample in chosen]
         click.echo(to_json({"examples": examples}))

@@ -14,7 +14,7 @@ from mlx_afm.files import format_bytes
 from .lora_options import ESTIMATED
 from .output import json_option, note, show
 from .parameters import PATH, SIZE, refuse_given
-from .settings import Request, request_from
+from .settings import LoraRequest, request_from
 
 TABLE_SETS = ("batch_size", "batch_tokens", "max_seq_length", "grad_checkpoint")
 
@@ -76,7 +76,7 @@ def command(
     return 0
 
 
-def _plan(request: Request, base: str | None, share: float | None) -> Any:
+def _plan(request: LoraRequest, base: str | None, share: float | None) -> Any:
     """The run that is asked about."""
     from mlx_afm.checkpoints.model_folder import read_config
     from mlx_afm.model import AFMConfig
@@ -97,6 +97,6 @@ def _plan(request: Request, base: str | None, share: float | None) -> Any:
         held = estimate.named_base(base or "bfloat16", model)
     else:
         held = estimate.base_of(job.model)
-    return estimate.Plan(
+    return estimate.RunPlan(
         model=model, base=held, lora=job.lora, train=job.train, layouts=layouts, backend=estimate.backend()
     )

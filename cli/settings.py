@@ -28,7 +28,7 @@ LISTS = ("targets", "no_decay", "report_to")
 
 
 @dataclass(frozen=True)
-class Request:
+class LoraRequest:
     """What `mlx-afm lora` is asked to do: train (--resume asks for it too), test or both.
 
     `adapter_given` says whether there was an adapter path, `system_given` whether there was a system prompt, `best`
@@ -47,7 +47,7 @@ def request_from(
     file: Path | None,
     flags: Mapping[str, Any],
     required: tuple[str, ...] = ("model", "data"),
-) -> Request:
+) -> LoraRequest:
     """What file and flags ask for together.
 
     Args:
@@ -86,7 +86,7 @@ def request_from(
     )
     system_given = values.get("system_prompt") is not None or bool(values.get("no_system_prompt"))
     trains = switches["train"] or switches["resume"]
-    return Request(job, trains, switches["test"], "adapter_path" in values, system_given, switches["best"])
+    return LoraRequest(job, trains, switches["test"], "adapter_path" in values, system_given, switches["best"])
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:

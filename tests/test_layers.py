@@ -251,3 +251,12 @@ def test_every_package_is_installed():
     listed = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     packages = {".".join(file.parent.relative_to(ROOT).parts) for file in (ROOT / "mlx_afm").rglob("__init__.py")}
     assert {name for name in packages if f'"{name}"' not in listed} == set()
+
+
+def test_no_two_public_classes_share_a_name():
+    places: dict[str, list[str]] = {}
+    for file in source_files():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(str(file.relative_to(ROOT)))
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}

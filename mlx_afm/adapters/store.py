@@ -20,8 +20,8 @@ from mlx_afm.checkpoints.arrays import cast
 from mlx_afm.checkpoints.finite import require_finite
 from mlx_afm.checkpoints.names import (
     DEFAULT_ADAPTER,
-    Entry,
     Kind,
+    TensorEntry,
     adapter_ids,
     count_layers,
     plan_adapter,
@@ -169,7 +169,7 @@ def adapter_shapes(base: AFMConfig, config: LoRAConfig) -> dict[str, tuple[int, 
     return shapes
 
 
-def adapter_entries(base: AFMConfig, config: LoRAConfig, name: str = DEFAULT_ADAPTER) -> list[Entry]:
+def adapter_entries(base: AFMConfig, config: LoRAConfig, name: str = DEFAULT_ADAPTER) -> list[TensorEntry]:
     """Every tensor of a LoRA adapter on all projections of all layers, in the toolkit's order."""
     return plan_adapter(base, AdapterSpec(name=name, rank=config.rank, alpha=config.scale * config.rank))
 

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 
 from mlx_afm.checkpoints.arrays import cast
 from mlx_afm.checkpoints.finite import finite_while_read, require_finite, require_finite_arrays
-from mlx_afm.checkpoints.names import Entry, Kind, plan_names
+from mlx_afm.checkpoints.names import Kind, TensorEntry, plan_names
 from mlx_afm.checkpoints.quantized import KEY, schemes_of
 from mlx_afm.checkpoints.toolkit import ToolkitCheckpoint, quantizer_scale, range_of_scale
 from mlx_afm.errors import ConfigError, FormatError
@@ -225,7 +225,7 @@ def write_torch_checkpoint(
 
 
 def _state_value(
-    entry: Entry, ours: Mapping[str, LazyTensor], observers: Mapping[str, LazyTensor], dtype: str | None
+    entry: TensorEntry, ours: Mapping[str, LazyTensor], observers: Mapping[str, LazyTensor], dtype: str | None
 ) -> LazyTensor:
     if entry.kind in (Kind.WEIGHT, Kind.ADAPTER):
         return cast(ours[entry.ours], dtype if entry.kind is Kind.WEIGHT else None)

@@ -32,7 +32,7 @@ class Kind(Enum):
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor of the toolkit's state dict.
 
     Attributes:
@@ -78,21 +78,21 @@ KEY_NORM = "attention.qk_norm.key_norm.weight"
 OBSERVER = "attention.kv_quantizer.{}_quantizer.activation_post_process."
 
 
-def plan_names(config: ToolkitConfig) -> list[Entry]:
+def plan_names(config: ToolkitConfig) -> list[TensorEntry]:
     """Every tensor of the toolkit's state dict for a configuration, in its order."""
     model, adapter = config.model, config.adapter
     table = (model.vocab_size, model.hidden_dim)
-    entries = [Entry("embedding.weight", "model.embedding.weight", table, Kind.WEIGHT)]
+    entries = [TensorEntry("embedding.weight", "model.embedding.weight", table, Kind.WEIGHT)]
     for index in range(model.num_ordinary_layers):
         entries += _layer(model, adapter, index, reuse=False)
     for index in range(model.num_kv_reuse_layers):
         entries += _layer(model, adapter, index, reuse=True)
-    entries.append(Entry("output_norm.weight", "model.output_norm.weight", (model.hidden_dim,), Kind.WEIGHT))
-    entries.append(Entry("output_transform.weight", "model.embedding.weight", table, Kind.ALIAS))
+    entries.append(TensorEntry("output_norm.weight", "model.output_norm.weight", (model.hidden_dim,), Kind.WEIGHT))
+    entries.append(TensorEntry("output_transform.weight", "model.embedding.weight", table, Kind.ALIAS))
     return entries
 
 
-def plan_adapter(model: AFMConfig, adapter: AdapterSpec) -> list[Entry]:
+def plan_adapter(model: AFMConfig, adapter: AdapterSpec) -> list[TensorEntry]:
     """The adapter's tensors alone, in the order of the state dict."""
     entries = plan_names(ToolkitConfig(model=model, adapter=adapter))
     return [entry for entry in entries if entry.kind is Kind.ADAPTER]
@@ -111,14 +111,14 @@ def _prefixes(model: AFMConfig, index: int, reuse: bool) -> tuple[str, str]:
     return f"layers.{segment}layer_{index}.", f"model.layers.{index}."
 
 
-def _layer(model: AFMConfig, adapter: AdapterSpec | None, index: int, *, reuse: bool) -> Iterator[Entry]:
+def _layer(model: AFMConfig, adapter: AdapterSpec | None, index: int, *, reuse: bool) -> Iterator[TensorEntry]:
     theirs, ours = _prefixes(model, index, reuse)
     width = model.hidden_dim
 
-    def norm(toolkit: str, mine: str, size: int) -> Entry:
-        return Entry(theirs + toolkit, ours + mine + ".weight", (size,), Kind.WEIGHT)
+    def norm(toolkit: str, mine: str, size: int) -> TensorEntry:
+        return TensorEntry(theirs + toolkit, ours + mine + ".weight", (size,), Kind.WEIGHT)
 
-    def projection(item: Projection) -> Iterator[Entry]:
+    def projection(item: Projection) -> Iterator[TensorEntry]:
         yield from _projection(model, adapter, item, theirs, ours)
 
     yield norm("attention.norm.weight", "input_layernorm", width)
@@ -129,8 +129,8 @@ def _layer(model: AFMConfig, adapter: AdapterSpec | None, index: int, *, reuse: 
         if model.kv_quant:
             for side in ("key", "value"):
                 observer, scale = theirs + OBSERVER.format(side), f"{ours}self_attn.quant_{side}_scale"
-                yield Entry(observer + "range", scale, (2,), Kind.RANGE)
-                yield Entry(observer + "num_samples", "", (), Kind.SAMPLES)
+                yield TensorEntry(observer + "range", scale, (2,), Kind.RANGE)
+                yield TensorEntry(observer + "num_samples", "", (), Kind.SAMPLES)
     yield from projection(OUT)
     yield norm("feed_forward.norm.weight", "post_attention_layernorm", width)
     for item in (GATE, UP, DOWN):
@@ -146,20 +146,20 @@ def _sizes(model: AFMConfig, target: str) -> tuple[int, int]:
 
 def _projection(
     model: AFMConfig, adapter: AdapterSpec | None, item: Projection, theirs: str, ours: str
-) -> Iterator[Entry]:
+) -> Iterator[TensorEntry]:
     fused = len(item.target) > 1
     sizes = [_sizes(model, target) for target in item.target]
     wrapped = ".wrapped" if adapter else ""
     matrix = ".fused_linear.weight" if fused else ".weight"
     shape = (sum(output for _, output in sizes), sizes[0][0])
-    yield Entry(theirs + item.toolkit + wrapped + matrix, f"{ours}{item.ours}.weight", shape, Kind.WEIGHT)
+    yield TensorEntry(theirs + item.toolkit + wrapped + matrix, f"{ours}{item.ours}.weight", shape, Kind.WEIGHT)
     if adapter is None:
         return
     for number, (target, (inputs, outputs)) in enumerate(zip(item.target, sizes)):
         their_pair = f"{theirs}{item.toolkit}.adapters.{adapter.name}." + (f"lora_{number}." if fused else "")
         our_pair = f"{ours}{item.ours}." + (f"{target}." if fused else "")
-        yield Entry(their_pair + "a_transpose", our_pair + "lora_a", (inputs, adapter.rank), Kind.ADAPTER)
-        yield Entry(their_pair + "b_transpose", our_pair + "lora_b", (adapter.rank, outputs), Kind.ADAPTER)
+        yield TensorEntry(their_pair + "a_transpose", our_pair + "lora_a", (inputs, adapter.rank), Kind.ADAPTER)
+        yield TensorEntry(their_pair + "b_transpose", our_pair + "lora_b", (adapter.rank, outputs), Kind.ADAPTER)
 
 
 _ADAPTER_ID = re.compile(r"\.adapters\.(?P<id>[^.]+)\.")

@@ -24,7 +24,15 @@ from mlx_afm.checkpoints.finite import require_finite
 from mlx_afm.errors import ConfigError
 from mlx_afm.formats.tensors import STORAGE_DTYPES, LazyTensor, read_ahead
 from mlx_afm.model.packed import Packed
-from mlx_afm.quant import Plan, QuantConfig, Scheme, pack_codes, parse_scheme, plan_schemes, quantize_balanced
+from mlx_afm.quant import (
+    QuantConfig,
+    QuantizationPlan,
+    Scheme,
+    pack_codes,
+    parse_scheme,
+    plan_schemes,
+    quantize_balanced,
+)
 from mlx_afm.quant.balanced import grid_scales
 from mlx_afm.quant.scheme import BALANCED, GROUP_SIZES
 
@@ -57,7 +65,7 @@ class Quantization:
             the tensors are written.
     """
 
-    plan: Plan
+    plan: QuantizationPlan
     tensors: dict[str, LazyTensor]
     sources: Tensors
     weighted: frozenset[str] = frozenset()
@@ -89,7 +97,7 @@ def quantize_tensors(
         raise ConfigError("column weights for matrices that the model does not have", details=unknown)
     plan = plan_schemes(config, shapes)
     schemes = {path: _kept_grid(tensors[f"{path}.weight"]) or scheme for path, scheme in plan.schemes.items()}
-    plan = Plan(plan.default, schemes, plan.left_dense)
+    plan = QuantizationPlan(plan.default, schemes, plan.left_dense)
     done = Quantization(plan, {}, tensors, frozenset(config.column_weights))
     for name, tensor in tensors.items():
         path, _, last = name.rpartition(".")
@@ -270,7 +278,7 @@ def schemes_of(values: Mapping[str, Any], names: Any, *, where: object) -> dict[
     return schemes
 
 
-def to_quantization_json(plan: Plan) -> dict[str, Any]:
+def to_quantization_json(plan: QuantizationPlan) -> dict[str, Any]:
     """The `quantization` entry: the default as mlx-lm has it, and every module that it does not describe.
 
     Balanced modules are always named: mlx-lm's loader would misread a scale per row.

@@ -19,7 +19,7 @@ from mlx_afm.data.dialects import DIALECTS
 from mlx_afm.data.encode import render_example
 from mlx_afm.data.problems import Problem, to_problems
 from mlx_afm.data.records import Example, RecordReader
-from mlx_afm.data.rows import Row
+from mlx_afm.data.rows import DataRow
 from mlx_afm.data.sources import Files, iter_rows
 from mlx_afm.data.split import require_other_files
 from mlx_afm.errors import DataError, SettingError
@@ -122,7 +122,7 @@ def _rewritten(example: Example, dialect: str, in_table: bool) -> Any:
     record = write_record(messages, example.tools, example.text, dialect)
     if in_table:
         record = {name: value if isinstance(value, str) else _json(value) for name, value in record.items()}
-    row = Row(1, _json(record).encode("utf-8"), in_table=in_table)
+    row = DataRow(1, _json(record).encode("utf-8"), in_table=in_table)
     try:
         same = render_example(_READ_BACK(row, 0, example.where)) == render_example(example)
     except DataError as error:

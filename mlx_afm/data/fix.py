@@ -33,7 +33,7 @@ REASONS = {
 
 
 @dataclass(frozen=True)
-class Change:
+class LineChange:
     """How one line of the copy differs from its source.
 
     Attributes:
@@ -64,7 +64,7 @@ class Fixed:
     report: DataReport
     folder: Path
     files: tuple[Path, ...]
-    changes: tuple[Change, ...]
+    changes: tuple[LineChange, ...]
     counts: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class _Copy:
         self.found, self.fields = found, fields
         self.paths = [path for name in SPLITS for path in found.splits.get(name, ())]
         self.left_out = _left_out(found)
-        self.changes: list[Change] = []
+        self.changes: list[LineChange] = []
         self.counts: Counter[str] = Counter()
 
     def write_all(self, folder: Path) -> Iterator[str]:
@@ -158,7 +158,7 @@ class _Copy:
     def _note(self, path: Path, line: int, kind: str, message: str) -> None:
         self.counts[kind] += 1
         if self.counts[kind] <= MAX_KEPT:
-            self.changes.append(Change(str(path), line, kind, message))
+            self.changes.append(LineChange(str(path), line, kind, message))
 
     def _note_file(self, path: Path) -> None:
         for fault in file_faults(path):

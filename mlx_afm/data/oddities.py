@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from mlx_afm.data.problems import Problem
 from mlx_afm.data.records import Example
-from mlx_afm.data.rows import Row
+from mlx_afm.data.rows import DataRow
 from mlx_afm.text.template import NEWLINE
 from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.text.values import parse_arguments
@@ -27,7 +27,7 @@ _NEWLINE, _REPLACEMENT = NEWLINE.encode(), "\ufffd".encode()
 SHOWN = 3  # different texts that a warning names
 
 
-def iter_oddities(example: Example, text: str, row: Row, file: str) -> Iterator[Problem]:
+def iter_oddities(example: Example, text: str, row: DataRow, file: str) -> Iterator[Problem]:
     """The warnings that the texts of an example deserve.
 
     Args:
@@ -60,7 +60,7 @@ def iter_oddities(example: Example, text: str, row: Row, file: str) -> Iterator[
                 yield Problem(file, row.line, "arguments-not-json", message)
 
 
-def unknown_tokens(text: str, tokenizer: AFMTokenizer, row: Row, file: str) -> Problem:
+def unknown_tokens(text: str, tokenizer: AFMTokenizer, row: DataRow, file: str) -> Problem:
     """The warning about an example with characters that become the unknown token."""
     found = Counter("".join(tokenizer.unknown_texts(text)))
     message = (

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from mlx_afm.data.config import DataConfig
 from mlx_afm.data.oddities import OTHER_TEMPLATES
-from mlx_afm.data.rows import Row
+from mlx_afm.data.rows import DataRow
 from mlx_afm.text.template import NEWLINE, TURN_END, TURN_START
 from mlx_afm.text.words import SHARED
 
@@ -104,7 +104,7 @@ class PlainReader:
         looked_at = (NEWLINE, *special_pieces, *OTHER_TEMPLATES)
         self._special = re.compile(b"|".join(re.escape(_standing_in(piece)) for piece in looked_at))
 
-    def __call__(self, rows: Sequence[Row]) -> PlainLines | None:
+    def __call__(self, rows: Sequence[DataRow]) -> PlainLines | None:
         """The plain lines among the rows; None if there are none, or something asks for a closer look at all."""
         texts = [row.text for row in rows]
         style = self._style(texts[0]) if texts else None

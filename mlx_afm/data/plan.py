@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mlx_afm.data.prefixes import Prefixes, Row
+from mlx_afm.data.prefixes import Prefixes, SharedRow
 from mlx_afm.errors import ConfigError, DataError, SettingError
 
 WINDOW_BATCHES = 32  # examples are sorted by length within this many batches
@@ -58,7 +58,7 @@ def plan_packed(prefixes: Prefixes, batch_tokens: int, *, seed: int, epoch: int)
     if lengths and max(lengths) > batch_tokens:
         raise ConfigError("an example is longer than a row", expected=f"at most {batch_tokens}", found=max(lengths))
     rng = np.random.default_rng([seed, epoch])
-    left, rows = rng.permutation(len(lengths)).tolist(), list[Row]()
+    left, rows = rng.permutation(len(lengths)).tolist(), list[SharedRow]()
     waiting: list[int] = []
     while left or waiting:
         window, left = _window(waiting, left, lengths, batch_tokens)
@@ -80,8 +80,8 @@ def _window(waiting: list[int], left: list[int], lengths: list[int], batch_token
     return waiting + left[:count], left[count:]
 
 
-def _fill(window: list[int], prefixes: Prefixes, lengths: list[int], ranks: list[int], size: int) -> list[Row]:
-    rows: list[Row] = []
+def _fill(window: list[int], prefixes: Prefixes, lengths: list[int], ranks: list[int], size: int) -> list[SharedRow]:
+    rows: list[SharedRow] = []
     for example in window:
         best, best_key = None, (0, 0)
         for row in rows:
@@ -91,7 +91,7 @@ def _fill(window: list[int], prefixes: Prefixes, lengths: list[int], ranks: list
             if room >= 0 and (best is None or key < best_key):
                 best, best_key = row, key
         if best is None:
-            best = Row(prefixes)
+            best = SharedRow(prefixes)
             rows.append(best)
         best.add(example, ranks[example], lengths[example] - best.shared(ranks[example]))
     return rows

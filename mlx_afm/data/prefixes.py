@@ -46,7 +46,7 @@ class Prefixes:
         return min(row[low], row[high - (1 << level)])
 
 
-class Row:
+class SharedRow:
     """Examples that share a row: how many tokens it holds when each common beginning is there once."""
 
     def __init__(self, prefixes: Prefixes) -> None:

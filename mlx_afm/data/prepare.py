@@ -22,7 +22,7 @@ from mlx_afm.data.problems import Problem, to_problems
 from mlx_afm.data.records import MARKS
 from mlx_afm.data.render_block import Block as Block
 from mlx_afm.data.render_block import BlockRenderer, RenderedBlock
-from mlx_afm.data.rows import Row
+from mlx_afm.data.rows import DataRow
 from mlx_afm.data.sources import Files, iter_rows
 from mlx_afm.data.tokens import Weights
 from mlx_afm.errors import DataError
@@ -66,7 +66,7 @@ def iter_blocks(files: Files, first_index: int = 0) -> Iterator[Block]:
     """The rows of a split in blocks, one file after the other; the first row has the number given."""
     index = first_index
     for number, path in enumerate(files):
-        rows: list[Row] = []
+        rows: list[DataRow] = []
         size = 0
         for row in iter_rows(path):
             rows.append(row)

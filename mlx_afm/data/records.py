@@ -13,7 +13,7 @@ from typing import Any
 from mlx_afm.data.config import DataConfig
 from mlx_afm.data.dialects import Conversation, parse_cells, read_record
 from mlx_afm.data.json_text import parse_json
-from mlx_afm.data.rows import Row, not_utf8
+from mlx_afm.data.rows import DataRow, not_utf8
 from mlx_afm.errors import DataError, SettingError
 from mlx_afm.files import to_json
 from mlx_afm.text.messages import Message, parse_messages, parse_tools, refuse_special, require_trainable
@@ -59,7 +59,7 @@ class RecordReader:
         self.config, self.special_pieces = config, tuple(special_pieces)
         self._transform = None if config.transform is None else find_transform(config.transform)
 
-    def __call__(self, row: Row, index: int, where: str) -> Example:
+    def __call__(self, row: DataRow, index: int, where: str) -> Example:
         """The example in a row.
 
         Args:
@@ -92,7 +92,7 @@ class RecordReader:
         return Example(messages, tools, where, None, conversation.dialect)
 
 
-def as_json_line(row: Row, fields: Sequence[tuple[str, str]] = ()) -> bytes:
+def as_json_line(row: DataRow, fields: Sequence[tuple[str, str]] = ()) -> bytes:
     """A row without a fault as a line of JSON: its own bytes, or of a row of a table its record with lists for JSON."""
     if not row.in_table:
         return row.text

@@ -13,7 +13,7 @@ from mlx_afm.data.oddities import iter_oddities
 from mlx_afm.data.plain import PlainLines, PlainReader
 from mlx_afm.data.problems import Problem, to_problems
 from mlx_afm.data.records import RecordReader
-from mlx_afm.data.rows import Row
+from mlx_afm.data.rows import DataRow
 from mlx_afm.errors import DataError
 from mlx_afm.text.template import Span
 from mlx_afm.text.words import SHARED
@@ -33,7 +33,7 @@ class Block:
     file: int
     name: str
     first_index: int
-    rows: list[Row]
+    rows: list[DataRow]
 
 
 @dataclass
@@ -50,7 +50,7 @@ class RenderedBlock:
         problems: what is wrong with the other rows, and what is odd about these.
     """
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[DataRow] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     roles: list[tuple[str, ...]] = field(default_factory=list)
     shared: str = ""
@@ -58,13 +58,13 @@ class RenderedBlock:
     weights: dict[int, tuple[float, ...]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
-    def add_plain(self, rows: list[Row], plain: PlainLines, start: int, stop: int) -> None:
+    def add_plain(self, rows: list[DataRow], plain: PlainLines, start: int, stop: int) -> None:
         """A stretch of plain rows."""
         self.rows += rows[start:stop]
         self.texts += plain.texts[start:stop]
         self.roles += plain.roles[start:stop]  # type: ignore[arg-type]
 
-    def add(self, row: Row, text: str, roles: tuple[str, ...]) -> None:
+    def add(self, row: DataRow, text: str, roles: tuple[str, ...]) -> None:
         """One more row."""
         self.rows.append(row)
         self.texts.append(text)
@@ -115,7 +115,7 @@ class BlockRenderer:
             return rendered.spans[place]
         return render_example(self._read(rendered.rows[place], 0, ""), self._system)  # a plain row has no transform
 
-    def _add_read(self, rendered: RenderedBlock, row: Row, block: Block, place: int) -> None:
+    def _add_read(self, rendered: RenderedBlock, row: DataRow, block: Block, place: int) -> None:
         where = f"{_base_name(block.name)} line {row.line}"
         try:
             example = self._read(row, block.first_index + place, where)

@@ -17,7 +17,7 @@ CHUNK_BYTES = 1 << 18  # read at once
 MAX_LINE_BYTES = 4 << 20  # no example of 4,096 tokens comes near; bounds what one line can take in memory
 
 
-class Row(NamedTuple):
+class DataRow(NamedTuple):
     """One record of a file.
 
     Attributes:
@@ -56,7 +56,7 @@ def require_file(path: Path) -> None:
         raise FormatError(what, where=path, expected="training data")
 
 
-def json_line_rows(handle: BinaryIO, path: Path) -> Iterator[Row]:
+def json_line_rows(handle: BinaryIO, path: Path) -> Iterator[DataRow]:
     """The records of a file that has one a line; blank lines are skipped.
 
     A file whose first record goes over several lines is one fault, not one a line.
@@ -65,10 +65,10 @@ def json_line_rows(handle: BinaryIO, path: Path) -> Iterator[Row]:
     filled = ((number, line) for number, line in lines if isinstance(line, int) or (line and not line.isspace()))
     start = list(islice(filled, 2))
     if (fault := _over_lines([line for _, line in start])) is not None:
-        yield Row(start[0][0], b"", fault)
+        yield DataRow(start[0][0], b"", fault)
         return
     for number, line in chain(start, filled):
-        yield Row(number, b"", _huge(line)) if isinstance(line, int) else Row(number, line.rstrip(b"\r"))
+        yield DataRow(number, b"", _huge(line)) if isinstance(line, int) else DataRow(number, line.rstrip(b"\r"))
 
 
 def _over_lines(lines: Sequence[bytes | int]) -> DataError | None:
@@ -119,18 +119,18 @@ def _huge(size: int) -> DataError:
     return DataError("a huge line", kind="huge-line", expected=expected, found=f"{size:,} bytes", advice=advice)
 
 
-def json_rows(handle: BinaryIO, path: Path) -> Iterator[Row]:
+def json_rows(handle: BinaryIO, path: Path) -> Iterator[DataRow]:
     """The records of a JSON array; if two stand on one line, their numbers in place of their lines."""
     raw = handle.read()
     try:
         text = raw.decode(encoding_of(path))
     except UnicodeDecodeError as error:
-        yield Row(raw.count(b"\n", 0, error.start) + 1, b"", not_utf8(error))
+        yield DataRow(raw.count(b"\n", 0, error.start) + 1, b"", not_utf8(error))
         return
     start = _after_space(text, 0)
     if text[start : start + 1] != "[":
         expected = "an array of records (one record a line is .jsonl)"
-        yield Row(1, b"", DataError("not an array", kind="bad-json", expected=expected))
+        yield DataRow(1, b"", DataError("not an array", kind="bad-json", expected=expected))
         return
     elements = list(_elements(text, start + 1))
     lines = [line for line, _ in elements]
@@ -138,11 +138,11 @@ def json_rows(handle: BinaryIO, path: Path) -> Iterator[Row]:
         lines = list(range(1, len(lines) + 1))
     for line, (_, found) in zip(lines, elements):
         if isinstance(found, DataError):
-            yield Row(line, b"", found)
+            yield DataRow(line, b"", found)
         elif found.stop - found.start > MAX_LINE_BYTES:
-            yield Row(line, b"", _huge(found.stop - found.start))
+            yield DataRow(line, b"", _huge(found.stop - found.start))
         else:
-            yield Row(line, text[found].replace("\n", " ").encode("utf-8", "surrogatepass"))
+            yield DataRow(line, text[found].replace("\n", " ").encode("utf-8", "surrogatepass"))
 
 
 def _elements(text: str, position: int) -> Iterator[tuple[int, slice | DataError]]:
@@ -185,7 +185,7 @@ def _after_space(text: str, position: int) -> int:
     return position
 
 
-def csv_rows(handle: BinaryIO, path: Path, columns: Sequence[str] = ()) -> Iterator[Row]:
+def csv_rows(handle: BinaryIO, path: Path, columns: Sequence[str] = ()) -> Iterator[DataRow]:
     """The records of a table, named by its first line unless `columns` are given; each has the line it begins on.
 
     A first line that says what `columns` says is no record.
@@ -200,10 +200,10 @@ def csv_rows(handle: BinaryIO, path: Path, columns: Sequence[str] = ()) -> Itera
         csv.field_size_limit(before)
 
 
-def _table_rows(text: TextIO, dialect: str, columns: list[str]) -> Iterator[Row]:
+def _table_rows(text: TextIO, dialect: str, columns: list[str]) -> Iterator[DataRow]:
     first = text.readline()
     if (fault := _separator_fault(first, dialect, columns)) is not None:
-        yield Row(1, b"", fault)
+        yield DataRow(1, b"", fault)
         return
     reader = csv.reader(chain([first] if first else [], text), dialect=dialect, strict=True)
     line = 1
@@ -211,7 +211,7 @@ def _table_rows(text: TextIO, dialect: str, columns: list[str]) -> Iterator[Row]
         for values in reader:
             fault = _csv_fault(values, columns)
             if fault is not None:
-                yield Row(line, b"", fault)
+                yield DataRow(line, b"", fault)
             if not columns and values:
                 columns = values
                 if fault is not None:
@@ -221,7 +221,7 @@ def _table_rows(text: TextIO, dialect: str, columns: list[str]) -> Iterator[Row]
             line = reader.line_num + 1
     except csv.Error as error:
         advice = "What follows in this file could not be read"
-        yield Row(line, b"", DataError(f"not CSV: {error}", kind="bad-csv", advice=advice))
+        yield DataRow(line, b"", DataError(f"not CSV: {error}", kind="bad-csv", advice=advice))
 
 
 def _separator_fault(first: str, dialect: str, columns: list[str]) -> DataError | None:
@@ -268,15 +268,15 @@ def not_utf8(error: UnicodeDecodeError) -> DataError:
     return DataError("not UTF-8 text", kind="not-utf8", column=column, found=found, advice=advice)
 
 
-def dataset_rows(path: Path) -> Iterator[Row]:
+def dataset_rows(path: Path) -> Iterator[DataRow]:
     """The records of a Parquet file or a saved data set, counted from 1."""
     for number, record in enumerate(_dataset(path), start=1):
         yield _row(number, _without_nulls(record))
 
 
-def _row(line: int, record: Any) -> Row:
+def _row(line: int, record: Any) -> DataRow:
     text = json.dumps(record, ensure_ascii=False, default=str)
-    return Row(line, text.encode("utf-8", "surrogatepass"), in_table=True)
+    return DataRow(line, text.encode("utf-8", "surrogatepass"), in_table=True)
 
 
 def _without_nulls(value: Any) -> Any:

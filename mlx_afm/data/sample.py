@@ -15,7 +15,7 @@ from mlx_afm.data.encode import encode_example
 from mlx_afm.data.overflow import fit
 from mlx_afm.data.problems import to_problems
 from mlx_afm.data.records import RecordReader
-from mlx_afm.data.rows import Row
+from mlx_afm.data.rows import DataRow
 from mlx_afm.data.sources import Files, iter_rows
 from mlx_afm.errors import DataError, SettingError
 from mlx_afm.text.template import Encoded
@@ -23,7 +23,7 @@ from mlx_afm.text.tokenizer import AFMTokenizer
 
 
 @dataclass(frozen=True)
-class Choice:
+class ExampleChoice:
     """Which examples: the one of `line`; else `count` of them, random with a seed, the first without."""
 
     count: int = 3
@@ -84,7 +84,7 @@ class Sample:
 
 
 def sample_examples(
-    files: Files, tokenizer: AFMTokenizer, choice: Choice | None = None, config: DataConfig | None = None
+    files: Files, tokenizer: AFMTokenizer, choice: ExampleChoice | None = None, config: DataConfig | None = None
 ) -> list[Sample]:
     """The chosen examples of a split, in the order of the files.
 
@@ -93,7 +93,7 @@ def sample_examples(
         FormatError, ConfigError: see `read_tokens`.
     Cost: random ones read all files once, without parsing their records.
     """
-    config, choice = config or DataConfig(), choice or Choice()
+    config, choice = config or DataConfig(), choice or ExampleChoice()
     read = RecordReader(config, tokenizer.special_pieces)
     chosen = [*_choose(_numbered(files), choice)]
     if not chosen:
@@ -114,17 +114,17 @@ def sample_examples(
     return samples
 
 
-def _numbered(files: Files) -> Iterator[tuple[int, Path, Row]]:
+def _numbered(files: Files) -> Iterator[tuple[int, Path, DataRow]]:
     rows = ((path, row) for path in files for row in iter_rows(path))
     return ((index, path, row) for index, (path, row) in enumerate(rows))
 
 
-def _choose(rows: Iterable[tuple[int, Path, Row]], choice: Choice) -> Iterable[tuple[int, Path, Row]]:
+def _choose(rows: Iterable[tuple[int, Path, DataRow]], choice: ExampleChoice) -> Iterable[tuple[int, Path, DataRow]]:
     if choice.line is not None:
         return islice((item for item in rows if item[2].line == choice.line), 1)
     if choice.seed is None:
         return islice(rows, choice.count)
-    kept: list[tuple[int, Path, Row]] = []  # each of the rows so far is in it with the same chance
+    kept: list[tuple[int, Path, DataRow]] = []  # each of the rows so far is in it with the same chance
     rng = np.random.default_rng(choice.seed)
     for item in rows:
         place = len(kept) if len(kept) < choice.count else int(rng.integers(item[0] + 1))

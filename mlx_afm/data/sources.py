@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_afm.data.rows import Row, csv_rows, dataset_rows, encoding_of, json_line_rows, json_rows, require_file
+from mlx_afm.data.rows import DataRow, csv_rows, dataset_rows, encoding_of, json_line_rows, json_rows, require_file
 from mlx_afm.errors import DataError, FormatError
 from mlx_afm.files import to_path, visible
 
@@ -151,7 +151,7 @@ def file_faults(path: Path) -> list[DataError]:
     return []
 
 
-def iter_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[Row]:
+def iter_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[DataRow]:
     """The records of a file, one at a time; blank lines are skipped.
 
     A file in UTF-16 or with a byte order mark is read all the same: that it is so, `file_faults` says.

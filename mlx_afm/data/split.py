@@ -19,7 +19,7 @@ from mlx_afm.data.config import DataConfig
 from mlx_afm.data.near import THRESHOLD, group_near, normalise
 from mlx_afm.data.problems import Problem, to_problems
 from mlx_afm.data.records import Example, RecordReader, as_json_line
-from mlx_afm.data.rows import Row
+from mlx_afm.data.rows import DataRow
 from mlx_afm.data.sources import SPLITS, Files, iter_rows
 from mlx_afm.errors import ConfigError, DataError, SettingError
 from mlx_afm.files import atomic_file
@@ -66,7 +66,7 @@ class SplitConfig:
 
 
 @dataclass(frozen=True)
-class Split:
+class DataSplit:
     """What was written.
 
     Attributes:
@@ -88,7 +88,7 @@ class Split:
 
 def split_data(
     files: Files, folder: Path, config: SplitConfig | None = None, reading: DataConfig | None = None
-) -> Split:
+) -> DataSplit:
     """Writes `train.jsonl` and, by their shares, `valid.jsonl` and `test.jsonl`.
 
     Lines of JSON lines keep their bytes; records of other forms become JSON. The order of the lines
@@ -121,7 +121,9 @@ def split_data(
             handle.close()
     sizes = np.bincount(groups)
     counts = {name: int((sides == SPLITS.index(name)).sum()) for name in names}
-    return Split({name: str(path) for name, path in targets.items()}, counts, int((sizes > 0).sum()), int(sizes.max()))
+    return DataSplit(
+        {name: str(path) for name, path in targets.items()}, counts, int((sizes > 0).sum()), int(sizes.max())
+    )
 
 
 def require_other_files(sources: Files, targets: Iterable[Path]) -> None:
@@ -185,7 +187,7 @@ def _examples(files: Files, reading: DataConfig) -> Iterator[Example]:
         raise DataError(what, kind=kind, where=files[0], advice=advice, details=shorten(map(str, problems)))
 
 
-def _rows(files: Files) -> Iterator[tuple[Path, Row]]:
+def _rows(files: Files) -> Iterator[tuple[Path, DataRow]]:
     return ((path, row) for path in files for row in iter_rows(path))
 
 

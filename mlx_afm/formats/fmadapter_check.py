@@ -12,7 +12,7 @@ Rules, by what they look at; (w) marks those that only warn:
     E1 to E4, against a checkpoint: tensor missing, shape, values, surplus (w)
     G1 not made for Apple's model (w)  G2 the stated geometry cannot be
 
-A rule that is broken only because another one is says so (`Finding.cause`), and is not among `Report.broken`.
+A rule that is broken only because another one is says so (`Finding.cause`), and is not among `PackageReport.broken`.
 The container holds no names, so two tensors of equal size that changed places are seen by E3 only.
 Nothing in a package makes the check raise, and what it reads and reports is bounded.
 
@@ -35,9 +35,9 @@ from mlx_afm.formats.fmadapter_check_draft import DRAFT_FILES, check_draft
 from mlx_afm.formats.fmadapter_check_metadata import check_metadata
 from mlx_afm.formats.fmadapter_metadata import SUFFIX
 from mlx_afm.formats.fmadapter_plan import APPLE_GEOMETRY, Record, plan_records, stored_values
-from mlx_afm.formats.fmadapter_report import Finding, Findings, Report, shown
+from mlx_afm.formats.fmadapter_report import Finding, Findings, PackageReport, shown
 
-__all__ = ["Finding", "Report", "check_fmadapter"]
+__all__ = ["Finding", "PackageReport", "check_fmadapter"]
 
 
 def check_fmadapter(
@@ -47,7 +47,7 @@ def check_fmadapter(
     signature: str | None = None,
     toolkit: str | Path | None = None,
     byte_exact: bool = False,
-) -> Report:
+) -> PackageReport:
     """Checks a package against every rule, with the geometry it states, else Apple's.
 
     Args:
@@ -77,7 +77,7 @@ def check_fmadapter(
         _check_weights(folder / WEIGHTS_FILE, plan_records(geometry), expect, found)
     if set(DRAFT_FILES) <= present:
         check_draft(folder, toolkit, found)
-    return Report(folder, geometry, found.all())
+    return PackageReport(folder, geometry, found.all())
 
 
 def _check_files(folder: Path, found: Findings) -> set[str]:

@@ -46,7 +46,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Report:
+class PackageReport:
     """What `check_fmadapter` found.
 
     Attributes:

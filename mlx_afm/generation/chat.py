@@ -27,7 +27,7 @@ Ending = Literal["stop", "length", "context", "stopped"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Turn:
+class ChatTurn:
     """What one question and its answer took.
 
     Attributes:
@@ -77,7 +77,7 @@ class Chat:
     system: str | None = None
     speculation: Speculation | None = None
     messages: list[dict[str, Any]] = field(default_factory=list)
-    last: Turn | None = None
+    last: ChatTurn | None = None
     _prefixes: PrefixCache = field(default_factory=PrefixCache, repr=False)
 
     def __post_init__(self) -> None:
@@ -135,7 +135,7 @@ class Chat:
             if reason == LENGTH and max_tokens < self.config.max_tokens:
                 reason = "context"
             kept, cleaned = self._add(question, "".join(pieces), reason)
-            self.last = Turn(
+            self.last = ChatTurn(
                 prompt_tokens=len(ids),
                 reused_tokens=row.cached_tokens,
                 generation_tokens=len(row.tokens),

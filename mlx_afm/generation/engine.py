@@ -29,7 +29,7 @@ from mlx_afm.generation.decode import Decoder
 from mlx_afm.generation.draft_rows import DraftRows, padded_rows, plain_step_seconds
 from mlx_afm.generation.prefix_cache import PrefixCache, prefix_owner
 from mlx_afm.generation.rows import LENGTH, STOP, FinishReason, Progress, Request, Row, TokenEvent
-from mlx_afm.generation.sampling import Sampled, Sampler, TokenLogprob, sample
+from mlx_afm.generation.sampling import SampledTokens, Sampler, TokenLogprob, sample
 from mlx_afm.generation.scoring import score_tokens
 from mlx_afm.generation.speculation import Speculation, require_pair
 from mlx_afm.generation.speculative import Verdict, judge, length_needed
@@ -94,7 +94,7 @@ class Engine:
         self.rows: list[Row] = []
         self.overflow: Sequence[Engine] = ()
         self._cache: BatchCache | None = None
-        self._sampled: Sampled | None = None  # each row's newest token, not given out and not in the cache yet
+        self._sampled: SampledTokens | None = None  # each row's newest token, not given out and not in the cache yet
         self._steps = self._batch_steps = self._pieces = 0
         # Proposals that are not given out yet.
         self._accepted: dict[Row, deque[tuple[TokenLogprob, Callable[[], mx.array]]]] = {}
@@ -285,7 +285,7 @@ class Engine:
 
     # Tokens.
 
-    def _plain(self, sampled: Sampled, *, alone: bool) -> list[TokenEvent]:
+    def _plain(self, sampled: SampledTokens, *, alone: bool) -> list[TokenEvent]:
         """Gives the newest token of each row, and computes the next one; `alone` if no prompt was computed before."""
         if self._lengths is not None:
             self._lengths.start(self.rows, 0, counts=alone)
@@ -315,7 +315,7 @@ class Engine:
         names = [row.request.adapter for row in self.rows]
         return self._routes_of(names + names[:1] * (self._cache.rows - len(names)))  # idle rows take the first row's
 
-    def _give_newest(self, sampled: Sampled) -> list[TokenEvent]:
+    def _give_newest(self, sampled: SampledTokens) -> list[TokenEvent]:
         """Gives sampled tokens, one of each row that was not given its own yet; finished rows leave."""
         if self._given.issuperset(self.rows):
             return []

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from mlx_afm.data.dialects import ANSWERS, read_record
 from mlx_afm.data.json_text import parse_json
-from mlx_afm.data.rows import Row, not_utf8
+from mlx_afm.data.rows import DataRow, not_utf8
 from mlx_afm.data.sources import file_faults, iter_rows
 from mlx_afm.errors import ConfigError, DataError, FormatError
 from mlx_afm.files import atomic_file, to_json
@@ -96,7 +96,7 @@ def read_prompt_rows(
     return rows
 
 
-def _prompt(row: Row, dialect: str, fields: Sequence[tuple[str, str]]) -> tuple[list[Any], Any]:
+def _prompt(row: DataRow, dialect: str, fields: Sequence[tuple[str, str]]) -> tuple[list[Any], Any]:
     """Messages without the last answer, and tools; the messages are dicts and have yet to be checked."""
     if row.fault is not None:
         raise row.fault

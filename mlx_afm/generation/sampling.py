@@ -85,7 +85,7 @@ class Sampler:
 
 
 @dataclass(frozen=True)
-class Sampled:
+class SampledTokens:
     """The next token of each row, perhaps still being computed.
 
     Attributes:
@@ -111,13 +111,13 @@ class Sampled:
         """The logits (1, V) of a row after penalties and processors."""
         return self.processed_BV[row : row + 1]
 
-    def rows(self, indices: Sequence[int]) -> Sampled:
+    def rows(self, indices: Sequence[int]) -> SampledTokens:
         """Those of some rows, in this order."""
         index = mx.array(list(indices))
         wanted = [self.wanted[row] for row in indices]
-        return Sampled(self.tokens_B[index], self.logits_BV[index], wanted, self.processed_BV[index])
+        return SampledTokens(self.tokens_B[index], self.logits_BV[index], wanted, self.processed_BV[index])
 
-    def joined(self, other: Sampled) -> Sampled:
+    def joined(self, other: SampledTokens) -> SampledTokens:
         """Those of other rows behind these."""
         pairs = (
             (self.tokens_B, other.tokens_B),
@@ -125,10 +125,10 @@ class Sampled:
             (self.processed_BV, other.processed_BV),
         )
         tokens_B, logits_BV, processed_BV = (mx.concatenate(list(pair)) for pair in pairs)
-        return Sampled(tokens_B, logits_BV, self.wanted + other.wanted, processed_BV)
+        return SampledTokens(tokens_B, logits_BV, self.wanted + other.wanted, processed_BV)
 
 
-def sample(samplers: Sequence[Sampler], logits_BV: mx.array, places: Sequence[int]) -> Sampled:
+def sample(samplers: Sequence[Sampler], logits_BV: mx.array, places: Sequence[int]) -> SampledTokens:
     """The next token of each row, under way when this returns.
 
     Args:
@@ -149,14 +149,14 @@ def sample(samplers: Sequence[Sampler], logits_BV: mx.array, places: Sequence[in
 
 def sampled_tokens(
     samplers: Sequence[Sampler], tokens_B: mx.array, logits_BV: mx.array, processed_BV: mx.array
-) -> Sampled:
+) -> SampledTokens:
     """Tokens that were sampled from some logits, with the log probabilities that the rows want, under way."""
     wanted = [
         () if sampler.top_logprobs is None else _logprobs(logits_BV[row], tokens_B[row], sampler.top_logprobs)
         for row, sampler in enumerate(samplers)
     ]
     mx.async_eval(tokens_B, wanted)  # type: ignore[no-untyped-call]
-    return Sampled(tokens_B, logits_BV, wanted, processed_BV)
+    return SampledTokens(tokens_B, logits_BV, wanted, processed_BV)
 
 
 def choose_tokens(logits_BV: mx.array, configs: Sequence[GenerateConfig], places: Sequence[int]) -> mx.array:

@@ -1,7 +1,7 @@
 """Speculative decoding of a batch: a draft model proposes tokens, and one pass of the target judges those of all rows.
 
 Each row accepts its own number of tokens; what it refuses lowers its own length and moves nobody else. Greedy answers
-are those of plain decoding. Sampled ones are distributed as the target's, by one of two rules:
+are those of plain decoding. SampledTokens ones are distributed as the target's, by one of two rules:
 
 - A fixed number of proposals: they are accepted with probability min(1, p / q), and the token behind them is drawn from
   what p has more than q. Of all rules this accepts the most.
@@ -27,7 +27,7 @@ import mlx.core as mx
 from mlx_afm.generation.config import GenerateConfig
 from mlx_afm.generation.rows import Row
 from mlx_afm.generation.sampling import (
-    Sampled,
+    SampledTokens,
     Sampler,
     TokenLogprob,
     choose_tokens,
@@ -63,7 +63,7 @@ class Verdict:
     """
 
     accepted: list[int]
-    own: Sampled
+    own: SampledTokens
     _tokens: list[list[int]]
     _rows: Sequence[Row]
     _logits_BMV: mx.array

@@ -7,15 +7,15 @@ from mlx_afm.quant.balanced import (
     quantize_balanced,
     unpack_codes,
 )
-from mlx_afm.quant.recipes import RECIPES, Plan, QuantConfig, plan_schemes
+from mlx_afm.quant.recipes import RECIPES, QuantConfig, QuantizationPlan, plan_schemes
 from mlx_afm.quant.scheme import MODES, Scheme, parse_scheme
 
 __all__ = [
     "MODES",
     "RECIPES",
     "Balanced",
-    "Plan",
     "QuantConfig",
+    "QuantizationPlan",
     "Scheme",
     "dequantize_balanced",
     "pack_codes",

@@ -105,7 +105,7 @@ class QuantConfig:
 
 
 @dataclass(frozen=True)
-class Plan:
+class QuantizationPlan:
     """Which matrix takes which form.
 
     Attributes:
@@ -119,7 +119,7 @@ class Plan:
     left_dense: tuple[str, ...]
 
 
-def plan_schemes(config: QuantConfig, shapes: Shapes) -> Plan:
+def plan_schemes(config: QuantConfig, shapes: Shapes) -> QuantizationPlan:
     """The form of each matrix.
 
     Raises:
@@ -133,9 +133,9 @@ def plan_schemes(config: QuantConfig, shapes: Shapes) -> Plan:
         raise ConfigError("no matrix can be quantised like that", advice=advice, details=_widths(shapes))
     left_dense = tuple(path for path in wanted if path not in schemes)
     if config.recipe is None:
-        return Plan(config.scheme, schemes, left_dense)
+        return QuantizationPlan(config.scheme, schemes, left_dense)
     kinds = list(schemes.values())
-    return Plan(max(set(kinds), key=kinds.count), schemes, left_dense)
+    return QuantizationPlan(max(set(kinds), key=kinds.count), schemes, left_dense)
 
 
 def _wanted(config: QuantConfig, shapes: Shapes) -> dict[str, Scheme]:

@@ -65,7 +65,7 @@ class InitConfig:
 
 
 @dataclass(frozen=True)
-class Split:
+class ResidualSplit:
     """A matrix as codes and low-rank part.
 
     Attributes:
@@ -97,7 +97,7 @@ def less(weight_ON: Floats, a_NR: Floats | None, b_RO: Floats | None) -> Floats:
 
 def split(
     weight_ON: Floats, rounding: Rounding, config: InitConfig, column_weights_N: npt.NDArray[Any] | None = None
-) -> Split:
+) -> ResidualSplit:
     """Codes and low-rank part of a matrix; deterministic.
 
     Args:
@@ -127,7 +127,7 @@ def split(
     error, (a_NR, b_RO), kept = best
     taken_a_NR, taken_b_RO = kept or (None, None)
     scale = total or 1.0
-    return Split(a_NR, b_RO, taken_a_NR, taken_b_RO, before / scale, error / scale)
+    return ResidualSplit(a_NR, b_RO, taken_a_NR, taken_b_RO, before / scale, error / scale)
 
 
 def directions(matrix_ON: Floats, rank: int, columns_N: Floats | None = None) -> tuple[Floats, Floats]:

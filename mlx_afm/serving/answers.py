@@ -58,7 +58,7 @@ class ChoiceParser:
 
 
 @dataclass
-class Choice:
+class AnswerChoice:
     """One choice so far.
 
     Attributes:
@@ -87,7 +87,7 @@ class AnswerBuilder:
 
     def __init__(self, asked: CompletionRequest, names: TokenNames) -> None:
         self._asked, self._names = asked, names
-        self._choices = [Choice(ChoiceParser(asked)) for _ in range(len(asked.prompts) * asked.choices)]
+        self._choices = [AnswerChoice(ChoiceParser(asked)) for _ in range(len(asked.prompts) * asked.choices)]
         self._tokens = self.cached_tokens = 0
         prefix, self._kind = ("chatcmpl", "chat.completion") if asked.chat else ("cmpl", "text_completion")
         self._head = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": asked.model}
@@ -174,7 +174,7 @@ class AnswerBuilder:
         chunk = {**self._head, "object": self._chunk_kind, "choices": [choice]}
         return {**chunk, "usage": None} if self._asked.usage else chunk
 
-    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
+    def _choice(self, index: int, choice: AnswerChoice) -> dict[str, Any]:
         wanted = self._asked.sampler.top_logprobs is not None
         end = {
             "index": index,

@@ -22,7 +22,7 @@ from mlx_afm.serving.api_error import APIError
 from mlx_afm.serving.config import ServeConfig
 from mlx_afm.serving.jobs import Job
 from mlx_afm.serving.metrics import Metrics
-from mlx_afm.serving.pool import AdapterPool, Entry
+from mlx_afm.serving.pool import AdapterPool, PooledAdapter
 from mlx_afm.serving.scheduler import Log, Scheduler
 from mlx_afm.text.system_prompt import default_system_prompt, system_prompt_notice
 from mlx_afm.text.tokenizer import AFMTokenizer
@@ -76,7 +76,7 @@ class ModelThread:
             return self.config.system or None
         return default_system_prompt(self._scheduler.pool.system_prompts(model))
 
-    def warn_of(self, entry: Entry) -> None:
+    def warn_of(self, entry: PooledAdapter) -> None:
         """Logs a warning of an adapter without effect, or whose system prompt is left open by the settings too."""
         if entry.has_no_effect:
             self._log(f"{entry.path}: the adapter has no effect: all its B matrices are zero.")

@@ -31,7 +31,7 @@ LOW_RANK = ("lora", "dora")
 
 
 @dataclass
-class Entry:
+class PooledAdapter:
     """One adapter.
 
     Attributes:
@@ -78,7 +78,7 @@ class AdapterPool:
         self._stacks = AdapterStacks(self._form)
         self.decoder = Decoder(self._form)
         self._dora: dict[str, tuple[Decoder, int]] = {}  # with their bytes
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, PooledAdapter] = {}
         self._base_prompts = system_prompts_of(folder, None)
         self._leaving: set[str] = set()
         self._uses = 0
@@ -89,7 +89,7 @@ class AdapterPool:
 
     # Which there are.
 
-    def register(self, name: str, path: Path) -> Entry:
+    def register(self, name: str, path: Path) -> PooledAdapter:
         """Makes an adapter known. Its file is read and checked now, and read again when it is first asked for.
 
         Raises:
@@ -103,7 +103,7 @@ class AdapterPool:
             raise AdapterError("there is an adapter of this name", where=name, advice="Remove it first.")
         adapter, size = self._open(path)
         prompts, no_effect = system_prompts_of(self._folder, adapter), is_zero(adapter)
-        self._entries[name] = Entry(path, size, system_prompts=prompts, has_no_effect=no_effect)
+        self._entries[name] = PooledAdapter(path, size, system_prompts=prompts, has_no_effect=no_effect)
         self.names = tuple(self._entries)
         return self._entries[name]
 

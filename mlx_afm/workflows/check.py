@@ -13,7 +13,7 @@ from mlx_afm.files import set_paths
 from mlx_afm.formats.fmadapter import APPLE_GEOMETRY, METADATA_FILE
 from mlx_afm.formats.fmadapter_check import check_fmadapter
 from mlx_afm.formats.fmadapter_metadata import read_metadata
-from mlx_afm.formats.fmadapter_report import Report
+from mlx_afm.formats.fmadapter_report import PackageReport
 from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.workflows.load import base_adapter, open_adapter
 
@@ -47,7 +47,7 @@ class CheckConfig:
         set_paths(self, "package", "expect", "model", "toolkit")
 
 
-def check_package(config: CheckConfig) -> Report:
+def check_package(config: CheckConfig) -> PackageReport:
     """What `check_fmadapter` finds.
 
     Raises:

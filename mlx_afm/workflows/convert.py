@@ -50,7 +50,7 @@ from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.training import Callback
 from mlx_afm.training.hooks import ignore, notes_of
 from mlx_afm.workflows.calibrate import Calibration, Source
-from mlx_afm.workflows.convert_weights import Change, Weights, change_weights, worth_keeping, write_weights
+from mlx_afm.workflows.convert_weights import WeightChange, Weights, change_weights, worth_keeping, write_weights
 from mlx_afm.workflows.load import TOKENIZER, base_adapter
 
 OnProgress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -93,7 +93,7 @@ class Converted:
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    change: Change
+    change: WeightChange
     config: Path | None
     no_tokenizer: bool
     verify: bool
@@ -151,7 +151,7 @@ def convert(
     The target appears when it is complete, or not at all.
     """
     source, target = resolve(source), to_path(target)
-    change = Change(
+    change = WeightChange(
         dtype=dtype,
         quantization=quantization,
         dequantize=dequantize,
@@ -183,7 +183,7 @@ def _convert(source: Path, target: Path, to: str, options: _Options) -> Converte
         return _torch_to_mlx(source, target, options)
 
 
-def _require_sensible(to: str, change: Change) -> None:
+def _require_sensible(to: str, change: WeightChange) -> None:
     if change.dtype is not None and change.dtype not in FLOAT_DTYPES:
         raise SettingError("unknown dtype", expected=" or ".join(FLOAT_DTYPES), found=change.dtype)
     if to not in ("mlx", "torch"):

@@ -33,7 +33,7 @@ from mlx_afm.workflows.initial_adapter import Start, start_values
 
 
 @dataclass(frozen=True, kw_only=True)
-class Change:
+class WeightChange:
     """What is to become of the weights; see `convert`."""
 
     dtype: str | None = None
@@ -63,7 +63,7 @@ class Weights:
 
 
 def change_weights(
-    source: Source, schemes: Mapping[str, Scheme], change: Change, on_event: Callback = ignore, *, where: Path
+    source: Source, schemes: Mapping[str, Scheme], change: WeightChange, on_event: Callback = ignore, *, where: Path
 ) -> Weights:
     """The tensors that a change makes of a model's; computed are only calibration and an adapter's start value.
 
@@ -84,7 +84,7 @@ def change_weights(
     return Weights(cast_tensors(tensors, schemes, change.dtype), schemes)
 
 
-def _in_codes(source: Source, config: QuantConfig, change: Change, on_event: Callback, *, where: Path) -> Weights:
+def _in_codes(source: Source, config: QuantConfig, change: WeightChange, on_event: Callback, *, where: Path) -> Weights:
     if change.init is not None and source.adapter is not None and not is_zero(source.adapter):
         advice = "Fuse it first (mlx-afm fuse), or leave --init-adapter out."
         raise ConfigError("the base model has an active adapter already", where=where, advice=advice)

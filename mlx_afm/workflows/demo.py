@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mlx_afm.checkpoints.arrays import cast
-from mlx_afm.checkpoints.names import Entry, Kind, plan_names
+from mlx_afm.checkpoints.names import Kind, TensorEntry, plan_names
 from mlx_afm.checkpoints.toolkit import range_of_scale
 from mlx_afm.data import Example, read_examples
 from mlx_afm.errors import ConfigError
@@ -153,7 +153,7 @@ def write_toolkit_folder(folder: str | Path) -> Path:
     return folder
 
 
-def _toolkit_value(entry: Entry, ours: Mapping[str, LazyTensor], rng: np.random.Generator) -> LazyTensor:
+def _toolkit_value(entry: TensorEntry, ours: Mapping[str, LazyTensor], rng: np.random.Generator) -> LazyTensor:
     if entry.kind is Kind.WEIGHT:
         return cast(ours[entry.ours], "float32")
     if entry.kind is Kind.RANGE:

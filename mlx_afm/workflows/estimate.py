@@ -43,7 +43,7 @@ BASES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class RunPlan:
     """A run whose memory is asked for.
 
     Attributes:
@@ -118,11 +118,11 @@ def named_base(name: str, model: AFMConfig) -> Base:
     return Base(dtype=dtype, schemes=plan_schemes(quantization, shapes).schemes)
 
 
-def plan_of_folder(folder: str | Path, lora: LoRAConfig, train: TrainConfig, layouts: Sequence[Layout]) -> Plan:
+def plan_of_folder(folder: str | Path, lora: LoRAConfig, train: TrainConfig, layouts: Sequence[Layout]) -> RunPlan:
     """The run over a model folder, on this machine."""
     folder = to_path(folder)
     model, base = read_config(folder), base_of(folder)
-    return Plan(model=model, base=base, lora=lora, train=train, layouts=tuple(layouts), backend=backend())
+    return RunPlan(model=model, base=base, lora=lora, train=train, layouts=tuple(layouts), backend=backend())
 
 
 def layouts_of_data(data: Sequence[Tokens], train: TrainConfig) -> tuple[Layout, ...]:
@@ -160,7 +160,7 @@ def layout_by_settings(train: TrainConfig, tokens: int, share: float = TRAINED_S
     return Layout(rows=1, tokens=size, needed=needed, reach=reaches[0], needed_reach=reaches[1])
 
 
-def largest_rows(plan: Plan, limit_bytes: float) -> int:
+def largest_rows(plan: RunPlan, limit_bytes: float) -> int:
     """Most rows of the first layout's length that stay within a limit; 0 if one row does not."""
 
     def fits(rows: int) -> bool:
@@ -175,7 +175,7 @@ def largest_rows(plan: Plan, limit_bytes: float) -> int:
     return low
 
 
-def ways_to_fit(plan: Plan, limit_bytes: float) -> Iterator[tuple[str, int]]:
+def ways_to_fit(plan: RunPlan, limit_bytes: float) -> Iterator[tuple[str, int]]:
     """Settings that stay within a limit, the least change first: what to change, and the peak then."""
     for names, changed in _variants(plan):
         peak, rows = changed.estimate().peak_bytes, plan.layouts[0].rows
@@ -187,7 +187,7 @@ def ways_to_fit(plan: Plan, limit_bytes: float) -> Iterator[tuple[str, int]]:
             yield " and ".join(names), peak
 
 
-def _variants(plan: Plan) -> Iterator[tuple[list[str], Plan]]:
+def _variants(plan: RunPlan) -> Iterator[tuple[list[str], RunPlan]]:
     """The plan, and what takes less and less memory."""
     names: list[str] = []
     yield names, plan
@@ -202,12 +202,12 @@ def _variants(plan: Plan) -> Iterator[tuple[list[str], Plan]]:
             yield [*names, f"a {name} base"], replace(plan, base=named_base(name, plan.model))
 
 
-def with_rows(plan: Plan, rows: int) -> Plan:
+def with_rows(plan: RunPlan, rows: int) -> RunPlan:
     """The plan with micro-batches of so many examples of the first layout's length."""
     return replace(plan, layouts=(replace(plan.layouts[0], rows=rows, reach=None, needed_reach=None),))
 
 
-def require_memory(plan: Plan, memory_bytes: int | None) -> None:
+def require_memory(plan: RunPlan, memory_bytes: int | None) -> None:
     """Refuses a run that this machine cannot hold.
 
     Raises:

@@ -7,14 +7,22 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from mlx_afm.memory import Layout
-from mlx_afm.workflows.estimate import BASES, TRAINED_SHARE, USABLE_SHARE, Plan, largest_rows, named_base, ways_to_fit
+from mlx_afm.workflows.estimate import (
+    BASES,
+    TRAINED_SHARE,
+    USABLE_SHARE,
+    RunPlan,
+    largest_rows,
+    named_base,
+    ways_to_fit,
+)
 
 MACS_GB = (8, 16, 24, 32, 64)
 ROW_TOKENS = 512  # of the examples in the table
 TABLE_BASES = ("float32", "bfloat16", "4-bit", "2-bit")
 
 
-def report(plan: Plan, memory_bytes: int | None, *, mac: bool) -> tuple[dict[str, Any], float | None]:
+def report(plan: RunPlan, memory_bytes: int | None, *, mac: bool) -> tuple[dict[str, Any], float | None]:
     """The parts in bytes, whether they fit, and what would; and the limit this was judged by.
 
     Args:
@@ -35,7 +43,7 @@ def report(plan: Plan, memory_bytes: int | None, *, mac: bool) -> tuple[dict[str
     return {**found, "ways_to_fit": ways}, limit
 
 
-def settings_table(plan: Plan, macs_gb: Sequence[int] = MACS_GB) -> list[dict[str, Any]]:
+def settings_table(plan: RunPlan, macs_gb: Sequence[int] = MACS_GB) -> list[dict[str, Any]]:
     """Most examples of 512 tokens a step, a quarter of them trained, by memory, base and checkpointing.
 
     0 means that not even one fits. Full settings are those of `plan`; its layouts and base are replaced.

@@ -35,7 +35,7 @@ from mlx_afm.formats.fmadapter import (
     require_adapter_name,
 )
 from mlx_afm.formats.fmadapter_check import check_fmadapter
-from mlx_afm.formats.fmadapter_report import Report
+from mlx_afm.formats.fmadapter_report import PackageReport
 from mlx_afm.text.system_prompt import SYSTEM_PROMPTS
 from mlx_afm.workflows.ladder import PROMPTS, write_ladder
 from mlx_afm.workflows.lineage import base_differs, lineage_of
@@ -114,7 +114,7 @@ class Exported:
 
     package: Path
     metadata: Metadata
-    report: Report
+    report: PackageReport
     form: FormChange
     rounding: Rounding
     logits: LogitChange | None = None
@@ -219,7 +219,7 @@ def export_fmadapter(
     *,
     model_path: str | Path | None = None,
     **settings: Any,
-) -> tuple[Path, Report]:
+) -> tuple[Path, PackageReport]:
     """Writes `output_dir`/`name`.fmadapter, then checks it; `export_package` tells more of what it did.
 
     Args:

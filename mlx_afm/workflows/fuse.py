@@ -39,7 +39,7 @@ from mlx_afm.formats.tensors import OnBytes
 from mlx_afm.interop import write_shim
 from mlx_afm.model import Model
 from mlx_afm.model.quantized import Quantized
-from mlx_afm.quant import Plan
+from mlx_afm.quant import QuantizationPlan
 from mlx_afm.text.hf_chat_template import hf_chat_template
 from mlx_afm.text.system_prompt import SYSTEM_PROMPTS, default_system_prompt
 from mlx_afm.training import Callback, StageProgress
@@ -180,7 +180,7 @@ def _explained_codes(model: Model, partial: Path) -> dict[str, Any]:
     """What `config.json` has to say of a model's codes."""
     schemes = {path: module.scheme for path, module in model.named_modules() if isinstance(module, Quantized)}
     kinds = list(schemes.values())
-    plan = Plan(max(set(kinds), key=kinds.count), schemes, ())
+    plan = QuantizationPlan(max(set(kinds), key=kinds.count), schemes, ())
     return {"quantization": to_quantization_json(plan), **write_shim(partial)}
 
 

@@ -19,7 +19,7 @@ from mlx_afm.model import AFMConfig
 from mlx_afm.model.packed import Packed
 from mlx_afm.quant import Scheme, dequantize_balanced, quantize_balanced
 from mlx_afm.quant.balanced import grid_scales
-from mlx_afm.quant.residual import Floats, InitConfig, Split, split
+from mlx_afm.quant.residual import Floats, InitConfig, ResidualSplit, split
 from mlx_afm.quant.scheme import BALANCED
 from mlx_afm.training import Callback, StageProgress
 from mlx_afm.training.hooks import ignore
@@ -36,7 +36,7 @@ class Start:
     Attributes:
         tensors: matrices to be put in codes instead of the model's own, by tensor name.
         adapter: the start value.
-        errors: by kind of projection, the squared error of the outputs' weights before and after, see `Split`.
+        errors: by kind of projection, the squared error of the outputs' weights before and after, see `ResidualSplit`.
     """
 
     tensors: dict[str, LazyTensor]
@@ -125,7 +125,7 @@ def _split_rows(
     rounding: Callable[[Floats], Floats],
     config: InitConfig,
     column_weights_N: Any,
-) -> dict[str, Split]:
+) -> dict[str, ResidualSplit]:
     """Each part by itself: scales are by row and groups within rows, so rounding knows no other rows."""
     made, first = {}, 0
     for part in parts:
@@ -135,7 +135,7 @@ def _split_rows(
     return made
 
 
-def _arrays(part: str, piece: Split, scale: float) -> dict[str, LazyTensor]:
+def _arrays(part: str, piece: ResidualSplit, scale: float) -> dict[str, LazyTensor]:
     """The adapter's arrays; the root of its scale goes out of each."""
     root = np.float32(np.sqrt(scale))
     return {
@@ -144,7 +144,7 @@ def _arrays(part: str, piece: Split, scale: float) -> dict[str, LazyTensor]:
     }
 
 
-def _rest(source: LazyTensor, pieces: list[Split]) -> LazyTensor:
+def _rest(source: LazyTensor, pieces: list[ResidualSplit]) -> LazyTensor:
     """The matrix without what was taken out, computed when it is put in codes."""
 
     def read() -> Floats:

@@ -13,7 +13,7 @@ from mlx_afm.training import Callback, Evaluated, Event, StepsReported, Training
 Log = Callable[[dict[str, float], int], None]  # values by name, step
 
 
-class Report:
+class LogReporter:
     """A callback that hands numbers to a `log` function: `train/loss`, `valid/loss` and so on."""
 
     def __init__(self, log: Log) -> None:
@@ -121,4 +121,4 @@ def open_reports(
         settings: told once.
     """
     with ExitStack() as stack:
-        yield [Report(stack.enter_context(REPORTS[name][2](project, folder, settings))) for name in names]
+        yield [LogReporter(stack.enter_context(REPORTS[name][2](project, folder, settings))) for name in names]

@@ -8,7 +8,7 @@ from pathlib import Path
 from mlx_afm.data.config import DataConfig
 from mlx_afm.data.convert import convert_data
 from mlx_afm.data.sources import Files, find_splits, require_splits
-from mlx_afm.data.split import Split, SplitConfig, require_other_files, split_data
+from mlx_afm.data.split import DataSplit, SplitConfig, require_other_files, split_data
 from mlx_afm.errors import ConfigError
 from mlx_afm.files import atomic_folder, to_path
 from mlx_afm.folders import OnNote, ignore_note, lock_folder, new_folder
@@ -22,7 +22,7 @@ def split(
     *,
     overwrite: bool = False,
     on_note: OnNote = ignore_note,
-) -> Split:
+) -> DataSplit:
     """Writes train, valid and test files without a prompt on two sides; see `split_data`, for `on_note` `lock_folder`.
 
     Raises:

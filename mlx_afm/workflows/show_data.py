@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlx_afm.data.config import DataConfig
-from mlx_afm.data.sample import Choice, Sample, sample_examples
+from mlx_afm.data.sample import ExampleChoice, Sample, sample_examples
 from mlx_afm.data.sources import require_splits
 from mlx_afm.data.stats import OnProgress, SplitStats, measure_split
 from mlx_afm.files import to_path
@@ -33,7 +33,11 @@ def stats(
 
 
 def samples(
-    data: str | Path, model: str | Path, choice: Choice, reading: DataConfig | None = None, split: str | None = None
+    data: str | Path,
+    model: str | Path,
+    choice: ExampleChoice,
+    reading: DataConfig | None = None,
+    split: str | None = None,
 ) -> list[Sample]:
     """Some examples of a split as the model sees them; see `sample_examples`.
 

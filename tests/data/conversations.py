@@ -5,7 +5,7 @@ import json
 from mlx_afm.data.config import DataConfig
 from mlx_afm.data.encode import render_example
 from mlx_afm.data.records import RecordReader
-from mlx_afm.data.rows import Row
+from mlx_afm.data.rows import DataRow
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER, ANSWER = {"role": "user", "content": "two\nlines"}, {"role": "assistant", "content": "naïve 東京 🎉"}
@@ -40,7 +40,7 @@ CONVERSATIONS = {
 def read(record, dialect="auto"):
     """The example of a record."""
     raw = record if isinstance(record, bytes) else json.dumps(record).encode()
-    return RecordReader(DataConfig(dialect=dialect))(Row(1, raw), 0, "x")
+    return RecordReader(DataConfig(dialect=dialect))(DataRow(1, raw), 0, "x")
 
 
 def seen(example):

@@ -14,7 +14,7 @@ from mlx_afm.data.check import check_data
 from mlx_afm.data.fix import fix_data
 from mlx_afm.data.prepare import Block, Preparer
 from mlx_afm.data.records import Example, RecordReader
-from mlx_afm.data.rows import Row
+from mlx_afm.data.rows import DataRow
 from mlx_afm.errors import DataError
 
 LINES = [encoded(good_line("train", number)) for number in range(16)]
@@ -69,8 +69,8 @@ def _damage(draw, value):
 def test_a_line_is_an_example_or_a_data_error(line, dialect, tokenizer):
     config = DataConfig(dialect=dialect)
     with suppress(DataError):
-        assert isinstance(RecordReader(config)(Row(1, line), 0, "x"), Example)
-    prepared = Preparer(config, tokenizer, want_tokens=True)(Block(0, "x", 0, [Row(1, line)]))
+        assert isinstance(RecordReader(config)(DataRow(1, line), 0, "x"), Example)
+    prepared = Preparer(config, tokenizer, want_tokens=True)(Block(0, "x", 0, [DataRow(1, line)]))
     assert len(prepared.examples) + any(problem.is_error for problem in prepared.problems) == 1
     assert "wrong-record" not in {problem.kind for problem in prepared.problems}
     json.dumps([problem.to_dict() for problem in prepared.problems], ensure_ascii=False).encode()

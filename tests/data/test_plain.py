@@ -16,7 +16,7 @@ from mlx_afm.data.plain import PlainReader
 from mlx_afm.data.prepare import Block, Preparer, iter_blocks
 from mlx_afm.data.records import RecordReader
 from mlx_afm.data.render_block import BlockRenderer
-from mlx_afm.data.rows import Row
+from mlx_afm.data.rows import DataRow
 from mlx_afm.text.messages import Message
 from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.text.words import SHARED
@@ -55,7 +55,7 @@ def lines(draw):
 
 
 def rows_of(*texts):
-    return [Row(number, text) for number, text in enumerate(texts, start=1) if text]
+    return [DataRow(number, text) for number, text in enumerate(texts, start=1) if text]
 
 
 def assert_as_read(rows, config, special_pieces):

@@ -4,7 +4,7 @@ import pytest
 
 from conversations import CONVERSATIONS
 from mlx_afm.data import DataConfig, read_tokens
-from mlx_afm.data.sample import Choice, sample_examples
+from mlx_afm.data.sample import ExampleChoice, sample_examples
 from mlx_afm.errors import ConfigError, DataError
 from mlx_afm.text.template import DEFAULT_SYSTEM
 
@@ -40,7 +40,7 @@ def test_tokens_are_those_of_training(write, tokenizer, tokenizer_file):
     records = [{"text": text} if text else {"messages": m, "tools": tools} for m, tools, text in CONVERSATIONS.values()]
     files = (write("a.jsonl", *records),)
     for config in (DataConfig(), DataConfig(system="other"), DataConfig(max_tokens=90, overflow="truncate-answer")):
-        kept = [s for s in sample_examples(files, tokenizer, Choice(count=99), config) if s.tokens]
+        kept = [s for s in sample_examples(files, tokenizer, ExampleChoice(count=99), config) if s.tokens]
         for sample, tokens in zip(kept, read_tokens(files, tokenizer_file, config), strict=True):
             assert [token.id for token in sample.tokens] == tokens.ids.tolist()
             assert [token.trained for token in sample.tokens] == (tokens.weights > 0).tolist()
@@ -58,30 +58,30 @@ def test_plain_text_is_trained_but_for_its_start(write, tokenizer):
 
 def test_the_first_ones(write, tokenizer):
     files = (write("a.jsonl", *talk(2)), write("b.jsonl", *talk(5)))
-    places = [(sample.file[-7:], sample.line) for sample in sample_examples(files, tokenizer, Choice(count=4))]
+    places = [(sample.file[-7:], sample.line) for sample in sample_examples(files, tokenizer, ExampleChoice(count=4))]
     assert places == [("a.jsonl", 1), ("a.jsonl", 2), ("b.jsonl", 1), ("b.jsonl", 2)]
-    assert len(sample_examples(files, tokenizer, Choice(count=100))) == 7
+    assert len(sample_examples(files, tokenizer, ExampleChoice(count=100))) == 7
 
 
 def test_random_ones(write, tokenizer):
     files = (write("a.jsonl", *talk(40)),)
-    lines = [tuple(s.line for s in sample_examples(files, tokenizer, Choice(5, seed))) for seed in range(60)]
-    assert lines[7] == tuple(s.line for s in sample_examples(files, tokenizer, Choice(5, 7)))
+    lines = [tuple(s.line for s in sample_examples(files, tokenizer, ExampleChoice(5, seed))) for seed in range(60)]
+    assert lines[7] == tuple(s.line for s in sample_examples(files, tokenizer, ExampleChoice(5, 7)))
     assert all(len(set(chosen)) == 5 and list(chosen) == sorted(chosen) for chosen in lines)
     assert len(set(lines)) == 60
     counts = [sum(line in chosen for chosen in lines) for line in range(1, 41)]
     assert min(counts) >= 1
     assert max(counts) <= 20
-    assert len(sample_examples(files, tokenizer, Choice(50, 1))) == 40
+    assert len(sample_examples(files, tokenizer, ExampleChoice(50, 1))) == 40
 
 
 def test_one_line(write, tokenizer):
     files = (write("a.jsonl", "\n", *talk(3)),)
-    (sample,) = sample_examples(files, tokenizer, Choice(line=3))
+    (sample,) = sample_examples(files, tokenizer, ExampleChoice(line=3))
     assert sample.texts[-1][0] == "a1<turn_end>"
     for line in (1, 5):
         with pytest.raises(DataError, match=f"no example in line {line}"):
-            sample_examples(files, tokenizer, Choice(line=line))
+            sample_examples(files, tokenizer, ExampleChoice(line=line))
 
 
 def test_what_overflow_leaves(write, tokenizer):
@@ -102,6 +102,6 @@ def test_what_cannot_be_shown(write, tokenizer):
     with pytest.raises(DataError, match="no examples"):
         sample_examples((write("b.jsonl", ""),), tokenizer)
     with pytest.raises(ConfigError, match="expected at least 1 example, found 0"):
-        Choice(count=0)
+        ExampleChoice(count=0)
     with pytest.raises(ConfigError, match="two ways to choose"):
-        Choice(line=1, seed=1)
+        ExampleChoice(line=1, seed=1)

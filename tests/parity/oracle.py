@@ -18,7 +18,7 @@ import tolerances
 from mlx_afm.adapters import add_adapter, read_adapter, set_adapter_weights
 from mlx_afm.checkpoints.arrays import to_mlx
 from mlx_afm.checkpoints.model_folder import model_tensors
-from mlx_afm.checkpoints.names import Entry, plan_adapter
+from mlx_afm.checkpoints.names import TensorEntry, plan_adapter
 from mlx_afm.checkpoints.toolkit import find_toolkit_files, read_toolkit_checkpoint
 from mlx_afm.data import Batch
 from mlx_afm.model import Model, ToolkitConfig
@@ -57,7 +57,7 @@ class Oracle:
         return self.config.model.kv_quant
 
     @property
-    def adapter_entries(self) -> list[Entry]:
+    def adapter_entries(self) -> list[TensorEntry]:
         return plan_adapter(self.config.model, self.config.adapter)
 
 
