@@ -65,6 +65,17 @@ def attention(
     return mx.fast.scaled_dot_product_attention(q_GHNE, k_GKSE, v_GKSE, scale=scale, mask=mask)
 
 
+def scaled_product(a: mx.array, b: mx.array, scale: float, *, like: mx.array) -> mx.array:
+    """scale * (a @ b), in one kernel on a GPU; the CPU backend would copy `like` first. Do not differentiate it.
+
+    Args:
+        like: any array of the result's shape and dtype.
+    """
+    if on_cpu():
+        return scale * (a @ b)
+    return mx.addmm(like, a, b, alpha=scale, beta=0.0)
+
+
 def exp(x: mx.array) -> mx.array:
     """e^x of a float32 array. Do not differentiate it: callers write their gradients out."""
     return exponential.exp(x) if on_cpu() else mx.exp(x)

@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_afm.errors import AdapterError
+from mlx_afm.model import backend
 from mlx_afm.model.recompute import Dropout
 
 PARTS = ("q", "k", "v")  # of the fused projection, in the order of its rows
@@ -63,9 +64,8 @@ def add_scaled_product(y: mx.array, inner: mx.array, b: mx.array, scale: float) 
     def _(primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         _, inner, b = primals
         inner_TR, cotangent_TO = inner.reshape(-1, inner.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
-        # With beta 0 the first argument gives a shape alone.
-        inner_cotangent = mx.addmm(inner, cotangent, b.T, alpha=scale, beta=0.0)
-        return cotangent, inner_cotangent, mx.addmm(b, inner_TR.T, cotangent_TO, alpha=scale, beta=0.0)
+        inner_cotangent = backend.scaled_product(cotangent, b.T, scale, like=inner)
+        return cotangent, inner_cotangent, backend.scaled_product(inner_TR.T, cotangent_TO, scale, like=b)
 
     return add(y, inner, b)  # type: ignore[return-value, operator]
 
