@@ -77,11 +77,11 @@ def packed_batch(row: PackedRow, *, read_tokens: int) -> Batch:
     count = len(row.needed_T)
     fill = rounded_up(max(1, count), TARGET_STEP) - count
     needed = np.pad(row.needed_T, (0, fill), mode="edge" if count else "constant")
-    everyone = reach(np.arange(len(row.ids_L), dtype=np.int32), row.last_readers_L)
+    everyone = reach(np.arange(len(row.ids_L), dtype=np.int32), row.subtree_end_L)
     packing = Packing(
         mx.array(row.positions_L[None]),
         Reach(*map(mx.array, everyone)),
-        Reach(*map(mx.array, reach(needed, row.last_readers_L))),
+        Reach(*map(mx.array, reach(needed, row.subtree_end_L))),
     )
     return Batch(
         inputs_BL=mx.array(row.ids_L[None]),

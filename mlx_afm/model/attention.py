@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx_afm.model import backend
 from mlx_afm.model.config import AFMConfig
 from mlx_afm.model.layers import FusedLinear, Linear, RMSNorm, fake_quantize, rotate, rotate_in_training
-from mlx_afm.model.recompute import recomputed, together
+from mlx_afm.model.recompute import gradient_barrier, recomputed
 from mlx_afm.model.views import View, take_rows
 
 
@@ -111,5 +111,5 @@ class KVReuseAttention(nn.Module):
         """x + output (B, L, D); `norm` comes before the projection."""
         q = recomputed([norm, self.q_proj], lambda x: self.q_proj(norm(x)), x_BLD)
         if self.training:
-            q, k_BKSE, v_BKSE = together(q, k_BKSE, v_BKSE)  # type: ignore
+            q, k_BKSE, v_BKSE = gradient_barrier(q, k_BKSE, v_BKSE)  # type: ignore
         return self.out_proj.plus(_attend(self.q_norm, q, k_BKSE, v_BKSE, view), x_BLD)

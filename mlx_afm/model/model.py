@@ -25,7 +25,7 @@ from mlx_afm.model.recompute import recomputed
 from mlx_afm.model.views import Packing, View, full_view, packed_view
 
 
-class OrdinaryLayer(nn.Module):
+class DecoderLayer(nn.Module):
     """Attention with keys and values of its own, then feed-forward; pre-norm, residual."""
 
     def __init__(self, config: AFMConfig) -> None:
@@ -43,7 +43,7 @@ class OrdinaryLayer(nn.Module):
         return self.mlp(x, self.post_attention_layernorm), k, v
 
 
-class KVReuseLayer(nn.Module):
+class KVReuseDecoderLayer(nn.Module):
     """Attention to given keys and values, then feed-forward; pre-norm, residual."""
 
     def __init__(self, config: AFMConfig) -> None:
@@ -66,7 +66,7 @@ class Call:
     cache: Sequence[Any] | None = None
     positions_BL: mx.array | None = None
     documents_BL: mx.array | None = None
-    last_readers_BL: mx.array | None = None
+    subtree_end_BL: mx.array | None = None
     packing: Packing | None = None
     needed_BN: mx.array | None = None
     grad_checkpoint: bool = False
@@ -79,8 +79,8 @@ class AFMModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.hidden_dim)
-        self.layers = [OrdinaryLayer(config) for _ in range(config.num_ordinary_layers)]
-        self.kv_reuse_layers = [KVReuseLayer(config) for _ in range(config.num_kv_reuse_layers)]
+        self.layers = [DecoderLayer(config) for _ in range(config.num_ordinary_layers)]
+        self.kv_reuse_layers = [KVReuseDecoderLayer(config) for _ in range(config.num_kv_reuse_layers)]
         self.output_norm = RMSNorm(config.hidden_dim, config.rms_norm_eps)
 
     def __call__(self, tokens_BL: mx.array, call: Call) -> mx.array:
@@ -115,7 +115,7 @@ class AFMModel(nn.Module):
             length,
             positions_BL=call.positions_BL,
             documents_BL=call.documents_BL,
-            last_readers_BL=call.last_readers_BL,
+            subtree_end_BL=call.subtree_end_BL,
             cache=cache,
         )
 
@@ -144,7 +144,7 @@ class Model(nn.Module):
         cache: Sequence[Any] | None = None,
         positions: mx.array | None = None,
         documents: mx.array | None = None,
-        last_readers: mx.array | None = None,
+        subtree_end: mx.array | None = None,
         packing: Packing | None = None,
         needed: mx.array | None = None,
         grad_checkpoint: bool = False,
@@ -159,7 +159,7 @@ class Model(nn.Module):
             documents: int (B, L), which document of a packed row each token belongs to; documents
                 do not see each other, and padding is a document of its own. Positions then default
                 to the place within the document.
-            last_readers: int (B, L), for documents that begin with others: the last document that reads
+            subtree_end: int (B, L), for documents that begin with others: the last document that reads
                 this token, documents being numbered in preorder of the tree of prefixes. Needs positions.
             packing: the same in the form that costs least, see `Packing`; instead of the three above.
             needed: int (B, N), indices into L whose outputs anyone will read; the rest of the last
@@ -170,20 +170,20 @@ class Model(nn.Module):
         Returns: (B, L, D), or (B, N, D) with `needed`.
         Raises: ConfigError for a wrong number of caches, or arguments that exclude each other.
         """
-        placed = [array is not None for array in (positions, documents, last_readers)]
+        placed = [array is not None for array in (positions, documents, subtree_end)]
         if cache is not None and (documents is not None or packing is not None):
             raise ConfigError("a cache holds one document per row", advice="Pass either cache or documents.")
         if cache is not None and grad_checkpoint:
             raise ConfigError("a cache cannot be checkpointed", advice="Train without a cache.")
         if packing is not None and any(placed):
             raise ConfigError("packing says where tokens stand", advice="Pass no positions or documents besides.")
-        if last_readers is not None and not all(placed):
-            raise ConfigError("last_readers needs positions and documents")
+        if subtree_end is not None and not all(placed):
+            raise ConfigError("subtree_end needs positions and documents")
         call = Call(
             cache=cache,
             positions_BL=positions,
             documents_BL=documents,
-            last_readers_BL=last_readers,
+            subtree_end_BL=subtree_end,
             packing=packing,
             needed_BN=needed,
             grad_checkpoint=grad_checkpoint,

@@ -65,7 +65,7 @@ def _cast_names(module: nn.Module) -> list[bool]:
 
 
 @mx.custom_function
-def together(*arrays: mx.array) -> tuple[mx.array, ...]:
+def gradient_barrier(*arrays: mx.array) -> tuple[mx.array, ...]:
     """The arrays as they are; in the backward pass none of their gradients is used before all are computed.
 
     For arrays that many layers share, as the reusing layers share keys and values. Their gradient is wanted only when

@@ -82,20 +82,20 @@ class View:
 
 
 def visible_mask(
-    positions_BL: mx.array, documents_BL: mx.array | None = None, last_readers_BL: mx.array | None = None
+    positions_BL: mx.array, documents_BL: mx.array | None = None, subtree_end_BL: mx.array | None = None
 ) -> mx.array:
     """Bool (B, 1, L, L): token j is visible to i iff i reads j's document and position j <= position i.
 
-    A document is read by itself, and by all documents up to `last_readers_BL` if that is given: with documents
+    A document is read by itself, and by all documents up to `subtree_end_BL` if that is given: with documents
     numbered in preorder of a tree of prefixes, these are the prefix's continuations.
     """
     visible = positions_BL[:, None, :, None] >= positions_BL[:, None, None, :]
     if documents_BL is None:
         return visible
     readers, read = documents_BL[:, None, :, None], documents_BL[:, None, None, :]
-    if last_readers_BL is None:
+    if subtree_end_BL is None:
         return visible & (readers == read)
-    return visible & (readers >= read) & (readers <= last_readers_BL[:, None, None, :])
+    return visible & (readers >= read) & (readers <= subtree_end_BL[:, None, None, :])
 
 
 def positions_in_documents(documents_BL: mx.array) -> mx.array:
@@ -112,7 +112,7 @@ def full_view(
     *,
     positions_BL: mx.array | None,
     documents_BL: mx.array | None,
-    last_readers_BL: mx.array | None,
+    subtree_end_BL: mx.array | None,
     cache: Any,
 ) -> View:
     """The view of all tokens of a call.
@@ -132,7 +132,7 @@ def full_view(
         if positions_BL is None:
             assert documents_BL is not None
             positions_BL = positions_in_documents(documents_BL)
-        mask = visible_mask(positions_BL, documents_BL, last_readers_BL)
+        mask = visible_mask(positions_BL, documents_BL, subtree_end_BL)
     return View(*rotary_tables(positions_BL, config, dtype), mask)
 
 

@@ -195,7 +195,7 @@ def train(
         DistributedError: another process of the run was lost; the steps done are saved.
     """
     ranks = join_ranks(job.train.rank_timeout_seconds)
-    if not ranks.leads:
+    if not ranks.is_main_process:
         on_event = ignore
     if job.name is not None:
         require_adapter_name(job.name)
@@ -206,7 +206,7 @@ def train(
     job = replace(job, model=resolve(job.model), resume_adapter_file=start, train=_decayed(job))
     _require_folder(job.adapter_path)
     with ExitStack() as stack:
-        if ranks.leads:
+        if ranks.is_main_process:
             stack.enter_context(lock_folder(job.adapter_path, BEST, on_note=notes_of(on_event)))
         return _train(job, ranks, on_event, should_stop, objective)
 
@@ -241,7 +241,7 @@ def _train(
     snapshot, valid = None if saved is None else saved.snapshot, data.get("valid", ())
     with ExitStack() as stack:
         hooks = Hooks(should_stop=should_stop)
-        if ranks.leads:
+        if ranks.is_main_process:
             system_prompts = trained_system_prompts((example.ids for example in data["train"]), tokenizer)
             tokenizer.system_prompt = default_system_prompt(system_prompts)  # of the sample prompts
             run = Run(job, model, tokenizer, form, course, total_steps, system_prompts)

@@ -35,7 +35,7 @@ def inputs_of_up(model, tokens):
 
     x = model.model.embedding(tokens)
     view = full_view(
-        model.args, x.dtype, tokens.shape[1], positions_BL=None, documents_BL=None, last_readers_BL=None, cache=None
+        model.args, x.dtype, tokens.shape[1], positions_BL=None, documents_BL=None, subtree_end_BL=None, cache=None
     )
     attended, _, _ = layer.self_attn(x, layer.input_layernorm, view, None, None)
     return layer.input_layernorm(x), layer.post_attention_layernorm(attended)
