@@ -97,7 +97,7 @@ def _summed(
     return pairs[0], pairs[1], summed
 
 
-def reach(queries_M: Ints, subtree_end_L: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
+def key_indices(queries_M: Ints, subtree_end_L: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
     """Keys of each group of consecutive queries, int32 (G, S), and which of them each query sees, bool (G, Q, S).
 
     The size of the groups is the one that costs least. Keys are filled up with key 0, which then nobody sees.

@@ -17,12 +17,12 @@ import mlx.nn as nn
 
 from mlx_afm.errors import ConfigError
 from mlx_afm.model.attention import Attention, KVReuseAttention
+from mlx_afm.model.attention_context import AttentionContext, Packing, full_context, packed_context
 from mlx_afm.model.cache import KVCache
 from mlx_afm.model.cache_int8 import Int8KVCache
 from mlx_afm.model.config import AFMConfig
 from mlx_afm.model.layers import Embedding, FeedForward, RMSNorm
 from mlx_afm.model.recompute import recomputed
-from mlx_afm.model.views import Packing, View, full_view, packed_view
 
 
 class DecoderLayer(nn.Module):
@@ -36,10 +36,10 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_dim, config.rms_norm_eps)
 
     def __call__(
-        self, x_BLD: mx.array, view: View, cache: Any = None, needed_BN: mx.array | None = None
+        self, x_BLD: mx.array, context: AttentionContext, cache: Any = None, needed_BN: mx.array | None = None
     ) -> tuple[mx.array, mx.array, mx.array]:
         """Output at all tokens, or at the needed ones only; and the keys and values."""
-        x, k, v = self.self_attn(x_BLD, self.input_layernorm, view, cache, needed_BN)
+        x, k, v = self.self_attn(x_BLD, self.input_layernorm, context, cache, needed_BN)
         return self.mlp(x, self.post_attention_layernorm), k, v
 
 
@@ -53,9 +53,9 @@ class KVReuseDecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_dim, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_dim, config.rms_norm_eps)
 
-    def __call__(self, x_BLD: mx.array, view: View, k_BKSE: mx.array, v_BKSE: mx.array) -> mx.array:
+    def __call__(self, x_BLD: mx.array, context: AttentionContext, k_BKSE: mx.array, v_BKSE: mx.array) -> mx.array:
         """Output at every token of x."""
-        x = self.self_attn(x_BLD, self.input_layernorm, view, k_BKSE, v_BKSE)
+        x = self.self_attn(x_BLD, self.input_layernorm, context, k_BKSE, v_BKSE)
         return self.mlp(x, self.post_attention_layernorm)
 
 
@@ -92,24 +92,24 @@ class AFMModel(nn.Module):
         if len(caches) != len(self.layers):
             raise ConfigError("wrong number of caches", expected=len(self.layers), found=len(caches))
         tables = x.dtype if self.training else mx.float32  # one kernel rotates in inference, and rounds once
-        view = self._view(tables, length, call, caches[0])
+        context = self._context(tables, length, call, caches[0])
 
         def run(layer: nn.Module, function: Callable[..., Any], *arrays: mx.array) -> Any:
             return recomputed([layer], function, *arrays) if call.grad_checkpoint else function(*arrays)
 
         for layer, cache in zip(self.layers[:-1], caches):
-            x = run(layer, lambda x, layer=layer, cache=cache: layer(x, view, cache)[0], x)
-        x, k, v = run(self.layers[-1], lambda x: self.layers[-1](x, view, caches[-1], needed_BN), x)
-        read = view if needed_BN is None else view.at(needed_BN, length, k.shape[2])
+            x = run(layer, lambda x, layer=layer, cache=cache: layer(x, context, cache)[0], x)
+        x, k, v = run(self.layers[-1], lambda x: self.layers[-1](x, context, caches[-1], needed_BN), x)
+        read = context if needed_BN is None else context.at(needed_BN, length, k.shape[2])
         for layer in self.kv_reuse_layers:
             x = run(layer, lambda x, k, v, layer=layer: layer(x, read, k, v), x, k, v)
         x = self.output_norm(x)
         return x[:, None] if one_token else x
 
-    def _view(self, dtype: mx.Dtype, length: int, call: Call, cache: Any) -> View:
+    def _context(self, dtype: mx.Dtype, length: int, call: Call, cache: Any) -> AttentionContext:
         if call.packing is not None:
-            return packed_view(self.config, dtype, call.packing)
-        return full_view(
+            return packed_context(self.config, dtype, call.packing)
+        return full_context(
             self.config,
             dtype,
             length,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mlx_afm.data import Tokens
-from mlx_afm.data.packing import pack, reach
+from mlx_afm.data.packing import key_indices, pack
 
 
 def tokens(ids: str, weights: str | None = None) -> Tokens:
@@ -46,7 +46,7 @@ def test_reach_is_the_mask_and_no_more():
     rows = [Tokens(row.ids, np.ones(len(row), np.float32), "x") for row in rows]
     row = pack(rows)
     for queries in (np.arange(len(row.ids_L), dtype=np.int32), row.needed_T):
-        keys, mask = reach(queries, row.subtree_end_L)
+        keys, mask = key_indices(queries, row.subtree_end_L)
         groups, size, _ = mask.shape
         assert groups * size == len(queries)
         for place, query in enumerate(queries):
@@ -60,5 +60,5 @@ def test_groups_are_small_where_examples_share_little():
     rng = np.random.default_rng(1)
     rows = [Tokens(rng.integers(0, 9999, 65).astype(np.int32), np.ones(65, np.float32), "x") for _ in range(16)]
     row = pack(rows)
-    keys, mask = reach(np.arange(len(row.ids_L), dtype=np.int32), row.subtree_end_L)
+    keys, mask = key_indices(np.arange(len(row.ids_L), dtype=np.int32), row.subtree_end_L)
     assert keys.size + mask.size < len(row.ids_L) ** 2 / 8
