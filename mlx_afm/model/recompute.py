@@ -76,7 +76,7 @@ def gradient_barrier(*arrays: mx.array) -> tuple[mx.array, ...]:
     return arrays
 
 
-@together.vjp
+@gradient_barrier.vjp
 def _all_at_once(_: Any, cotangents: Sequence[mx.array], __: Any) -> tuple[mx.array, ...]:
     return tuple(mx.depends(list(cotangents), list(cotangents)))
 
