@@ -54,10 +54,9 @@ def document() -> str:
         # What another one that it imports imports as well needs no arrow.
         direct = others - set().union(*(below(other, edges) for other in others))
         lines += [f"    {name} --> {other}" for other in sorted(direct)]
-    lines += ["```", "", "| package | subject | modules | lines |", "|---|---|---|---|"]
+    lines += ["```", "", "| package | subject | modules |", "|---|---|---|"]
     for name, found in files.items():
-        count = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in found)
-        lines.append(f"| `{name}` | {subject(name)} | {len(found)} | {round(count, -2):,} |")
+        lines.append(f"| `{name}` | {subject(name)} | {len(found)} |")
     head, _, rest = TARGET.read_text(encoding="utf-8").partition(START)
     return "\n".join([head + START, "", *lines, "", END]) + rest.partition(END)[2]
 
