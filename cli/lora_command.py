@@ -43,14 +43,14 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> int:
     ranks = join_ranks(job.train.rank_timeout_seconds)
     result: dict[str, Any] = {"adapter_path": str(job.adapter_path)}
     if request.train:
-        with stop_on_signals(silent=not ranks.leads) as stop:
+        with stop_on_signals(silent=not ranks.is_main_process) as stop:
 
             def watch(event: Event) -> None:
                 stop.saves = stop.saves or isinstance(event, (TrainingStarted, TrainingResumed))
                 show_event(event)
 
             trained = train(job, on_event=watch, should_stop=stop)
-        if not ranks.leads:
+        if not ranks.is_main_process:
             return 0  # rank 0 tells, and its exit code counts
         result |= outcome_of(trained)
         if trained.interrupted:
@@ -58,7 +58,7 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> int:
             show({**result, "interrupted": True}, as_json)
             return stop.exit_code
         note_best(trained, job.model)
-    if request.test and ranks.leads:
+    if request.test and ranks.is_main_process:
         has_adapter = request.train or request.adapter_given or job.adapter_path.exists()
         note("scoring" if has_adapter else "scoring the base model: no --adapter-path")
         adapter = best_adapter(job.adapter_path) if request.best else job.adapter_path if has_adapter else None
@@ -81,6 +81,6 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> int:
             "test_examples": scored.examples,
             "adapter": has_adapter,
         }
-    if ranks.leads:
+    if ranks.is_main_process:
         show(result, as_json)
     return 0

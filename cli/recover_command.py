@@ -40,14 +40,14 @@ def command(config: Path | None, teacher: Path | None, loss: str, into_base: boo
     run = request_from(config, flags).job
     job = RecoverJob(run=run, loss=loss, teacher=teacher, into_base=into_base)
     ranks = join_ranks(run.train.rank_timeout_seconds)
-    with stop_on_signals(silent=not ranks.leads) as stop:
+    with stop_on_signals(silent=not ranks.is_main_process) as stop:
 
         def watch(event: Event) -> None:
             stop.saves = stop.saves or isinstance(event, (TrainingStarted, TrainingResumed))
             show_event(event)
 
         done = recover(job, on_event=watch, should_stop=stop)
-    if not ranks.leads:
+    if not ranks.is_main_process:
         return 0  # rank 0 tells, and its exit code counts
     result: dict[str, Any] = {
         "adapter_path": str(run.adapter_path),

@@ -68,7 +68,7 @@ class Layout:
     Attributes:
         rows, tokens: of the inputs, padding included.
         needed: indices a row whose outputs are read.
-        reach: (groups, queries, keys) of a packed row, see `mlx_afm.model.Reach`; None for whole rows.
+        reach: (groups, queries, keys) of a packed row, see `mlx_afm.model.KeyIndices`; None for whole rows.
         needed_reach: the same of the tokens that are read.
     """
 

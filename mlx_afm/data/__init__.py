@@ -1,4 +1,4 @@
-"""Training data: file -> Row -> Example -> Spans -> Tokens -> plan -> Batch, one way.
+"""Training data: file -> DataRow -> Example -> Spans -> Tokens -> plan -> Batch, one way.
 
 `sources` and `dialects` read files, `records` and `encode` make tokens of a row, `prepare` does both
 for a block of rows, `workers` for many blocks at once, `read` for a split; `prefixes` and `plan` decide

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_afm.data.packing import PackedRow, pack, reach, rounded_up
+from mlx_afm.data.packing import PackedRow, key_indices, pack, rounded_up
 from mlx_afm.data.tokens import Tokens
-from mlx_afm.model import Packing, Reach
+from mlx_afm.model import KeyIndices, Packing
 
 WORTH_PACKING = 0.97  # of the tokens of padded rows
 TARGET_STEP = 16  # the number of targets of a packed row is rounded up to a multiple of this
@@ -77,11 +77,11 @@ def packed_batch(row: PackedRow, *, read_tokens: int) -> Batch:
     count = len(row.needed_T)
     fill = rounded_up(max(1, count), TARGET_STEP) - count
     needed = np.pad(row.needed_T, (0, fill), mode="edge" if count else "constant")
-    everyone = reach(np.arange(len(row.ids_L), dtype=np.int32), row.last_readers_L)
+    everyone = key_indices(np.arange(len(row.ids_L), dtype=np.int32), row.subtree_end_L)
     packing = Packing(
         mx.array(row.positions_L[None]),
-        Reach(*map(mx.array, everyone)),
-        Reach(*map(mx.array, reach(needed, row.last_readers_L))),
+        KeyIndices(*map(mx.array, everyone)),
+        KeyIndices(*map(mx.array, key_indices(needed, row.subtree_end_L))),
     )
     return Batch(
         inputs_BL=mx.array(row.ids_L[None]),

@@ -53,7 +53,7 @@ def check_data(
     Cost: 12 bytes an example, 20 while they are compared, and at most 10,000 problems of a kind.
     """
     tokenizer_file = to_optional_path(tokenizer_file)
-    return survey(splits, config, tokenizer_file, workers=workers, on_progress=on_progress).report
+    return validate(splits, config, tokenizer_file, workers=workers, on_progress=on_progress).report
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Unused:
 
 
 @dataclass
-class Survey:
+class ValidationResult:
     """A report, and what is needed to write a copy without the problems.
 
     Attributes:
@@ -91,25 +91,25 @@ class Survey:
     unreadable: set[str]
 
 
-def survey(
+def validate(
     splits: Mapping[str, Files],
     config: DataConfig | None = None,
     tokenizer_file: Path | None = None,
     *,
     workers: int | None = None,
     on_progress: OnProgress | None = None,
-) -> Survey:
+) -> ValidationResult:
     """See `check_data`."""
     if not splits:
         raise FormatError("no training data", expected="train.jsonl, valid.jsonl or test.jsonl")
-    surveyor = _Surveyor(splits, config or DataConfig(), tokenizer_file, on_progress or (lambda done, total: None))
-    blocks = surveyor.blocks()
-    for part in prepare_all(blocks, surveyor.config, tokenizer_file, want_tokens=False, workers=workers):
-        surveyor.take(part)
-    return surveyor.finish()
+    validator = _Validator(splits, config or DataConfig(), tokenizer_file, on_progress or (lambda done, total: None))
+    blocks = validator.blocks()
+    for part in prepare_all(blocks, validator.config, tokenizer_file, want_tokens=False, workers=workers):
+        validator.take(part)
+    return validator.finish()
 
 
-class _Surveyor:
+class _Validator:
     """Gathers what becomes of the blocks of all splits."""
 
     def __init__(
@@ -182,7 +182,7 @@ class _Surveyor:
             removed_tokens=file.removed_tokens + sum(removed for _, removed, _ in part.lost),
         )
 
-    def finish(self) -> Survey:
+    def finish(self) -> ValidationResult:
         """The report of all of it."""
         for name in self.names:
             if not len(self.prints[name]) and name not in self.bad_splits:
@@ -195,7 +195,7 @@ class _Surveyor:
         counts = {kind: self.problems.counts[kind] for kind in sorted(self.problems.counts)}
         problems = self.problems.sorted(order)
         report = DataReport(tuple(self.files), problems, counts, self.has_tokenizer, self.config.max_tokens)
-        return Survey(report, self.splits, self.prints, self.unused, list(self.kinds), self.unreadable)
+        return ValidationResult(report, self.splits, self.prints, self.unused, list(self.kinds), self.unreadable)
 
     def _no_examples(self, split: str) -> None:
         files = [file for file in self.files if file.split == split]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlx_afm.data.check import HELD_OUT, OnProgress, Survey, survey
+from mlx_afm.data.check import HELD_OUT, OnProgress, ValidationResult, validate
 from mlx_afm.data.config import DataConfig
 from mlx_afm.data.records import as_json_line
 from mlx_afm.data.repeats import find_duplicates, find_overlap
@@ -102,7 +102,7 @@ def fix_data(
     tokenizer_file = to_optional_path(tokenizer_file)
     if folder.exists() and not is_empty(folder):
         raise ConfigError("the folder for the fixed copy exists", where=folder, advice="Choose another, or remove it.")
-    found = survey(splits, config, tokenizer_file, workers=workers, on_progress=on_progress)
+    found = validate(splits, config, tokenizer_file, workers=workers, on_progress=on_progress)
     if found.unreadable:
         raise FormatError("cannot be read, so that there is no copy of it", where=sorted(found.unreadable)[0])
     copy = _Copy(found, (config or DataConfig()).fields)
@@ -120,7 +120,7 @@ def fix_data(
 class _Copy:
     """Writes the files one after the other and notes what changes."""
 
-    def __init__(self, found: Survey, fields: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, found: ValidationResult, fields: Sequence[tuple[str, str]]) -> None:
         self.found, self.fields = found, fields
         self.paths = [path for name in SPLITS for path in found.splits.get(name, ())]
         self.left_out = _left_out(found)
@@ -187,7 +187,7 @@ class _LeftOut:
         return self._names[int(self._kinds[self._next])]
 
 
-def _left_out(found: Survey) -> list[_LeftOut]:
+def _left_out(found: ValidationResult) -> list[_LeftOut]:
     """The lines of each file that are not copied."""
     names = [*found.kinds, "duplicate", "overlap"]
     lines = [array("q", unused.lines) for unused in found.unused]

@@ -30,7 +30,7 @@ class PackedRow:
     Attributes:
         ids_L: int32, tokens read; padding at the end is zero.
         positions_L: int32, place of each token in its example.
-        last_readers_L: int32, index of the last token that sees this one; padding sees itself alone.
+        subtree_end_L: int32, index of the last token that sees this one; padding sees itself alone.
         needed_T: int32, ascending, the index whose prediction counts; twice if it has two targets.
         targets_T: int32.
         weights_T: float32, summed over the examples that train the same target behind the same tokens.
@@ -41,7 +41,7 @@ class PackedRow:
 
     ids_L: Ints
     positions_L: Ints
-    last_readers_L: Ints
+    subtree_end_L: Ints
     needed_T: Ints
     targets_T: Ints
     weights_T: npt.NDArray[np.float32]
@@ -62,13 +62,13 @@ def rounded_up(count: int, step: int) -> int:
 def pack(examples: Sequence[Tokens]) -> PackedRow:
     """The row of some examples, in the order of their ids."""
     ids, positions, needed, targets, weights = [], [], [], [], []
-    last_readers = np.zeros(sum(map(len, examples)), np.int32)
+    subtree_end = np.zeros(sum(map(len, examples)), np.int32)
     path = read = np.empty(0, np.int32)
     count = 0
     for example in sorted(examples, key=lambda example: example.ids[:-1].tolist()):
         before, read = read, example.ids[:-1]
         shared = common_tokens(before, read)
-        last_readers[path[shared:]] = count - 1
+        subtree_end[path[shared:]] = count - 1
         path = np.concatenate([path[:shared], np.arange(count, count + len(read) - shared, dtype=np.int32)])
         count += len(read) - shared
         ids.append(read[shared:])
@@ -77,13 +77,13 @@ def pack(examples: Sequence[Tokens]) -> PackedRow:
         needed.append(path[trained])
         targets.append(example.ids[trained + 1])
         weights.append(example.weights[trained + 1])
-    last_readers[path] = count - 1
+    subtree_end[path] = count - 1
     length = rounded_up(count, ROW_STEP)
     padding = np.zeros(length - count, np.int32)
     return PackedRow(
         np.concatenate([*ids, padding]),
         np.concatenate([*positions, padding]),
-        np.concatenate([last_readers[:count], np.arange(count, length, dtype=np.int32)]),
+        np.concatenate([subtree_end[:count], np.arange(count, length, dtype=np.int32)]),
         *_summed(np.concatenate(needed), np.concatenate(targets), np.concatenate(weights)),
     )
 
@@ -97,13 +97,13 @@ def _summed(
     return pairs[0], pairs[1], summed
 
 
-def reach(queries_M: Ints, last_readers_L: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
+def key_indices(queries_M: Ints, subtree_end_L: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
     """Keys of each group of consecutive queries, int32 (G, S), and which of them each query sees, bool (G, Q, S).
 
     The size of the groups is the one that costs least. Keys are filled up with key 0, which then nobody sees.
     """
-    count, places = len(queries_M), np.arange(len(last_readers_L))
-    visible_ML = (queries_M[:, None] >= places) & (queries_M[:, None] <= last_readers_L)
+    count, places = len(queries_M), np.arange(len(subtree_end_L))
+    visible_ML = (queries_M[:, None] >= places) & (queries_M[:, None] <= subtree_end_L)
     choices = [size for size in GROUPS if size < count and count % size == 0] + [count]
     seen = {size: visible_ML.reshape(-1, size, len(places)).any(axis=1) for size in choices}
     keys = {size: rounded_up(int(seen[size].sum(axis=1).max()), KEY_STEP) for size in choices}

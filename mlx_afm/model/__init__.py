@@ -1,10 +1,10 @@
 """AFM text v7 in `mlx.nn`: the architecture and nothing else."""
 
+from mlx_afm.model.attention_context import KeyIndices, Packing
 from mlx_afm.model.cache import KVCache
 from mlx_afm.model.config import AFMConfig
 from mlx_afm.model.model import Model
 from mlx_afm.model.toolkit_config import AdapterSpec, ToolkitConfig, parse_toolkit_config, to_toolkit_config
-from mlx_afm.model.views import Packing, Reach
 
 ModelArgs = AFMConfig  # mlx-lm's name, for the `model_file` shim
 
@@ -12,10 +12,10 @@ __all__ = [
     "AFMConfig",
     "AdapterSpec",
     "KVCache",
+    "KeyIndices",
     "Model",
     "ModelArgs",
     "Packing",
-    "Reach",
     "ToolkitConfig",
     "parse_toolkit_config",
     "to_toolkit_config",

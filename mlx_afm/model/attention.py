@@ -13,34 +13,34 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_afm.model import backend
+from mlx_afm.model.attention_context import AttentionContext, take_rows
 from mlx_afm.model.config import AFMConfig
 from mlx_afm.model.layers import FusedLinear, Linear, RMSNorm, fake_quantize, rotate, rotate_in_training
-from mlx_afm.model.recompute import recomputed, together
-from mlx_afm.model.views import View, take_rows
+from mlx_afm.model.recompute import gradient_barrier, recomputed
 
 
-def _heads(norm: RMSNorm, x_BND: mx.array, view: View, width: int, groups: int) -> mx.array:
+def _heads(norm: RMSNorm, x_BND: mx.array, context: AttentionContext, width: int, groups: int) -> mx.array:
     """Queries or keys rotated and normed per head, (G, H, N, E)."""
     turn = rotate_in_training if norm.training else rotate
     batch, pairs = x_BND.shape[0], (width // 2, 2)
     if x_BND.ndim == 2:  # heads and their only tokens lie in either order
-        return norm(turn(x_BND.reshape(batch, -1, 1, *pairs), view.cos, view.sin).reshape(batch, -1, 1, width))
+        return norm(turn(x_BND.reshape(batch, -1, 1, *pairs), context.cos, context.sin).reshape(batch, -1, 1, width))
     length = x_BND.shape[1]
-    x_BNHE = turn(x_BND.reshape(batch, length, -1, *pairs), view.cos, view.sin)
+    x_BNHE = turn(x_BND.reshape(batch, length, -1, *pairs), context.cos, context.sin)
     return norm(x_BNHE.reshape(groups, batch * length // groups, -1, width)).transpose(0, 2, 1, 3)
 
 
-def _attend(norm: RMSNorm, q_BND: mx.array, k_BKSE: mx.array, v_BKSE: mx.array, view: View) -> mx.array:
-    """Rotates and norms queries per head, and attends to the keys that the view has: (B, N, D), as they came.
+def _attend(norm: RMSNorm, q_BND: mx.array, k_BKSE: mx.array, v_BKSE: mx.array, context: AttentionContext) -> mx.array:
+    """Rotates and norms queries per head, and attends to the keys that the context has: (B, N, D), as they came.
 
     Cost: neither the scores nor the keys of each group of queries are kept for the backward pass, but made again.
     """
     width = k_BKSE.shape[-1]
 
     def attend(q_BND: mx.array, k_BKSE: mx.array, v_BKSE: mx.array) -> mx.array:
-        k_GKSE, v_GKSE = view.of(k_BKSE), view.of(v_BKSE)
-        q_GHNE = _heads(norm, q_BND, view, width, k_GKSE.shape[0])
-        out_GHNE = backend.attention(q_GHNE, k_GKSE, v_GKSE, scale=width**-0.5, mask=view.mask)
+        k_GKSE, v_GKSE = context.of(k_BKSE), context.of(v_BKSE)
+        q_GHNE = _heads(norm, q_BND, context, width, k_GKSE.shape[0])
+        out_GHNE = backend.attention(q_GHNE, k_GKSE, v_GKSE, scale=width**-0.5, mask=context.mask)
         return (out_GHNE if q_BND.ndim == 2 else out_GHNE.transpose(0, 2, 1, 3)).reshape(q_BND.shape)
 
     return recomputed([norm], attend, q_BND, k_BKSE, v_BKSE)
@@ -64,7 +64,7 @@ class Attention(nn.Module):
         self,
         x_BLD: mx.array,
         norm: RMSNorm,
-        view: View,
+        context: AttentionContext,
         cache: Any = None,
         needed_BN: mx.array | None = None,
     ) -> tuple[mx.array, mx.array, mx.array]:
@@ -82,7 +82,7 @@ class Attention(nn.Module):
 
         q, k, v = recomputed([norm, self.qkv_proj], project, x_BLD)
         batch, width = x_BLD.shape[0], self.config.head_dim
-        k = _heads(self.k_norm, k, view, width, batch)
+        k = _heads(self.k_norm, k, context, width, batch)
         if v.ndim == 2:
             v = v.reshape(batch, -1, 1, width)
         else:
@@ -93,9 +93,9 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
         if needed_BN is not None:
-            view = view.at(needed_BN, x_BLD.shape[1], k.shape[2])
+            context = context.at(needed_BN, x_BLD.shape[1], k.shape[2])
         residual = x_BLD if needed_BN is None else take_rows(x_BLD, needed_BN)
-        return self.out_proj.plus(_attend(self.q_norm, q, k, v, view), residual), k, v
+        return self.out_proj.plus(_attend(self.q_norm, q, k, v, context), residual), k, v
 
 
 class KVReuseAttention(nn.Module):
@@ -107,9 +107,11 @@ class KVReuseAttention(nn.Module):
         self.out_proj = Linear(config.hidden_dim, config.hidden_dim)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def __call__(self, x_BLD: mx.array, norm: RMSNorm, view: View, k_BKSE: mx.array, v_BKSE: mx.array) -> mx.array:
+    def __call__(
+        self, x_BLD: mx.array, norm: RMSNorm, context: AttentionContext, k_BKSE: mx.array, v_BKSE: mx.array
+    ) -> mx.array:
         """x + output (B, L, D); `norm` comes before the projection."""
         q = recomputed([norm, self.q_proj], lambda x: self.q_proj(norm(x)), x_BLD)
         if self.training:
-            q, k_BKSE, v_BKSE = together(q, k_BKSE, v_BKSE)  # type: ignore
-        return self.out_proj.plus(_attend(self.q_norm, q, k_BKSE, v_BKSE, view), x_BLD)
+            q, k_BKSE, v_BKSE = gradient_barrier(q, k_BKSE, v_BKSE)  # type: ignore
+        return self.out_proj.plus(_attend(self.q_norm, q, k_BKSE, v_BKSE, context), x_BLD)

@@ -17,15 +17,15 @@ import mlx.nn as nn
 
 from mlx_afm.errors import ConfigError
 from mlx_afm.model.attention import Attention, KVReuseAttention
+from mlx_afm.model.attention_context import AttentionContext, Packing, full_context, packed_context
 from mlx_afm.model.cache import KVCache
 from mlx_afm.model.cache_int8 import Int8KVCache
 from mlx_afm.model.config import AFMConfig
 from mlx_afm.model.layers import Embedding, FeedForward, RMSNorm
 from mlx_afm.model.recompute import recomputed
-from mlx_afm.model.views import Packing, View, full_view, packed_view
 
 
-class OrdinaryLayer(nn.Module):
+class DecoderLayer(nn.Module):
     """Attention with keys and values of its own, then feed-forward; pre-norm, residual."""
 
     def __init__(self, config: AFMConfig) -> None:
@@ -36,14 +36,14 @@ class OrdinaryLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_dim, config.rms_norm_eps)
 
     def __call__(
-        self, x_BLD: mx.array, view: View, cache: Any = None, needed_BN: mx.array | None = None
+        self, x_BLD: mx.array, context: AttentionContext, cache: Any = None, needed_BN: mx.array | None = None
     ) -> tuple[mx.array, mx.array, mx.array]:
         """Output at all tokens, or at the needed ones only; and the keys and values."""
-        x, k, v = self.self_attn(x_BLD, self.input_layernorm, view, cache, needed_BN)
+        x, k, v = self.self_attn(x_BLD, self.input_layernorm, context, cache, needed_BN)
         return self.mlp(x, self.post_attention_layernorm), k, v
 
 
-class KVReuseLayer(nn.Module):
+class KVReuseDecoderLayer(nn.Module):
     """Attention to given keys and values, then feed-forward; pre-norm, residual."""
 
     def __init__(self, config: AFMConfig) -> None:
@@ -53,9 +53,9 @@ class KVReuseLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_dim, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_dim, config.rms_norm_eps)
 
-    def __call__(self, x_BLD: mx.array, view: View, k_BKSE: mx.array, v_BKSE: mx.array) -> mx.array:
+    def __call__(self, x_BLD: mx.array, context: AttentionContext, k_BKSE: mx.array, v_BKSE: mx.array) -> mx.array:
         """Output at every token of x."""
-        x = self.self_attn(x_BLD, self.input_layernorm, view, k_BKSE, v_BKSE)
+        x = self.self_attn(x_BLD, self.input_layernorm, context, k_BKSE, v_BKSE)
         return self.mlp(x, self.post_attention_layernorm)
 
 
@@ -66,7 +66,7 @@ class Call:
     cache: Sequence[Any] | None = None
     positions_BL: mx.array | None = None
     documents_BL: mx.array | None = None
-    last_readers_BL: mx.array | None = None
+    subtree_end_BL: mx.array | None = None
     packing: Packing | None = None
     needed_BN: mx.array | None = None
     grad_checkpoint: bool = False
@@ -79,8 +79,8 @@ class AFMModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.hidden_dim)
-        self.layers = [OrdinaryLayer(config) for _ in range(config.num_ordinary_layers)]
-        self.kv_reuse_layers = [KVReuseLayer(config) for _ in range(config.num_kv_reuse_layers)]
+        self.layers = [DecoderLayer(config) for _ in range(config.num_ordinary_layers)]
+        self.kv_reuse_layers = [KVReuseDecoderLayer(config) for _ in range(config.num_kv_reuse_layers)]
         self.output_norm = RMSNorm(config.hidden_dim, config.rms_norm_eps)
 
     def __call__(self, tokens_BL: mx.array, call: Call) -> mx.array:
@@ -92,30 +92,30 @@ class AFMModel(nn.Module):
         if len(caches) != len(self.layers):
             raise ConfigError("wrong number of caches", expected=len(self.layers), found=len(caches))
         tables = x.dtype if self.training else mx.float32  # one kernel rotates in inference, and rounds once
-        view = self._view(tables, length, call, caches[0])
+        context = self._context(tables, length, call, caches[0])
 
         def run(layer: nn.Module, function: Callable[..., Any], *arrays: mx.array) -> Any:
             return recomputed([layer], function, *arrays) if call.grad_checkpoint else function(*arrays)
 
         for layer, cache in zip(self.layers[:-1], caches):
-            x = run(layer, lambda x, layer=layer, cache=cache: layer(x, view, cache)[0], x)
-        x, k, v = run(self.layers[-1], lambda x: self.layers[-1](x, view, caches[-1], needed_BN), x)
-        read = view if needed_BN is None else view.at(needed_BN, length, k.shape[2])
+            x = run(layer, lambda x, layer=layer, cache=cache: layer(x, context, cache)[0], x)
+        x, k, v = run(self.layers[-1], lambda x: self.layers[-1](x, context, caches[-1], needed_BN), x)
+        read = context if needed_BN is None else context.at(needed_BN, length, k.shape[2])
         for layer in self.kv_reuse_layers:
             x = run(layer, lambda x, k, v, layer=layer: layer(x, read, k, v), x, k, v)
         x = self.output_norm(x)
         return x[:, None] if one_token else x
 
-    def _view(self, dtype: mx.Dtype, length: int, call: Call, cache: Any) -> View:
+    def _context(self, dtype: mx.Dtype, length: int, call: Call, cache: Any) -> AttentionContext:
         if call.packing is not None:
-            return packed_view(self.config, dtype, call.packing)
-        return full_view(
+            return packed_context(self.config, dtype, call.packing)
+        return full_context(
             self.config,
             dtype,
             length,
             positions_BL=call.positions_BL,
             documents_BL=call.documents_BL,
-            last_readers_BL=call.last_readers_BL,
+            subtree_end_BL=call.subtree_end_BL,
             cache=cache,
         )
 
@@ -144,7 +144,7 @@ class Model(nn.Module):
         cache: Sequence[Any] | None = None,
         positions: mx.array | None = None,
         documents: mx.array | None = None,
-        last_readers: mx.array | None = None,
+        subtree_end: mx.array | None = None,
         packing: Packing | None = None,
         needed: mx.array | None = None,
         grad_checkpoint: bool = False,
@@ -159,7 +159,7 @@ class Model(nn.Module):
             documents: int (B, L), which document of a packed row each token belongs to; documents
                 do not see each other, and padding is a document of its own. Positions then default
                 to the place within the document.
-            last_readers: int (B, L), for documents that begin with others: the last document that reads
+            subtree_end: int (B, L), for documents that begin with others: the last document that reads
                 this token, documents being numbered in preorder of the tree of prefixes. Needs positions.
             packing: the same in the form that costs least, see `Packing`; instead of the three above.
             needed: int (B, N), indices into L whose outputs anyone will read; the rest of the last
@@ -170,20 +170,20 @@ class Model(nn.Module):
         Returns: (B, L, D), or (B, N, D) with `needed`.
         Raises: ConfigError for a wrong number of caches, or arguments that exclude each other.
         """
-        placed = [array is not None for array in (positions, documents, last_readers)]
+        placed = [array is not None for array in (positions, documents, subtree_end)]
         if cache is not None and (documents is not None or packing is not None):
             raise ConfigError("a cache holds one document per row", advice="Pass either cache or documents.")
         if cache is not None and grad_checkpoint:
             raise ConfigError("a cache cannot be checkpointed", advice="Train without a cache.")
         if packing is not None and any(placed):
             raise ConfigError("packing says where tokens stand", advice="Pass no positions or documents besides.")
-        if last_readers is not None and not all(placed):
-            raise ConfigError("last_readers needs positions and documents")
+        if subtree_end is not None and not all(placed):
+            raise ConfigError("subtree_end needs positions and documents")
         call = Call(
             cache=cache,
             positions_BL=positions,
             documents_BL=documents,
-            last_readers_BL=last_readers,
+            subtree_end_BL=subtree_end,
             packing=packing,
             needed_BN=needed,
             grad_checkpoint=grad_checkpoint,

@@ -65,7 +65,7 @@ def _cast_names(module: nn.Module) -> list[bool]:
 
 
 @mx.custom_function
-def together(*arrays: mx.array) -> tuple[mx.array, ...]:
+def gradient_barrier(*arrays: mx.array) -> tuple[mx.array, ...]:
     """The arrays as they are; in the backward pass none of their gradients is used before all are computed.
 
     For arrays that many layers share, as the reusing layers share keys and values. Their gradient is wanted only when
@@ -76,7 +76,7 @@ def together(*arrays: mx.array) -> tuple[mx.array, ...]:
     return arrays
 
 
-@together.vjp
+@gradient_barrier.vjp
 def _all_at_once(_: Any, cotangents: Sequence[mx.array], __: Any) -> tuple[mx.array, ...]:
     return tuple(mx.depends(list(cotangents), list(cotangents)))
 

@@ -51,7 +51,7 @@ class Ranks:
     group: Any = None
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this process tells and saves."""
         return self.rank == 0
 
@@ -166,7 +166,7 @@ def join_ranks(timeout_seconds: float = TIMEOUT_SECONDS) -> Ranks:
     return ALONE if group.size() == 1 else Ranks(group.rank(), group.size(), timeout_seconds, group)
 
 
-def deal(batches: Sequence[Sequence[int]], ranks: Ranks) -> list[tuple[int, ...]]:
+def shard(batches: Sequence[Sequence[int]], ranks: Ranks) -> list[tuple[int, ...]]:
     """This rank's examples of each micro-batch; those that leave it nothing are left out.
 
     Dealt in turn over all micro-batches, so that no rank has more than one example more than another.

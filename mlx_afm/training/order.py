@@ -9,7 +9,7 @@ import numpy as np
 
 from mlx_afm.data import Tokens, find_prefixes, plan_batches, plan_packed, require_fitting
 from mlx_afm.training.config import TrainConfig
-from mlx_afm.training.distributed import Ranks, deal
+from mlx_afm.training.distributed import Ranks, shard
 
 
 class DataOrder:
@@ -49,7 +49,7 @@ class DataOrder:
         many tokens, neighbours in the order of their ids staying together, so that they share what they can.
         """
         if self._config.batch_tokens is None or ranks.size == 1:
-            return deal(batches, ranks)
+            return shard(batches, ranks)
         whole = len(batches) - len(batches) % ranks.size
         mine = [*batches[ranks.rank : whole : ranks.size], *(self._part(row, ranks) for row in batches[whole:])]
         return [row for row in mine if row]

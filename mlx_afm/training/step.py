@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_afm.data import Batch, Tokens, make_batch, plan_in_order
 from mlx_afm.errors import ConfigError
 from mlx_afm.model import Model
-from mlx_afm.training.distributed import ALONE, Ranks, deal
+from mlx_afm.training.distributed import ALONE, Ranks, shard
 from mlx_afm.training.loss import chunked_cross_entropy, cross_entropy, summed_loss
 
 Loss = Callable[[Model, Batch, bool], mx.array]  # model, batch, grad_checkpoint -> sum of weighted losses, nats
@@ -162,7 +162,7 @@ def evaluate_data(
     `on_batches` is given the number of batches done and in all, of this rank, after each one.
     """
     plan = plan_in_order(len(data), batch_size)
-    plan = deal(plan if max_batches < 0 else plan[:max_batches], ranks)
+    plan = shard(plan if max_batches < 0 else plan[:max_batches], ranks)
     loss, tokens = ranks.sum_numbers(*evaluate(model, _batches(data, plan, on_batches)))
     return loss, tokens
 

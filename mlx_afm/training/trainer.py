@@ -92,7 +92,7 @@ class _Run:
         loss_of: Loss,
     ) -> None:
         self.model, self.config, self.ranks, self.loss_of = model, config, ranks, loss_of
-        self.hooks = hooks if ranks.leads else Hooks(should_stop=hooks.should_stop)
+        self.hooks = hooks if ranks.is_main_process else Hooks(should_stop=hooks.should_stop)
         self.train_data, self.valid_data = train_data, valid_data
         self.order = DataOrder(train_data, config)
         self.total_steps = self.order.total_steps

@@ -46,12 +46,12 @@ from mlx_afm.workflows.lora_start import start_adapter
 from mlx_afm.workflows.reports import require_reports
 from mlx_afm.workflows.run_folder import BEST, find_saved_run, require_no_finished_run
 from mlx_afm.workflows.run_state import (
-    Course,
+    RunFingerprint,
     SavedRun,
-    course_of,
     fingerprint_of_data,
     fingerprint_of_files,
-    require_same_course,
+    require_same_run,
+    run_fingerprint,
 )
 
 
@@ -195,7 +195,7 @@ def train(
         DistributedError: another process of the run was lost; the steps done are saved.
     """
     ranks = join_ranks(job.train.rank_timeout_seconds)
-    if not ranks.leads:
+    if not ranks.is_main_process:
         on_event = ignore
     if job.name is not None:
         require_adapter_name(job.name)
@@ -206,7 +206,7 @@ def train(
     job = replace(job, model=resolve(job.model), resume_adapter_file=start, train=_decayed(job))
     _require_folder(job.adapter_path)
     with ExitStack() as stack:
-        if ranks.leads:
+        if ranks.is_main_process:
             stack.enter_context(lock_folder(job.adapter_path, BEST, on_note=notes_of(on_event)))
         return _train(job, ranks, on_event, should_stop, objective)
 
@@ -222,10 +222,10 @@ def _train(
         require_no_finished_run(job.adapter_path)
     saved = find_saved_run(job.adapter_path) if job.resume else None
     data = _read_data(job, on_event)
-    total_steps, course = DataOrder(data["train"], job.train).total_steps, _course(job, data, objective)
+    total_steps, fingerprint = DataOrder(data["train"], job.train).total_steps, _fingerprint(job, data, objective)
     if saved is not None:
-        require_same_course(saved, course, job.train, total_steps, where=job.adapter_path)
-    ranks.require_same(_facts(course, total_steps, saved))
+        require_same_run(saved, fingerprint, job.train, total_steps, where=job.adapter_path)
+    ranks.require_same(_facts(fingerprint, total_steps, saved))
     for text in notices(job, saved, total_steps):
         on_event(Notice(text=text))
     _state_memory(job, data["train"], objective.held_bytes, on_event)
@@ -241,10 +241,10 @@ def _train(
     snapshot, valid = None if saved is None else saved.snapshot, data.get("valid", ())
     with ExitStack() as stack:
         hooks = Hooks(should_stop=should_stop)
-        if ranks.leads:
+        if ranks.is_main_process:
             system_prompts = trained_system_prompts((example.ids for example in data["train"]), tokenizer)
             tokenizer.system_prompt = default_system_prompt(system_prompts)  # of the sample prompts
-            run = Run(job, model, tokenizer, form, course, total_steps, system_prompts)
+            run = Run(job, model, tokenizer, form, fingerprint, total_steps, system_prompts)
             hooks = replace(stack.enter_context(run.hooks(saved, on_event)), should_stop=should_stop)
         state = run_training(
             model, data["train"], valid, job.train, hooks, resume=snapshot, ranks=ranks, loss_of=objective.load()
@@ -281,7 +281,7 @@ def _state_memory(job: LoRAJob, data: TokenTable, held_bytes: int, on_event: Cal
         require_memory(plan, None if memory is None else max(0, memory - held_bytes))
 
 
-def _course(job: LoRAJob, data: Mapping[str, TokenTable], objective: Objective) -> Course:
+def _fingerprint(job: LoRAJob, data: Mapping[str, TokenTable], objective: Objective) -> RunFingerprint:
     """What decides where the run goes; see `run_state`."""
     read = {name: table for name, table in data.items() if name != "test"}
     sources = {**fingerprint_of_data(read), BASE_SOURCE: fingerprint_of_model(job.model), **objective.sources}
@@ -290,13 +290,13 @@ def _course(job: LoRAJob, data: Mapping[str, TokenTable], objective: Objective) 
         names = [path / CONFIG, path / WEIGHTS] if path.is_dir() and path.suffix != ".fmadapter" else path.rglob("*")
         files = [path] if path.is_file() else [file for file in visible(names) if file.is_file()]
         sources["adapter to start from"] = fingerprint_of_files(files)
-    return course_of(job.train, job.lora, sources)
+    return run_fingerprint(job.train, job.lora, sources)
 
 
-def _facts(course: Course, total_steps: int, saved: SavedRun | None) -> dict[str, Any]:
+def _facts(fingerprint: RunFingerprint, total_steps: int, saved: SavedRun | None) -> dict[str, Any]:
     """What all processes of a run must have in common."""
     state = None if saved is None else saved.snapshot.values()
-    return {**course, "number of steps": total_steps, "saved state": state, "version of MLX": mx.__version__}  # type: ignore[attr-defined]
+    return {**fingerprint, "number of steps": total_steps, "saved state": state, "version of MLX": mx.__version__}  # type: ignore[attr-defined]
 
 
 def score(

@@ -25,7 +25,7 @@ from mlx_afm.training import Callback, Event, Hooks
 from mlx_afm.workflows.lineage import SOURCES
 from mlx_afm.workflows.reports import open_reports
 from mlx_afm.workflows.run_folder import RunFolder, describe_replaced, missing_bytes
-from mlx_afm.workflows.run_state import Course, SavedRun
+from mlx_afm.workflows.run_state import RunFingerprint, SavedRun
 
 if TYPE_CHECKING:
     from mlx_afm.workflows.lora import LoRAJob
@@ -40,7 +40,7 @@ class Run:
         model: with the adapter to train.
         tokenizer: for samples.
         form: of the adapter.
-        course, total_steps: see `run_state`.
+        fingerprint, total_steps: see `run_state`.
         system_prompts: of the training data.
     """
 
@@ -48,7 +48,7 @@ class Run:
     model: Model
     tokenizer: AFMTokenizer
     form: LoRAConfig
-    course: Course
+    fingerprint: RunFingerprint
     total_steps: int
     system_prompts: SystemPrompts = ()
 
@@ -62,9 +62,9 @@ class Run:
         job = self.job
         trained_bytes = sum(array.nbytes for _, array in tree_flatten(self.model.trainable_parameters()))
         require_space(job.adapter_path, missing_bytes(job.adapter_path, trained_bytes))
-        settings = {**_settings(job, self.model, self.form, self.system_prompts), SOURCES: self.course["from"]}
+        settings = {**_settings(job, self.model, self.form, self.system_prompts), SOURCES: self.fingerprint["from"]}
         with (
-            RunFolder(job.adapter_path, self.model, settings, self.course, self.total_steps) as folder,
+            RunFolder(job.adapter_path, self.model, settings, self.fingerprint, self.total_steps) as folder,
             open_reports(job.report_to, job.project_name, job.adapter_path, settings) as reports,
         ):
             if saved is not None:

@@ -105,7 +105,7 @@ def recover(job: RecoverJob, on_event: Callback = ignore, should_stop: Callable[
         raise ConfigError("nothing to recover: the model is not in codes", where=run.model, advice=advice)
     ranks = join_ranks(run.train.rank_timeout_seconds)
     with ExitStack() as stack:
-        if job.into_base and ranks.leads:
+        if job.into_base and ranks.is_main_process:
             stack.enter_context(lock_folder(run.model, on_note=notes_of(on_event)))
         return _recover(replace(job, run=run), ranks, on_event, should_stop)
 
@@ -115,7 +115,7 @@ def _recover(job: RecoverJob, ranks: Ranks, on_event: Callback, should_stop: Cal
     trained = train(run, on_event, should_stop, NEXT_TOKEN if job.teacher is None else _objective(run, job.teacher))
     if job.into_base and not trained.interrupted:
         kept = run.model / BASE_ADAPTER
-        if ranks.leads:
+        if ranks.is_main_process:
             best = trained.adapter_path / BEST
             takes_best = job.loss == "next-token" and best.is_dir()
             made = read_adapter(best if takes_best else trained.adapter_path, read_config(run.model))

@@ -29,7 +29,7 @@ from mlx_afm.errors import ConfigError, DiskFullError, FormatError
 from mlx_afm.files import DISK_FULL, disk_full, read_json, to_json, write_json
 from mlx_afm.model import Model
 from mlx_afm.training import Event, Snapshot, is_recorded, to_record
-from mlx_afm.workflows.run_state import STATE, Course, SavedRun, read_run, read_state, write_state
+from mlx_afm.workflows.run_state import STATE, RunFingerprint, SavedRun, read_run, read_state, write_state
 
 METRICS = "metrics.jsonl"
 STATE_TIMES = 3  # size of the state over that of the trained weights, with Adam's two moments
@@ -44,14 +44,14 @@ class RunFolder:
         folder: made if it does not exist.
         model: whose adapter is saved.
         settings: content of `adapter_config.json`.
-        course, total_steps: kept with the state.
+        fingerprint, total_steps: kept with the state.
     """
 
     def __init__(
-        self, folder: Path, model: Model, settings: Mapping[str, Any], course: Course, total_steps: int
+        self, folder: Path, model: Model, settings: Mapping[str, Any], fingerprint: RunFingerprint, total_steps: int
     ) -> None:
         self.folder, self.model, self.settings = folder, model, json.loads(json.dumps(settings))
-        self.course, self.total_steps = course, total_steps
+        self.fingerprint, self.total_steps = fingerprint, total_steps
         self.has_state = False
         self._metrics: FileIO | None = None
 
@@ -78,7 +78,7 @@ class RunFolder:
                 os.fsync(self._metrics.fileno())
             length = self._metrics.tell()
         with self._resumable():
-            write_state(self.folder / STATE, SavedRun(snapshot, self.course, self.total_steps, length))
+            write_state(self.folder / STATE, SavedRun(snapshot, self.fingerprint, self.total_steps, length))
         self.has_state = True
         if self._metrics is None:
             shutil.rmtree(self.folder / BEST, ignore_errors=True)

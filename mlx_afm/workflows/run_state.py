@@ -35,7 +35,7 @@ FREE = {"iters", "epochs", "save_every", "steps_per_report", "patience", "max_sk
 FREE |= {"spike_sigmas", "spike_window", "rank_timeout_seconds"}
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096
 
-Course = dict[str, dict[str, Any]]
+RunFingerprint = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class SavedRun:
 
     Attributes:
         snapshot: the run itself.
-        course: what decides where it goes; see `course_of`.
+        fingerprint: what decides where it goes; see `run_fingerprint`.
         total_steps: how many steps it was to have.
         metrics_bytes: length of `metrics.jsonl` when it was saved.
     """
 
     snapshot: Snapshot
-    course: Course
+    fingerprint: RunFingerprint
     total_steps: int
     metrics_bytes: int
 
@@ -60,11 +60,11 @@ class SavedRun:
         return self.snapshot.state.step
 
 
-def course_of(train: TrainConfig, lora: LoRAConfig, sources: Mapping[str, str]) -> Course:
-    """What decides the course of a run: settings, adapter, and fingerprints of what it reads."""
+def run_fingerprint(train: TrainConfig, lora: LoRAConfig, sources: Mapping[str, str]) -> RunFingerprint:
+    """What decides how a run goes: settings, adapter, and fingerprints of what it reads."""
     settings = {name: value for name, value in asdict(train).items() if name not in FREE}
-    course = {"train": settings, "adapter": asdict(lora), "from": dict(sources)}
-    known: Course = json.loads(json.dumps(course))
+    fingerprint = {"train": settings, "adapter": asdict(lora), "from": dict(sources)}
+    known: RunFingerprint = json.loads(json.dumps(fingerprint))
     return known
 
 
@@ -78,7 +78,7 @@ def write_state(path: Path, run: SavedRun) -> None:
         {
             "version": VERSION,
             "snapshot": run.snapshot.values(),
-            "course": run.course,
+            "course": run.fingerprint,
             "total_steps": run.total_steps,
             "metrics_bytes": run.metrics_bytes,
         }
@@ -140,13 +140,15 @@ def _checksum(text: str, tensors: Mapping[str, LazyTensor], path: Path) -> str:
     return f"{value:08x}"
 
 
-def require_same_course(saved: SavedRun, course: Course, config: TrainConfig, total_steps: int, *, where: Path) -> None:
+def require_same_run(
+    saved: SavedRun, fingerprint: RunFingerprint, config: TrainConfig, total_steps: int, *, where: Path
+) -> None:
     """Checks that a run may go on with these settings.
 
     Raises:
-        ConfigError: something that would change its course differs; each difference is named.
+        ConfigError: something differs that would change the run; each difference is named.
     """
-    differences = list(_differences(saved.course, course))
+    differences = list(_differences(saved.fingerprint, fingerprint))
     if total_steps != saved.total_steps:
         differences += _length_difference(saved, config, total_steps)
     if differences:
@@ -157,7 +159,7 @@ def require_same_course(saved: SavedRun, course: Course, config: TrainConfig, to
         raise ConfigError("cannot resume this run with other settings", where=where, advice=advice, details=differences)
 
 
-def _differences(old: Course, new: Course) -> Iterable[str]:
+def _differences(old: RunFingerprint, new: RunFingerprint) -> Iterable[str]:
     defaults = {**_defaults(TrainConfig), **_defaults(LoRAConfig)}
     for group, values in new.items():
         stored = old.get(group, {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mlx_afm.data import Tokens
-from mlx_afm.data.packing import pack, reach
+from mlx_afm.data.packing import key_indices, pack
 
 
 def tokens(ids: str, weights: str | None = None) -> Tokens:
@@ -23,7 +23,7 @@ def test_the_example_of_the_docstring():
     assert letters(row.ids_L[:3]) == "abc"
     assert len(row.ids_L) == 32
     assert row.positions_L[:4].tolist() == [0, 1, 2, 0]
-    assert row.last_readers_L[:5].tolist() == [2, 2, 2, 3, 4]
+    assert row.subtree_end_L[:5].tolist() == [2, 2, 2, 3, 4]
     assert row.needed_T.tolist() == [0, 1, 1, 2]
     assert letters(row.targets_T) == "bcxy"
     assert row.weights_T.tolist() == [2, 1, 1, 1]
@@ -33,7 +33,7 @@ def test_branches_end_where_the_next_one_begins():
     row = pack([tokens("abdx", "0001"), tokens("aeax", "0001"), tokens("abcx", "0001"), tokens("ffx", "001")])
     assert letters(row.ids_L[:8]) == "abcdeaff"
     assert row.positions_L[:8].tolist() == [0, 1, 2, 2, 1, 2, 0, 1]
-    assert row.last_readers_L[:8].tolist() == [5, 3, 2, 3, 5, 5, 7, 7]
+    assert row.subtree_end_L[:8].tolist() == [5, 3, 2, 3, 5, 5, 7, 7]
     assert row.needed_T.tolist() == [2, 3, 5, 7]
 
 
@@ -46,13 +46,13 @@ def test_reach_is_the_mask_and_no_more():
     rows = [Tokens(row.ids, np.ones(len(row), np.float32), "x") for row in rows]
     row = pack(rows)
     for queries in (np.arange(len(row.ids_L), dtype=np.int32), row.needed_T):
-        keys, mask = reach(queries, row.last_readers_L)
+        keys, mask = key_indices(queries, row.subtree_end_L)
         groups, size, _ = mask.shape
         assert groups * size == len(queries)
         for place, query in enumerate(queries):
             group, inside = divmod(place, size)
             seen = sorted(keys[group][mask[group, inside]].tolist())
-            assert seen == [key for key in range(len(row.ids_L)) if key <= query <= row.last_readers_L[key]]
+            assert seen == [key for key in range(len(row.ids_L)) if key <= query <= row.subtree_end_L[key]]
         assert keys.shape[1] % 16 == 0
 
 
@@ -60,5 +60,5 @@ def test_groups_are_small_where_examples_share_little():
     rng = np.random.default_rng(1)
     rows = [Tokens(rng.integers(0, 9999, 65).astype(np.int32), np.ones(65, np.float32), "x") for _ in range(16)]
     row = pack(rows)
-    keys, mask = reach(np.arange(len(row.ids_L), dtype=np.int32), row.last_readers_L)
+    keys, mask = key_indices(np.arange(len(row.ids_L), dtype=np.int32), row.subtree_end_L)
     assert keys.size + mask.size < len(row.ids_L) ** 2 / 8

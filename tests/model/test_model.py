@@ -211,7 +211,7 @@ def test_documents_read_the_ones_they_begin_with():
     placed = {
         "positions": mx.array([[0, 1, 2, 3, 2]]),
         "documents": mx.array([[1, 1, 2, 2, 3]]),
-        "last_readers": mx.array([[3, 3, 2, 2, 3]]),
+        "subtree_end": mx.array([[3, 3, 2, 2, 3]]),
     }
     packed = model.hidden(tokens, **placed)
     assert most(packed[:, :4], model.hidden(tokens[:, :4])) <= tolerances.SAME_ARITHMETIC
@@ -230,7 +230,7 @@ def test_placements_that_exclude_each_other_are_refused():
     row = packed_batch(pack([Tokens(np.arange(3, dtype=np.int32), np.ones(3, np.float32), "x")]), read_tokens=2)
     with pytest.raises(ConfigError, match="packing says where tokens stand"):
         model.hidden(row.inputs_BL, packing=row.packing, documents=ones)
-    with pytest.raises(ConfigError, match="last_readers needs positions and documents"):
-        model.hidden(ones, last_readers=ones)
+    with pytest.raises(ConfigError, match="subtree_end needs positions and documents"):
+        model.hidden(ones, subtree_end=ones)
     with pytest.raises(ConfigError, match="either cache or documents"):
         model.hidden(row.inputs_BL, packing=row.packing, cache=model.make_cache())

@@ -24,7 +24,7 @@ from rank_driver import BASE, LIMIT_SECONDS, SAME, examples, free_ports, run_ran
 import mlx_afm
 from mlx_afm.errors import ConfigError, DistributedError
 from mlx_afm.training import DataOrder, Ranks, distributed, join_ranks
-from mlx_afm.training.distributed import ALONE, deal, launched_size
+from mlx_afm.training.distributed import ALONE, launched_size, shard
 from mlx_afm.workflows.run_state import STATE, read_state
 from mlx_afm.workflows.toolkit_train import train_adapter
 
@@ -38,10 +38,10 @@ def two(count: int = 2) -> list[Ranks]:
 
 def test_examples_are_dealt_in_turn():
     batches = [(7, 3, 5), (1, 2, 9), (4,), (6,)]
-    assert [deal(batches, ranks) for ranks in two()] == [[(7, 5), (2,), (4,)], [(3,), (1, 9), (6,)]]
-    assert deal(batches, ALONE) == batches
+    assert [shard(batches, ranks) for ranks in two()] == [[(7, 5), (2,), (4,)], [(3,), (1, 9), (6,)]]
+    assert shard(batches, ALONE) == batches
     for count in (2, 3, 5, 11):
-        parts = [sum(deal(batches, ranks), ()) for ranks in two(count)]
+        parts = [sum(shard(batches, ranks), ()) for ranks in two(count)]
         assert sorted(sum(parts, ())) == [1, 2, 3, 4, 5, 6, 7, 9]
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -71,7 +71,7 @@ def test_a_process_alone_does_not_ask_for_others(monkeypatch):
     array = mx.array([1.0])
     assert ALONE.sum_arrays([array])[0] is array
     assert ALONE.sum_numbers(0.1, 2) == [0.1, 2]
-    assert (ALONE.any(True), ALONE.any(False), ALONE.leads) == (True, False, True)
+    assert (ALONE.any(True), ALONE.any(False), ALONE.is_main_process) == (True, False, True)
     ALONE.wait()
     ALONE.require_same({"a": 1})
 

@@ -109,7 +109,7 @@ def test_documents_and_last_readers_say_the_same_as_packing(model):
         batch.inputs_BL,
         positions=mx.array(row.positions_L[None]),
         documents=numbers,
-        last_readers=mx.array(row.last_readers_L[None]),
+        subtree_end=mx.array(row.subtree_end_L[None]),
     )
     assert mx.abs(hidden - plain).max().item() <= 1e-5
 

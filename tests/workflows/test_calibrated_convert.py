@@ -31,13 +31,13 @@ TOKENS = mx.arange(3, 40)[None]
 def inputs_of_up(model, tokens):
     """What the first layer's up projection reads, by hand."""
     layer = model.model.layers[0]
-    from mlx_afm.model.views import full_view
+    from mlx_afm.model.attention_context import full_context
 
     x = model.model.embedding(tokens)
-    view = full_view(
-        model.args, x.dtype, tokens.shape[1], positions_BL=None, documents_BL=None, last_readers_BL=None, cache=None
+    context = full_context(
+        model.args, x.dtype, tokens.shape[1], positions_BL=None, documents_BL=None, subtree_end_BL=None, cache=None
     )
-    attended, _, _ = layer.self_attn(x, layer.input_layernorm, view, None, None)
+    attended, _, _ = layer.self_attn(x, layer.input_layernorm, context, None, None)
     return layer.input_layernorm(x), layer.post_attention_layernorm(attended)
 
 

@@ -18,7 +18,7 @@ Mask = mx.array | str | None
 
 
 @dataclass(frozen=True)
-class Reach:
+class KeyIndices:
     """Which keys each group of consecutive queries attends to, when no query sees more than a few.
 
     Attributes:
@@ -44,18 +44,18 @@ class Packing:
     """
 
     positions_BL: mx.array
-    everyone: Reach
-    needed: Reach
+    everyone: KeyIndices
+    needed: KeyIndices
 
 
 @dataclass(frozen=True)
-class View:
+class AttentionContext:
     """Queries at some positions: how to rotate them and what they see.
 
     Attributes:
         cos, sin: rotary tables, (B or 1, L, 1, P, 2), see `layers.rotary_tables`.
         mask: None (all keys), "causal", or bool (B or 1, 1, L, S); with `keys_GS` bool (G, 1, Q, S).
-        keys_GS: the keys of each group of queries, see `Reach`; None for all of the row's.
+        keys_GS: the keys of each group of queries, see `KeyIndices`; None for all of the row's.
         needed: what the needed tokens see, if it was given.
     """
 
@@ -63,7 +63,7 @@ class View:
     sin: mx.array
     mask: Mask
     keys_GS: mx.array | None = None
-    needed: Reach | None = None
+    needed: KeyIndices | None = None
 
     def of(self, x_BKSE: mx.array) -> mx.array:
         """Those keys or values that are seen: (B, K, S, E), or (G, K, S, E)."""
@@ -73,29 +73,29 @@ class View:
         flat = x_BKSE.transpose(1, 0, 2, 3).reshape(heads, -1, width)
         return flat[:, self.keys_GS].transpose(1, 0, 2, 3)
 
-    def at(self, needed_BN: mx.array, length: int, keys: int) -> View:
-        """The view of the tokens at indices `needed_BN` only; `keys` is how many keys there are."""
+    def at(self, needed_BN: mx.array, length: int, keys: int) -> AttentionContext:
+        """The context of the tokens at indices `needed_BN` only; `keys` is how many keys there are."""
         cos, sin = take_rows(self.cos, needed_BN), take_rows(self.sin, needed_BN)
         if self.needed is not None:
-            return View(cos, sin, self.needed.mask_GQS[:, None], self.needed.keys_GS)
-        return View(cos, sin, _mask_rows(self.mask, needed_BN, length, keys))
+            return AttentionContext(cos, sin, self.needed.mask_GQS[:, None], self.needed.keys_GS)
+        return AttentionContext(cos, sin, _mask_rows(self.mask, needed_BN, length, keys))
 
 
 def visible_mask(
-    positions_BL: mx.array, documents_BL: mx.array | None = None, last_readers_BL: mx.array | None = None
+    positions_BL: mx.array, documents_BL: mx.array | None = None, subtree_end_BL: mx.array | None = None
 ) -> mx.array:
     """Bool (B, 1, L, L): token j is visible to i iff i reads j's document and position j <= position i.
 
-    A document is read by itself, and by all documents up to `last_readers_BL` if that is given: with documents
+    A document is read by itself, and by all documents up to `subtree_end_BL` if that is given: with documents
     numbered in preorder of a tree of prefixes, these are the prefix's continuations.
     """
     visible = positions_BL[:, None, :, None] >= positions_BL[:, None, None, :]
     if documents_BL is None:
         return visible
     readers, read = documents_BL[:, None, :, None], documents_BL[:, None, None, :]
-    if last_readers_BL is None:
+    if subtree_end_BL is None:
         return visible & (readers == read)
-    return visible & (readers >= read) & (readers <= last_readers_BL[:, None, None, :])
+    return visible & (readers >= read) & (readers <= subtree_end_BL[:, None, None, :])
 
 
 def positions_in_documents(documents_BL: mx.array) -> mx.array:
@@ -105,17 +105,17 @@ def positions_in_documents(documents_BL: mx.array) -> mx.array:
     return mx.sum(same & earlier, axis=-1).astype(mx.int32)
 
 
-def full_view(
+def full_context(
     config: AFMConfig,
     dtype: mx.Dtype,
     length: int,
     *,
     positions_BL: mx.array | None,
     documents_BL: mx.array | None,
-    last_readers_BL: mx.array | None,
+    subtree_end_BL: mx.array | None,
     cache: Any,
-) -> View:
-    """The view of all tokens of a call.
+) -> AttentionContext:
+    """The context of all tokens of a call.
 
     Positions come from the caller, else from the documents, else from the cache's offset, else
     they are 0, 1, 2, ...; the mask follows from the same source.
@@ -132,15 +132,15 @@ def full_view(
         if positions_BL is None:
             assert documents_BL is not None
             positions_BL = positions_in_documents(documents_BL)
-        mask = visible_mask(positions_BL, documents_BL, last_readers_BL)
-    return View(*rotary_tables(positions_BL, config, dtype), mask)
+        mask = visible_mask(positions_BL, documents_BL, subtree_end_BL)
+    return AttentionContext(*rotary_tables(positions_BL, config, dtype), mask)
 
 
-def packed_view(config: AFMConfig, dtype: mx.Dtype, packing: Packing) -> View:
-    """The view of all tokens of packed rows."""
+def packed_context(config: AFMConfig, dtype: mx.Dtype, packing: Packing) -> AttentionContext:
+    """The context of all tokens of packed rows."""
     everyone = packing.everyone
     tables = rotary_tables(packing.positions_BL, config, dtype)
-    return View(*tables, everyone.mask_GQS[:, None], everyone.keys_GS, packing.needed)
+    return AttentionContext(*tables, everyone.mask_GQS[:, None], everyone.keys_GS, packing.needed)
 
 
 def take_rows(array: mx.array, needed_BN: mx.array) -> mx.array:
