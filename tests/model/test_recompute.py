@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 from mlx_afm.adapters import LoRAConfig
 from mlx_afm.errors import ConfigError
-from mlx_afm.model.recompute import Dropout, recomputed, together
+from mlx_afm.model.recompute import Dropout, gradient_barrier, recomputed
 from tiny import random_tokens, tiny_model, with_adapter
 
 
@@ -107,7 +107,7 @@ def test_gradients_that_wait_for_each_other_are_the_same():
         return (x * y.sin()).sum()
 
     found, expected = (
-        mx.grad(function, argnums=(0, 1))(*arrays) for function in (lambda x, y: plain(*together(x, y)), plain)
+        mx.grad(function, argnums=(0, 1))(*arrays) for function in (lambda x, y: plain(*gradient_barrier(x, y)), plain)
     )
     for one, other in zip(found, expected):
         assert mx.array_equal(one, other)
