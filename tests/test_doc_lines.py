@@ -191,6 +191,7 @@ def names_of_a_reader():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # sockets that other tests' clients left
 @pytest.mark.parametrize("page", PAGES)
 def test_commands(page, originals, place, monkeypatch, capsys):
     def refuse(*arguments, **settings):

@@ -1,5 +1,6 @@
 """Programs that people use with OpenAI's API, against a running server: the answers are those of `generate`."""
 
+import gc
 import json
 import os
 import subprocess
@@ -14,6 +15,13 @@ from serving_client import REQUESTS, SYSTEM, chat
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def collect_what_was_left_open():
+    """What foreign libraries never close is found here, and not by the collector in the middle of a later test."""
+    yield
+    gc.collect()
 
 
 class Person(pydantic.BaseModel):

@@ -1,5 +1,6 @@
 """The page for people in headless Chromium: streams, faults, small windows, dark mode, keyboard."""
 
+import gc
 import json
 import os
 import shutil
@@ -12,9 +13,20 @@ from serving_client import REQUESTS, wait_for
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the browser extra")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [pytest.mark.parity, pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")]
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs chromium"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 PICTURES = os.environ.get("MLX_AFM_PICTURES")  # a folder for screenshots
 PHONE = {"width": 390, "height": 780}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def collect_what_was_left_open():
+    """What foreign libraries never close is found here, and not by the collector in the middle of a later test."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module")
