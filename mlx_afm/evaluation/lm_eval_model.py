@@ -13,7 +13,7 @@ from typing import Any
 
 from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.data.config import CONTEXT_TOKENS
-from mlx_afm.errors import MissingDependencyError
+from mlx_afm.errors import MissingDependencyError, SettingError
 from mlx_afm.generation.answers import iter_answers
 from mlx_afm.generation.config import GenerateConfig
 from mlx_afm.generation.loglikelihood import loglikelihoods
@@ -30,6 +30,7 @@ except ImportError as error:
     advice = "Install it: pip install 'mlx-afm[lm-eval]'."
     raise MissingDependencyError("this needs lm-evaluation-harness", advice=advice) from error
 
+SAMPLING = {"top_p", "top_k", "min_p", "seed"}  # besides temperature
 MAX_ANSWER_TOKENS = 256  # of a task that does not say, as lm_eval's own models have it
 
 
@@ -43,6 +44,9 @@ class AFMEvalModel(TemplateLM):  # type: ignore[misc]
         batch_size: answers that are generated at once.
         max_length: tokens of context and answer together; a longer context loses its beginning.
         device, max_batch_size: what lm_eval passes to every model; MLX's default device is used.
+
+    Raises:
+        SettingError: `unknown` arguments; and see `mlx_afm.load`.
     """
 
     def __init__(
@@ -53,8 +57,12 @@ class AFMEvalModel(TemplateLM):  # type: ignore[misc]
         max_length: int = CONTEXT_TOKENS,
         device: str | None = None,
         max_batch_size: int | None = None,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        if unknown:
+            expected, found = "model, adapter, batch_size, max_length", ", ".join(sorted(unknown))
+            raise SettingError("unknown model_args", expected=expected, found=found)
         self._model, tokenizer = load(resolve(model), adapter)
         self.tokenizer = require_tokenizer(tokenizer)
         self._batch_size = int(str(batch_size)) if str(batch_size).isdecimal() else 16
@@ -110,6 +118,9 @@ class AFMEvalModel(TemplateLM):  # type: ignore[misc]
         limit = given.pop("max_tokens", given.pop("max_gen_toks", MAX_ANSWER_TOKENS))
         stop = [text for text in handle_stop_sequences(given.pop("until", None), None) if text]
         temperature = given.pop("temperature", 0.0) if settings.get("do_sample", True) else 0.0
+        if unknown := sorted(given.keys() - SAMPLING):
+            expected, found = ", ".join(sorted(SAMPLING)), ", ".join(unknown)
+            raise SettingError("generation_kwargs that have no meaning here", expected=expected, found=found)
         config = GenerateConfig(max_tokens=limit, temp=temperature, stop=tuple(stop), **given)
         return Request(ids=self.tok_encode(context)[-(self._max_length - limit) :], config=config)
 
@@ -118,8 +129,8 @@ class AFMEvalModel(TemplateLM):  # type: ignore[misc]
         raise NotImplementedError("mlx-afm renders conversations to ids; evaluate through /v1/chat/completions")
 
 
-def main() -> None:
-    """`lm_eval`, which knows `mlx-afm` too."""
+def run_lm_eval() -> None:
+    """Runs `lm_eval` with the arguments of this process; it knows `mlx-afm` too."""
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()

@@ -8,9 +8,9 @@ from numbers import Number
 from typing import Any
 
 from mlx_afm.errors import ConfigError, DataError
-from mlx_afm.text.messages import parse_messages, parse_tools
+from mlx_afm.text.messages import Message, parse_messages, parse_tools
 from mlx_afm.text.system_prompt import parse_system_prompt, with_system_prompt
-from mlx_afm.text.template import DEFAULT_SYSTEM, Turn, encode, render
+from mlx_afm.text.template import DEFAULT_SYSTEM, Encoded, Turn, encode, render
 from mlx_afm.text.tokenizer import AFMTokenizer, require_token_ids
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
@@ -68,7 +68,7 @@ def to_prompt_ids(
     messages = parse_messages(list(prompt), where=where, special_pieces=tokenizer.special_pieces)
     messages = with_system_prompt(messages, tokenizer.system_prompt if system is None else parse_system_prompt(system))
     definitions = parse_tools(tools or (), where="tools", special_pieces=tokenizer.special_pieces)
-    ids = encode(render(messages, system=None, tools=definitions, add_generation_prompt=True), tokenizer).ids
+    ids = _encode(tokenizer, messages, definitions).ids
     return require_token_ids(ids, vocabulary, where=where)
 
 
@@ -101,8 +101,13 @@ def encode_conversation(
         raise DataError("nothing to answer", where="messages", expected=expected, found=f"role {parsed[-1].role!r}")
     definitions = parse_tools(tools, where="tools", special_pieces=tokenizer.special_pieces)
     parsed = with_system_prompt(parsed, DEFAULT_SYSTEM if definitions and system is None else system)
-    encoded = encode(render(parsed, system=None, tools=definitions, add_generation_prompt=True), tokenizer)
+    encoded = _encode(tokenizer, parsed, definitions)
     return EncodedPrompt(encoded.ids, prefix_boundaries(encoded.turns))
+
+
+def _encode(tokenizer: AFMTokenizer, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> Encoded:
+    """Checked messages as a prompt; the system prompt is among them."""
+    return encode(render(messages, system=None, tools=tools, add_generation_prompt=True), tokenizer)
 
 
 def prefix_boundaries(turns: Sequence[Turn]) -> tuple[int, ...]:

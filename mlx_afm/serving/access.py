@@ -28,6 +28,7 @@ from mlx_afm.serving.metrics import Metrics
 OPEN_PATHS = re.compile(r"/|/health|/openapi\.json|/docs(/.*)?")  # without the key: they tell nothing about anybody
 LINGER_BYTES, LINGER_SECONDS = 1 << 20, 1.0  # read and thrown away so that a client still sending sees the refusal
 ENCODINGS = {"gzip": zlib.MAX_WBITS | 16, "x-gzip": zlib.MAX_WBITS | 16, "deflate": zlib.MAX_WBITS}
+IDENTITY = "identity"  # a body as it is
 HUNG_UP = 499
 
 
@@ -130,11 +131,16 @@ class RequestBody:
         try:
             if self._config.api_key is not None and not OPEN_PATHS.fullmatch(scope["path"]):
                 _require_key(headers, self._config.api_key)
-            body: bytes | None = await self._read(headers, receive)
+            sent = await self._read(headers, receive)
         except APIError as error:
             await _refuse(error, scope, receive, send)
             return
         except _HungUp:
+            return
+        try:
+            body: bytes | None = self._decompressed(sent, _encoding(headers))
+        except APIError as error:  # all of the body was read
+            await error_response(error)(scope, receive, send)
             return
 
         async def replay() -> Message:
@@ -151,20 +157,19 @@ class RequestBody:
             self._log(f"{scope['method']} {scope['path'][:80]}: {type(error).__name__}: {error}")
 
     async def _read(self, headers: Headers, receive: Receive) -> bytes:
-        """The body of a request, decompressed."""
-        encoding, seconds = headers.get("content-encoding", "identity").strip().lower(), self._config.body_seconds
-        if encoding not in ("identity", *ENCODINGS):
+        """The body of a request, as it was sent."""
+        encoding, seconds = _encoding(headers), self._config.body_seconds
+        if encoding not in (IDENTITY, *ENCODINGS):
             what, expected = "a body in an unknown encoding", "gzip or deflate"
             raise APIError(415, what, expected=expected, found=repr(encoding[:40]))
         length = headers.get("content-length", "")
         if re.fullmatch("[0-9]+", length) and int(length[:20]) > self._config.body_bytes:
             raise self._too_large(length[:20])
         try:
-            body = await asyncio.wait_for(self._receive_all(receive), seconds)
+            return await asyncio.wait_for(self._receive_all(receive), seconds)
         except asyncio.TimeoutError as error:
             what = "the request's body did not arrive in time"
             raise APIError(408, what, expected=f"within {seconds:g} s") from error
-        return body if encoding == "identity" else self._decompressed(body, ENCODINGS[encoding])
 
     async def _receive_all(self, receive: Receive) -> bytes:
         body = bytearray()
@@ -178,8 +183,10 @@ class RequestBody:
             if not message.get("more_body"):
                 return bytes(body)
 
-    def _decompressed(self, body: bytes, window: int) -> bytes:
-        decoder, limit = zlib.decompressobj(window), self._config.body_bytes
+    def _decompressed(self, body: bytes, encoding: str) -> bytes:
+        if encoding == IDENTITY:
+            return body
+        decoder, limit = zlib.decompressobj(ENCODINGS[encoding]), self._config.body_bytes
         try:
             text = decoder.decompress(body, limit + 1)
         except zlib.error as error:
@@ -193,6 +200,10 @@ class RequestBody:
     def _too_large(self, found: str) -> APIError:
         expected = f"at most {self._config.body_bytes} bytes"
         return APIError(413, "the request's body is too large", expected=expected, found=found)
+
+
+def _encoding(headers: Headers) -> str:
+    return headers.get("content-encoding", IDENTITY).strip().lower()
 
 
 class _HungUp(Exception):

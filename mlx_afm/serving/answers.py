@@ -101,12 +101,18 @@ class AnswerBuilder:
         """What a stream begins with: the role of each choice."""
         if self._asked.chat:
             for index in range(len(self._choices)):
-                yield _event(self._chunk(index, {"role": "assistant", "content": ""}))
+                yield self._chunk(index, {"role": "assistant", "content": ""})
 
     def events(self, event: Delta | End) -> Iterator[bytes]:
         """Takes an event; gives what a stream sends for it."""
-        for chunk in self.take(event):
-            yield _event(chunk)
+        choice = self._choices[event.index]
+        if isinstance(event, Delta):
+            yield from self._add(event.index, choice.parser.feed(event.piece.text), event.piece.tokens)
+            return
+        self._tokens += event.tokens
+        rest, choice.reason = choice.parser.finish(event.reason)
+        yield from self._add(event.index, rest)
+        yield self._chunk(event.index, {}, reason=choice.reason)
 
     def last_events(self) -> Iterator[bytes]:
         """What a stream ends with."""
@@ -117,17 +123,6 @@ class AnswerBuilder:
     def error_events(self, error: APIError) -> Iterator[bytes]:
         """How a stream ends that cannot go on."""
         yield _event(error.to_json())
-
-    def take(self, event: Delta | End) -> Iterator[dict[str, Any]]:
-        """Takes an event; gives the chunks that a stream has for it."""
-        choice = self._choices[event.index]
-        if isinstance(event, Delta):
-            yield from self._add(event.index, choice.parser.feed(event.piece.text), event.piece.tokens)
-            return
-        self._tokens += event.tokens
-        rest, choice.reason = choice.parser.finish(event.reason)
-        yield from self._add(event.index, rest)
-        yield self._chunk(event.index, {}, reason=choice.reason)
 
     def whole(self) -> dict[str, Any]:
         """The answer as one object."""
@@ -148,7 +143,7 @@ class AnswerBuilder:
     def _chunk_kind(self) -> str:
         return "chat.completion.chunk" if self._asked.chat else "text_completion"
 
-    def _add(self, index: int, parsed: Parsed, tokens: Sequence[TokenLogprob] = ()) -> Iterator[dict[str, Any]]:
+    def _add(self, index: int, parsed: Parsed, tokens: Sequence[TokenLogprob] = ()) -> Iterator[bytes]:
         """Chunks for more text and calls."""
         choice = self._choices[index]
         offset, choice.text = len(choice.text), choice.text + parsed.content
@@ -167,12 +162,15 @@ class AnswerBuilder:
         tokens: Sequence[TokenLogprob] = (),
         offset: int = 0,
         reason: str | None = None,
-    ) -> dict[str, Any]:
+    ) -> bytes:
+        """One chunk; nothing for an answer that is told whole."""
+        if not self._asked.stream:
+            return b""
         logprobs = self._logprobs(tokens, offset) if tokens else None
         choice: dict[str, Any] = {"index": index, "logprobs": logprobs, "finish_reason": reason}
         choice |= {"delta": delta} if self._asked.chat else {"text": delta.get("content", "")}
         chunk = {**self._head, "object": self._chunk_kind, "choices": [choice]}
-        return {**chunk, "usage": None} if self._asked.usage else chunk
+        return _event({**chunk, "usage": None} if self._asked.usage else chunk)
 
     def _choice(self, index: int, choice: AnswerChoice) -> dict[str, Any]:
         wanted = self._asked.sampler.top_logprobs is not None

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse, Response
 
 from mlx_afm.assets.page import PAGE
-from mlx_afm.serving.access import JSONResponse, error_response
+from mlx_afm.serving.access import HUNG_UP, JSONResponse, error_response
 from mlx_afm.serving.answers import AnswerBuilder
 from mlx_afm.serving.api_error import APIError, parse_json
 from mlx_afm.serving.bodies import (
@@ -88,7 +88,7 @@ def make_app(server: Server) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _invalid)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _refused_by_router)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _failed)
-    app.add_exception_handler(ClientDisconnect, lambda request, error: Response(status_code=499))
+    app.add_exception_handler(ClientDisconnect, lambda request, error: Response(status_code=HUNG_UP))
     return app
 
 

@@ -323,19 +323,14 @@ InputItem = Annotated[
 ]
 
 
-class FlatTool(Given):
+class FlatTool(Function):
     """A tool as the Responses API writes it."""
 
     type: Literal["function"]
-    name: Name
-    description: str | None = None
-    parameters: Object | None = None
-    strict: bool | None = None
 
 
-class FlatNamedTool(Body):
+class FlatNamedTool(FunctionName):
     type: Literal["function"]
-    name: Name
 
 
 class FlatSchemaFormat(NamedSchema):

@@ -47,7 +47,7 @@ class CompletionRequest:
         choices: answers to each prompt.
         max_tokens: of an answer; None for the server's default, `NO_LIMIT` for what the context leaves.
         stops: strings that end an answer.
-        chat: marks of tool calls are not part of the text.
+        chat: the special tokens of tool calls are not part of the text.
         tools: the model may call tools.
         one_call: and only one at a time; also of a tool that is called by name.
         schema: of the JSON that the answer must be.
@@ -149,7 +149,7 @@ class Reader:
         if faults:
             raise invalid_fields(faults)
         if isinstance(form, SchemaFormat):
-            messages = [*messages[:-1], {**messages[-1], "response_format": _template_format(form)}]
+            messages = _with_format(messages, form)
         return CompletionRequest(
             prompts=(self.prompt(fields["model"], messages, definitions),),
             tools=bool(definitions),
@@ -284,6 +284,13 @@ def _schema(form: ResponseFormat | None) -> Mapping[str, Any] | None:
     if isinstance(form, ObjectFormat):
         return {"type": "object"} if form.schema_ is None else form.schema_
     return form.json_schema.schema_ if isinstance(form, SchemaFormat) else None
+
+
+def _with_format(messages: Sequence[Mapping[str, Any]], form: SchemaFormat) -> list[Mapping[str, Any]]:
+    """Messages of which the last one that is answered holds the response format; system messages go to the front."""
+    answered = [place for place, message in enumerate(messages) if message["role"] not in ("system", "developer")]
+    asked = {place: {**messages[place], "response_format": _template_format(form)} for place in answered[-1:]}
+    return [asked.get(place, message) for place, message in enumerate(messages)]
 
 
 def _template_format(form: SchemaFormat) -> dict[str, Any]:

@@ -224,8 +224,9 @@ class ResponseBuilder:
             assert self._message is not None
             self._message.tokens += tokens
             self._message.item["content"][0]["text"] += parsed.content
-            logprobs = token_logprobs(tokens, self._names)
-            yield self._in_message("response.output_text.delta", delta=parsed.content, logprobs=logprobs)
+            if self._asked.stream:
+                logprobs = token_logprobs(tokens, self._names)
+                yield self._in_message("response.output_text.delta", delta=parsed.content, logprobs=logprobs)
         for call in parsed.calls:
             yield from self._end_message()
             yield from self._call(call)
@@ -280,6 +281,9 @@ class ResponseBuilder:
         return self._event(name, **place, **fields)
 
     def _event(self, name: str, /, **fields: Any) -> bytes:
+        """One event; nothing for an answer that is told whole."""
+        if not self._asked.stream:
+            return b""
         value = {"type": name, "sequence_number": self._sequence, **fields}
         self._sequence += 1
         return f"event: {name}\ndata: {to_json(value, ascii_only=True)}\n\n".encode()

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -163,6 +164,36 @@ def test_the_program(model_folder, adapters, tasks, tmp_path):
     assert "afm_choice" in ran.stdout
     (file,) = (tmp_path / "out").rglob("results*.json")
     assert "acc,none" in json.loads(file.read_text())["results"]["afm_choice"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ("model=nowhere", "nowhere: no such folder"),
+        ("model=MODEL,adapter=nowhere", "nowhere"),
+        ("model=MODEL,peft=x", "unknown model_args (expected model, adapter, batch_size, max_length, found peft)"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(settings, says, model_folder, tasks, tmp_path):
+    pytest.importorskip("lm_eval", reason="needs the lm-eval extra")
+    program = Path(sys.executable).with_name("mlx-afm-lm-eval")
+    words = ["--model", "mlx-afm", "--model_args", settings.replace("MODEL", str(model_folder))]
+    words += ["--tasks", "afm_choice", "--include_path", str(tasks)]
+    ran = subprocess.run([program, *words], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert ran.returncode == 1
+    last = ran.stderr.strip().splitlines()[-1]
+    assert last.startswith("mlx-afm-lm-eval: ")
+    assert says in last
+    assert "Traceback" not in ran.stderr
+
+
+def test_without_the_library_its_extra_is_named(tmp_path):
+    (tmp_path / "lm_eval.py").write_text("raise ImportError\n")
+    code = "from mlx_afm_cli.lm_eval_program import main; main()"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, "Traceback" in ran.stderr) == (1, False)
+    assert "pip install 'mlx-afm[lm-eval]'" in ran.stderr
 
 
 def test_a_context_is_computed_once_for_all_its_continuations(model_folder):

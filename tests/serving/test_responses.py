@@ -255,6 +255,22 @@ def test_turns_in_a_row_are_joined(client, model_folder):
                 tokens(given, own)
 
 
+def test_a_schema_stays_with_the_question_when_a_system_message_comes_late(client):
+    pytest.importorskip("llguidance", reason="needs the guided extra")
+    form = {"type": "json_schema", "json_schema": {"name": "Person", "schema": Person.model_json_schema()}}
+    question, system = {"role": "user", "content": "who is it"}, {"role": "system", "content": "s"}
+    counts = {
+        client.chat.completions.create(
+            model="base", messages=messages, response_format=form, max_tokens=1, logprobs=True
+        )
+        .choices[0]
+        .logprobs.content[0]
+        .logprob
+        for messages in ([system, question], [question, system])
+    }
+    assert len(counts) == 1, "one prompt"
+
+
 def test_no_limit(client):
     ask = client.chat.completions.create
     free = {"logit_bias": {"2": -100, "4": -100}}
