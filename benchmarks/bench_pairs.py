@@ -90,7 +90,7 @@ def inputs(folder: Path) -> tuple[Path, list[Path]]:
 
     from mlx_afm.adapters import LoRAConfig, write_adapter_folder
     from mlx_afm.checkpoints.arrays import from_mlx
-    from mlx_afm.checkpoints.model_folder import write_config
+    from mlx_afm.checkpoints.mlx_checkpoint import write_config
     from mlx_afm.formats.safetensors_file import write_safetensors
     from mlx_afm.model import AFMConfig, Model
     from mlx_afm.workflows.convert import convert

@@ -37,16 +37,15 @@ def prompts() -> list[str]:
 
 def by_engine(model: Path, adapters: list[Path]) -> Callable[[], float]:
     """Seconds of all answers by the engine, in this process."""
-    from mlx_afm.checkpoints.model_folder import load_model
     from mlx_afm.generation import GenerateConfig, PrefixCache
     from mlx_afm.generation.engine import Engine, Request
     from mlx_afm.generation.sampling import Sampler
+    from mlx_afm.model_folder import ModelFolder
     from mlx_afm.serving.pool import AdapterPool
-    from mlx_afm.workflows.load import load_tokenizer
 
-    tokenizer = load_tokenizer(model)
+    tokenizer = ModelFolder(model).tokenizer
     assert tokenizer is not None
-    pool = AdapterPool(load_model(model), model, 10**9)
+    pool = AdapterPool(ModelFolder(model).load_model(), ModelFolder(model), 10**9)
     for path in adapters:
         pool.register(path.name, path)
         pool.acquire(path.name)

@@ -20,9 +20,9 @@ from measured import described
 from mlx.utils import tree_flatten
 
 from mlx_afm.adapters import LoRAConfig, add_adapter
-from mlx_afm.checkpoints.model_folder import load_model
 from mlx_afm.data import Tokens, make_batch
 from mlx_afm.memory import estimate_training, layout_of
+from mlx_afm.model_folder import ModelFolder
 from mlx_afm.training import TrainConfig
 from mlx_afm.training.optimizers import GroupedOptimizer
 from mlx_afm.training.step import train_step
@@ -39,12 +39,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
     lora, settings = LoRAConfig(), TrainConfig()
-    model = load_model(options.model)
+    model = ModelFolder(options.model).load_model()
     ids = np.random.default_rng(0).integers(1, model.args.vocab_size, options.tokens + 1).astype(np.int32)
     weights = (np.arange(len(ids)) >= len(ids) - options.tokens // 4).astype(np.float32)
     batch = make_batch([Tokens(ids, weights, "random tokens")])
     estimate = estimate_training(
-        model.args, base_of(options.model), lora, layout_of(batch), optimizer=settings.optimizer, grad_checkpoint=True
+        model.args,
+        base_of(ModelFolder(options.model)),
+        lora,
+        layout_of(batch),
+        optimizer=settings.optimizer,
+        grad_checkpoint=True,
     )
     add_adapter(model, lora)
     mx.eval(model.parameters())

@@ -69,13 +69,12 @@ class Ours:
                 yield event.token.token
 
     def switch(self, number: int) -> None:
-        from mlx_afm.adapters import read_adapter, remove_adapter
-        from mlx_afm.workflows.load import attach
+        from mlx_afm.adapters import attach_adapter, read_adapter, remove_adapter
 
         paths = [Path(path) for path in self.spec["adapters"]]
         if self.spec["from_file"]:
             remove_adapter(self.model)
-            attach(self.model, read_adapter(paths[number % 2], self.model.args), where=paths[number % 2])
+            attach_adapter(self.model, read_adapter(paths[number % 2], self.model.args), where=paths[number % 2])
             self.model.eval()
             mx.eval(self.model.parameters())
             return

@@ -33,7 +33,7 @@ from measured import commit, described  # noqa: E402
 
 import mlx_afm  # noqa: E402
 from mlx_afm.adapters import LoRAConfig, write_adapter_folder  # noqa: E402
-from mlx_afm.checkpoints.model_folder import read_config  # noqa: E402
+from mlx_afm.checkpoints.mlx_checkpoint import read_config  # noqa: E402
 from mlx_afm.workflows.convert import convert  # noqa: E402
 from mlx_afm.workflows.demo import write_toolkit_folder  # noqa: E402
 from serving_client import REQUESTS, chat  # noqa: E402

@@ -78,8 +78,8 @@ def command(
 
 def _plan(request: LoraRequest, base: str | None, share: float | None) -> Any:
     """The run that is asked about."""
-    from mlx_afm.checkpoints.model_folder import read_config
     from mlx_afm.model import AFMConfig
+    from mlx_afm.model_folder import ModelFolder
     from mlx_afm.workflows import estimate
     from mlx_afm.workflows.lora import read_split
 
@@ -87,16 +87,17 @@ def _plan(request: LoraRequest, base: str | None, share: float | None) -> Any:
     has_model, has_data = job.model != Path(), job.data != Path()
     if has_data and not has_model:
         raise click.UsageError("--data needs --model: its tokenizer")
-    if has_data:
-        layouts = estimate.layouts_of_data(read_split(job, "train"), job.train)
+    folder = ModelFolder(job.model) if has_model else None
+    if has_data and folder is not None:
+        layouts = estimate.layouts_of_data(read_split(job, folder.require_tokenizer(), "train"), job.train)
     else:
         share = estimate.TRAINED_SHARE if share is None else share
         layouts = (estimate.layout_by_settings(job.train, job.reading.max_tokens, share),)
-    model = read_config(job.model) if has_model else AFMConfig()
-    if base is not None or not has_model:
+    model = AFMConfig() if folder is None else folder.config
+    if base is not None or folder is None:
         held = estimate.named_base(base or "bfloat16", model)
     else:
-        held = estimate.base_of(job.model)
+        held = estimate.base_of(folder)
     return estimate.RunPlan(
         model=model, base=held, lora=job.lora, train=job.train, layouts=layouts, backend=estimate.backend()
     )

@@ -23,6 +23,8 @@ WRITE_OUT_BYTES = 1 << 27
 PARTIAL = ".part"  # end of the names of temporary files and folders: `.NAME.xxxxxxxx.part`
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 LFS_START = b"version https://git-lfs.github.com/spec/"  # of a Git LFS pointer: a text of some lines
+MAPPED_FROM_BYTES = 1 << 20  # smaller files may be rewritten in place while they are open
+SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096  # of a fingerprint
 LFS_MOST_BYTES = 1024
 REPLACE_ATTEMPTS = 100  # only other processes that write the same folder make more than one necessary
 
@@ -207,15 +209,20 @@ def _replace_folder(new: Path, path: Path) -> None:
         raise FileExistsError(errno.EEXIST, "other processes keep writing this folder", str(path))
 
 
-def require_not_lfs_pointer(path: Path) -> None:
+def require_not_lfs_pointer(path: Path, text: bytes | None = None) -> None:
     """Checks that a file that exists is not a Git LFS pointer, which a clone without Git LFS has in its place.
+
+    Args:
+        path: the file.
+        text: its content if it was read already.
 
     Raises:
         FormatError: it is one; with the size that the file itself has.
     """
-    if path.stat().st_size > LFS_MOST_BYTES:
+    size = path.stat().st_size if text is None else len(text)
+    if size > LFS_MOST_BYTES:
         return
-    text = path.read_bytes()
+    text = path.read_bytes() if text is None else text
     if text.startswith(LFS_START):
         sizes = [line.removeprefix(b"size ") for line in text.splitlines() if line.startswith(b"size ")]
         expected = f"{int(sizes[0]):,} bytes" if sizes and sizes[0].isdigit() else "the file itself"
@@ -235,6 +242,49 @@ def map_file(handle: BinaryIO) -> mmap.mmap:
     if hasattr(mmap, "MADV_SEQUENTIAL"):
         data.madvise(mmap.MADV_SEQUENTIAL)
     return data
+
+
+class OpenFiles:
+    """Files that are opened once: the content of each is kept for whoever asks again.
+
+    Small files are read; those above `MAPPED_FROM_BYTES` are memory-mapped.
+    """
+
+    def __init__(self) -> None:
+        self._contents: dict[Path, bytes | mmap.mmap] = {}
+
+    def read(self, path: Path) -> bytes | mmap.mmap:
+        """The content of a file.
+
+        Raises:
+            FormatError: no such file, or a Git LFS pointer. OSError: it cannot be read.
+        """
+        if path not in self._contents:
+            if not path.is_file():
+                raise FormatError("no such file", where=path)
+            if path.stat().st_size < MAPPED_FROM_BYTES:
+                content = path.read_bytes()
+                require_not_lfs_pointer(path, content)
+                self._contents[path] = content
+            else:
+                with path.open("rb") as handle:
+                    self._contents[path] = map_file(handle)
+        return self._contents[path]
+
+    def read_json(self, path: Path) -> Any:
+        """The value in a UTF-8 JSON file.
+
+        Raises:
+            FormatError: see `read`; or not UTF-8, not JSON, with the place of the fault.
+        """
+        try:
+            return json.loads(bytes(self.read(path)).decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise FormatError("not UTF-8 text", where=f"{path}, byte {error.start}") from error
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+            if isinstance(error, FormatError):
+                raise
+            raise FormatError(f"not JSON: {error}", where=path) from error
 
 
 class WriteOut:
@@ -348,15 +398,7 @@ def read_json(path: Path) -> Any:
     Raises:
         FormatError: no such file, a Git LFS pointer, not UTF-8, not JSON; with the place of the fault.
     """
-    if not path.is_file():
-        raise FormatError("no such file", where=path)
-    require_not_lfs_pointer(path)
-    try:
-        return json.loads(path.read_bytes().decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise FormatError("not UTF-8 text", where=f"{path}, byte {error.start}") from error
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
-        raise FormatError(f"not JSON: {error}", where=path) from error
+    return OpenFiles().read_json(path)
 
 
 def sha256_of(path: Path) -> str:
@@ -365,4 +407,24 @@ def sha256_of(path: Path) -> str:
     with path.open("rb") as handle:
         while piece := handle.read(1 << 20):
             digest.update(piece)
+    return digest.hexdigest()
+
+
+def fingerprint_of_files(paths: Iterable[Path], files: OpenFiles | None = None) -> str:
+    """SHA-256 of names, sizes and samples of some files.
+
+    Not of every byte, which would take ten seconds for the real model: both ends and 64 blocks of each.
+
+    Args:
+        paths: the files.
+        files: has those that are open already.
+    """
+    digest, files = hashlib.sha256(), files or OpenFiles()
+    for path in paths:
+        content = files.read(path)
+        size = len(content)
+        digest.update(f"{path.name} {size}\n".encode())
+        for number in range(SAMPLED_BLOCKS + 1):
+            start = max(0, (size - BLOCK_BYTES) * number // SAMPLED_BLOCKS)
+            digest.update(content[start : start + BLOCK_BYTES])
     return digest.hexdigest()

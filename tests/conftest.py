@@ -15,9 +15,9 @@ from mlx_afm.adapters import (
     write_adapter_package,
     write_adapter_pt,
 )
-from mlx_afm.checkpoints.model_folder import read_config
 from mlx_afm.formats.fmadapter import Metadata
 from mlx_afm.model import AFMConfig
+from mlx_afm.model_folder import ModelFolder
 from mlx_afm.workflows.convert import convert
 from mlx_afm.workflows.demo import ASSETS, write_toolkit_folder
 from tiny import random_adapter
@@ -38,7 +38,7 @@ def model_folder(toolkit_folder, tmp_path_factory):
 @pytest.fixture(scope="session")
 def adapter_forms(model_folder, tmp_path_factory):
     """One adapter in the three forms: "folder", "pt", "fmadapter"."""
-    adapter, folder = random_adapter(read_config(model_folder)), tmp_path_factory.mktemp("adapters")
+    adapter, folder = random_adapter(ModelFolder(model_folder).config), tmp_path_factory.mktemp("adapters")
     write_adapter_folder(folder / "adapter", adapter)
     write_adapter_pt(folder / "adapter.pt", adapter)
     package = write_adapter_package(folder / "box.fmadapter", adapter, Metadata(name="box", rank=32))

@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 
 from mlx_afm import LoRAConfig, LoRAJob, TrainConfig, train
 from mlx_afm.checkpoints.arrays import from_mlx
-from mlx_afm.checkpoints.model_folder import write_config
+from mlx_afm.checkpoints.mlx_checkpoint import write_config
 from mlx_afm.errors import AFMError
 from mlx_afm.formats.mlx_folder import write_shards
 from mlx_afm.formats.safetensors_file import read_safetensors

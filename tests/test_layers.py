@@ -17,6 +17,7 @@ LEVELS = (
     ("formats", "quant"),
     ("model", "text"),
     ("adapters", "checkpoints", "data", "interop"),
+    ("model_folder",),
     ("training", "generation", "memory"),
     ("draft",),
     ("workflows",),

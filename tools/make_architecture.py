@@ -15,11 +15,12 @@ START, END = "<!-- written by tools/make_architecture.py -->", "<!-- end -->"
 
 
 def packages() -> dict[str, list[Path]]:
-    """The files of each package, the command line among them; single modules belong to none."""
+    """The files of each package, `model_folder.py` and the command line among them; other modules belong to none."""
     found = {
         folder.name: sorted(folder.rglob("*.py")) for folder in sorted((ROOT / "mlx_afm").iterdir()) if folder.is_dir()
     }
-    return {name: files for name, files in {**found, "cli": sorted((ROOT / "cli").rglob("*.py"))}.items() if files}
+    found["model_folder"] = [ROOT / "mlx_afm" / "model_folder.py"]
+    return {name: files for name, files in {**dict(sorted(found.items())), "cli": sorted((ROOT / "cli").rglob("*.py"))}.items() if files}
 
 
 def imported(files: list[Path]) -> set[str]:
@@ -41,6 +42,7 @@ def below(name: str, edges: dict[str, set[str]]) -> set[str]:
 def subject(name: str) -> str:
     """The first sentence of a package's docstring."""
     file = ROOT / ("cli" if name == "cli" else f"mlx_afm/{name}") / "__init__.py"
+    file = file if file.is_file() else file.parent.with_suffix(".py")
     text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
     return " ".join(text.split("\n\n")[0].split()).partition(". ")[0].rstrip(".")
 

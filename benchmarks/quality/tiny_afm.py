@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 import mlx_afm
 from mlx_afm.checkpoints.arrays import from_mlx
-from mlx_afm.checkpoints.model_folder import write_config
+from mlx_afm.checkpoints.mlx_checkpoint import write_config
 from mlx_afm.data import DataConfig, Tokens, padded_batch, read_tokens
 from mlx_afm.formats.mlx_folder import write_shards
 from mlx_afm.model import AFMConfig, Model

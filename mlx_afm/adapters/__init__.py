@@ -3,6 +3,7 @@
 from mlx_afm.adapters.attach import (
     adapter_weights,
     add_adapter,
+    attach_adapter,
     fuse_adapter,
     has_adapter,
     remove_adapter,
@@ -33,6 +34,7 @@ __all__ = [
     "adapter_shapes",
     "adapter_weights",
     "add_adapter",
+    "attach_adapter",
     "fuse_adapter",
     "has_adapter",
     "is_zero",

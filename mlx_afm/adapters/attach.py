@@ -14,6 +14,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_afm.adapters.config import WHOLE_WEIGHTS, LoRAConfig
 from mlx_afm.adapters.layers import ALL, chosen_layers, coded_projections, layer_of
+from mlx_afm.adapters.store import Adapter
+from mlx_afm.checkpoints.arrays import to_mlx
 from mlx_afm.checkpoints.names import PROJECTIONS, Projection, target_of
 from mlx_afm.errors import AdapterError
 from mlx_afm.model import Model
@@ -211,3 +213,25 @@ def set_coded_weights(model: Model, weights: Mapping[str, mx.array]) -> None:
     """
     _require_dense(model, "qat")
     put_codes(model, weights)
+
+
+def attach_adapter(model: Model, adapter: Adapter, *, where: object) -> None:
+    """Puts an adapter on a model, values included.
+
+    Weights of full fine-tuning take the model's dtype; those of quantization-aware training are quantized.
+
+    Args:
+        model: changed in place.
+        adapter: of any kind; it fits the model.
+        where: its path, for messages.
+    """
+    values = {name: to_mlx(tensor) for name, tensor in adapter.weights.items()}
+    if adapter.config.fine_tune_type == "full":
+        set_full_weights(model, values)
+    elif adapter.config.fine_tune_type == "qat":
+        set_coded_weights(model, values)
+    else:
+        add_adapter(model, adapter.config)
+        model.eval()  # the new layers too, or dropout would go on; training turns it on itself
+        set_adapter_weights(model, {name: value.astype(mx.float32) for name, value in values.items()}, where=where)
+    mx.eval(model.parameters())

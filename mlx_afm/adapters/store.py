@@ -29,7 +29,7 @@ from mlx_afm.checkpoints.names import (
     target_of,
 )
 from mlx_afm.errors import AdapterError, ConfigError
-from mlx_afm.files import atomic_folder, read_json, to_path, write_json
+from mlx_afm.files import OpenFiles, atomic_folder, to_path, write_json
 from mlx_afm.formats.fmadapter import METADATA_FILE, read_fmadapter
 from mlx_afm.formats.fmadapter_metadata import read_metadata
 from mlx_afm.formats.safetensors_file import read_safetensors, write_safetensors
@@ -75,13 +75,16 @@ class Adapter:
         return self.base
 
 
-def read_adapter(path: str | Path, base: AFMConfig | None = None, scale: float | None = None) -> Adapter:
+def read_adapter(
+    path: str | Path, base: AFMConfig | None = None, scale: float | None = None, files: OpenFiles | None = None
+) -> Adapter:
     """Opens an adapter of any form; names, shapes and values are checked, values stay on disk.
 
     Args:
         path: a folder, a `.pt` or a `.fmadapter`.
         base: sizes of the model it should fit; an adapter for another model is refused.
         scale: of a `.pt`, which carries none; 0.5 if not given.
+        files: keeps the files of a folder open for others, or has them open.
 
     Raises:
         FormatError: no such thing, or damaged. AdapterError: an adapter for another base model, or of
@@ -95,7 +98,7 @@ def read_adapter(path: str | Path, base: AFMConfig | None = None, scale: float |
     elif path.suffix == ".pt":
         adapter = _read_pt(path, base, DEFAULT_SCALE if scale is None else scale)
     else:
-        adapter = _read_folder(path)
+        adapter = _read_folder(path, files or OpenFiles())
     if base is not None:
         _require_fit(adapter, base, path)
         adapter = replace(adapter, base=adapter.base or base)
@@ -113,7 +116,7 @@ def read_system_prompts(path: str | Path) -> SystemPrompts:
     if path.suffix == ".fmadapter":
         metadata, _ = read_metadata(path / METADATA_FILE)
         return _system_prompts(metadata.creator_defined.get(OURS), path / METADATA_FILE)
-    return () if path.suffix == ".pt" else _system_prompts(_read_config(path), path / CONFIG)
+    return () if path.suffix == ".pt" else _system_prompts(_read_config(path, OpenFiles()), path / CONFIG)
 
 
 def _require_no_lists(names: Iterable[str], path: Path) -> None:
@@ -174,20 +177,20 @@ def adapter_entries(base: AFMConfig, config: LoRAConfig, name: str = DEFAULT_ADA
     return plan_adapter(base, AdapterSpec(name=name, rank=config.rank, alpha=config.scale * config.rank))
 
 
-def _read_folder(path: Path) -> Adapter:
-    values = _read_config(path)
+def _read_folder(path: Path, files: OpenFiles) -> Adapter:
+    values = _read_config(path, files)
     config, base = parse_adapter_json(values, where=path / CONFIG)
     name, prompts = str(values.get("toolkit_name", DEFAULT_ADAPTER)), _system_prompts(values, path / CONFIG)
-    tensors = read_safetensors(path / WEIGHTS)
+    tensors = read_safetensors(path / WEIGHTS, files)
     _require_no_lists(tensors, path / WEIGHTS)
     return Adapter(config, base, tensors, name, prompts)
 
 
-def _read_config(path: Path) -> Any:
+def _read_config(path: Path, files: OpenFiles) -> Any:
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
         expected = f"a folder with {WEIGHTS} and {CONFIG}, a .pt or a .fmadapter"
         raise AdapterError("no adapter here", where=path, expected=expected)
-    return read_json(path / CONFIG)
+    return files.read_json(path / CONFIG)
 
 
 def _system_prompts(values: Any, where: object) -> SystemPrompts:

@@ -20,9 +20,9 @@ from mlx_afm.data.problems import Problem, to_problems
 from mlx_afm.data.repeats import Fingerprints, find_duplicates, find_overlap
 from mlx_afm.data.report import CheckedFile, DataReport, ProblemList
 from mlx_afm.data.sources import SPLITS, Files, file_faults
-from mlx_afm.data.workers import prepare_all
+from mlx_afm.data.workers import prepare_all, to_tokenizer
 from mlx_afm.errors import FormatError
-from mlx_afm.files import to_optional_path
+from mlx_afm.text.tokenizer import AFMTokenizer
 
 OnProgress = Callable[[int, int], None]
 HELD_OUT = (("valid", "train"), ("test", "train"), ("test", "valid"))  # what is scored, and what it must not share with
@@ -31,7 +31,7 @@ HELD_OUT = (("valid", "train"), ("test", "train"), ("test", "valid"))  # what is
 def check_data(
     splits: Mapping[str, Files],
     config: DataConfig | None = None,
-    tokenizer_file: str | Path | None = None,
+    tokenizer: AFMTokenizer | str | Path | None = None,
     *,
     workers: int | None = None,
     on_progress: OnProgress | None = None,
@@ -41,7 +41,7 @@ def check_data(
     Args:
         splits: from `find_splits`.
         config: how to read.
-        tokenizer_file: the model's `tokenizer.model`; without it lengths are not checked, nor special
+        tokenizer: the model's, or its `tokenizer.model`; without it lengths are not checked, nor special
             tokens beyond the marks of turns and tool calls.
         workers: processes, see `prepare_all`.
         on_progress: told of bytes read and in all.
@@ -52,8 +52,8 @@ def check_data(
         MissingDependencyError: a form that needs the `datasets` library.
     Cost: 12 bytes an example, 20 while they are compared, and at most 10,000 problems of a kind.
     """
-    tokenizer_file = to_optional_path(tokenizer_file)
-    return validate(splits, config, tokenizer_file, workers=workers, on_progress=on_progress).report
+    tokenizer = None if tokenizer is None else to_tokenizer(tokenizer)
+    return validate(splits, config, tokenizer, workers=workers, on_progress=on_progress).report
 
 
 @dataclass
@@ -94,7 +94,7 @@ class ValidationResult:
 def validate(
     splits: Mapping[str, Files],
     config: DataConfig | None = None,
-    tokenizer_file: Path | None = None,
+    tokenizer: AFMTokenizer | None = None,
     *,
     workers: int | None = None,
     on_progress: OnProgress | None = None,
@@ -102,9 +102,9 @@ def validate(
     """See `check_data`."""
     if not splits:
         raise FormatError("no training data", expected="train.jsonl, valid.jsonl or test.jsonl")
-    validator = _Validator(splits, config or DataConfig(), tokenizer_file, on_progress or (lambda done, total: None))
+    validator = _Validator(splits, config or DataConfig(), tokenizer, on_progress or (lambda done, total: None))
     blocks = validator.blocks()
-    for part in prepare_all(blocks, validator.config, tokenizer_file, want_tokens=False, workers=workers):
+    for part in prepare_all(blocks, validator.config, tokenizer, want_tokens=False, workers=workers):
         validator.take(part)
     return validator.finish()
 
@@ -113,12 +113,12 @@ class _Validator:
     """Gathers what becomes of the blocks of all splits."""
 
     def __init__(
-        self, splits: Mapping[str, Files], config: DataConfig, tokenizer_file: Path | None, on_progress: OnProgress
+        self, splits: Mapping[str, Files], config: DataConfig, tokenizer: AFMTokenizer | None, on_progress: OnProgress
     ) -> None:
         self.splits, self.config, self.has_tokenizer, self.on_progress = (
             splits,
             config,
-            bool(tokenizer_file),
+            bool(tokenizer),
             on_progress,
         )
         self.names = [name for name in SPLITS if splits.get(name)]

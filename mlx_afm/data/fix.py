@@ -22,9 +22,11 @@ from mlx_afm.data.records import as_json_line
 from mlx_afm.data.repeats import find_duplicates, find_overlap
 from mlx_afm.data.report import MAX_KEPT, DataReport
 from mlx_afm.data.sources import SPLITS, Files, file_faults, is_json_lines, iter_rows
+from mlx_afm.data.workers import to_tokenizer
 from mlx_afm.errors import ConfigError, DataError, FormatError
-from mlx_afm.files import atomic_folder, to_optional_path, to_path
+from mlx_afm.files import atomic_folder, to_path
 from mlx_afm.folders import is_empty
+from mlx_afm.text.tokenizer import AFMTokenizer
 
 REASONS = {
     "duplicate": "left out: the same example stands before it",
@@ -81,7 +83,7 @@ def fix_data(
     splits: dict[str, Files],
     folder: str | Path,
     config: DataConfig | None = None,
-    tokenizer_file: str | Path | None = None,
+    tokenizer: AFMTokenizer | str | Path | None = None,
     *,
     workers: int | None = None,
     on_progress: OnProgress | None = None,
@@ -91,7 +93,7 @@ def fix_data(
     Args:
         splits: from `find_splits`.
         folder: to be written; may exist if it is empty.
-        config, tokenizer_file, workers, on_progress: see `check_data`.
+        config, tokenizer, workers, on_progress: see `check_data`.
 
     Raises:
         ConfigError: there is something in the folder already; or see `check_data`.
@@ -99,10 +101,10 @@ def fix_data(
         DataError: no example would remain.
     """
     folder = to_path(folder)
-    tokenizer_file = to_optional_path(tokenizer_file)
+    tokenizer = None if tokenizer is None else to_tokenizer(tokenizer)
     if folder.exists() and not is_empty(folder):
         raise ConfigError("the folder for the fixed copy exists", where=folder, advice="Choose another, or remove it.")
-    found = validate(splits, config, tokenizer_file, workers=workers, on_progress=on_progress)
+    found = validate(splits, config, tokenizer, workers=workers, on_progress=on_progress)
     if found.unreadable:
         raise FormatError("cannot be read, so that there is no copy of it", where=sorted(found.unreadable)[0])
     copy = _Copy(found, (config or DataConfig()).fields)

@@ -21,9 +21,10 @@ from mlx_afm.data.problems import Problem, to_problems
 from mlx_afm.data.records import MARKS, Example, RecordReader, transform_source
 from mlx_afm.data.sources import Files, file_faults, iter_rows
 from mlx_afm.data.tokens import TokenTable
-from mlx_afm.data.workers import prepare_all
+from mlx_afm.data.workers import prepare_all, to_tokenizer
 from mlx_afm.errors import DataError, FormatError
 from mlx_afm.files import atomic_folder, read_json, sha256_of, to_optional_path, to_path, write_json
+from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.tree import shorten
 
 ARRAYS = ("ids", "weights", "starts", "places")
@@ -36,7 +37,7 @@ PRIVATE = 0o700  # encoded data can be decoded again: it is for nobody else's ey
 
 def read_tokens(
     files: Files,
-    tokenizer_file: str | Path,
+    tokenizer: AFMTokenizer | str | Path,
     config: DataConfig | None = None,
     *,
     cache: str | Path | None = None,
@@ -46,7 +47,7 @@ def read_tokens(
 
     Args:
         files: from `find_splits`.
-        tokenizer_file: the model's `tokenizer.model`.
+        tokenizer: the model's, or its `tokenizer.model`.
         config: how to read.
         cache: folder to keep the result in (`default_cache`); None keeps nothing.
         workers: processes, see `prepare_all`.
@@ -58,16 +59,16 @@ def read_tokens(
         ConfigError: no such transform.
     Cost: with the cache, the second time takes as long as reading the files once to compare them.
     """
-    tokenizer_file = to_path(tokenizer_file)
+    tokenizer = to_tokenizer(tokenizer)
     cache = to_optional_path(cache)
     config = config or DataConfig()
-    entry = None if cache is None else _entry(cache, files, tokenizer_file, config)
+    entry = None if cache is None else _entry(cache, files, tokenizer, config)
     cached = None if entry is None else _load(entry, files)
     if cached is not None:
         return cached
     problems = [p for file in files for fault in file_faults(file) for p in to_problems(fault, str(file), 1)]
     parts = []
-    for part in prepare_all(iter_blocks(files), config, tokenizer_file, want_tokens=True, workers=workers):
+    for part in prepare_all(iter_blocks(files), config, tokenizer, want_tokens=True, workers=workers):
         problems += [problem for problem in part.problems if problem.is_error]
         if not problems:
             parts.append(part)
@@ -139,14 +140,14 @@ def cache_folder() -> Path:
     return to_path(chosen) if chosen and chosen != CACHE_OFF else home / "mlx-afm"
 
 
-def _entry(cache: Path, files: Files, tokenizer_file: Path, config: DataConfig) -> Path | None:
+def _entry(cache: Path, files: Files, tokenizer: AFMTokenizer, config: DataConfig) -> Path | None:
     """The folder of a result; None if it depends on what cannot be compared."""
     if any(file.is_dir() for file in files):
         return None
     source = "" if config.transform is None else transform_source(config.transform)
     if source is None:
         return None
-    facts = [ENCODING, __version__, asdict(config), source, sha256_of(tokenizer_file)]
+    facts = [ENCODING, __version__, asdict(config), source, tokenizer.sha256]
     facts += [[file.name, sha256_of(file)] for file in files]
     return cache / "tokens" / sha256(json.dumps(facts).encode()).hexdigest()[:32]
 

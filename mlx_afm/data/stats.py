@@ -28,8 +28,9 @@ from mlx_afm.data.prepare import (
     iter_blocks,
 )
 from mlx_afm.data.sources import Files
-from mlx_afm.data.workers import prepare_all
+from mlx_afm.data.workers import prepare_all, to_tokenizer
 from mlx_afm.errors import DataError
+from mlx_afm.text.tokenizer import AFMTokenizer
 
 BATCH_SIZE = 4
 MAX_BINS = 16
@@ -115,7 +116,7 @@ class SplitStats:
 
 def measure_split(
     files: Files,
-    tokenizer_file: Path,
+    tokenizer: AFMTokenizer | str | Path,
     config: DataConfig | None = None,
     *,
     workers: int | None = None,
@@ -125,7 +126,7 @@ def measure_split(
 
     Args:
         files: from `find_splits`.
-        tokenizer_file: the model's `tokenizer.model`.
+        tokenizer: the model's, or its `tokenizer.model`.
         config: how to read; only `max_tokens` of what it says about length matters.
         workers: processes, see `prepare_all`.
         on_progress: told of bytes read and in all.
@@ -137,7 +138,7 @@ def measure_split(
     config = config or DataConfig()
     unlimited = replace(config, max_tokens=NO_LIMIT, overflow="error")
     blocks = _told(iter_blocks(files), files, on_progress)
-    parts = list(prepare_all(blocks, unlimited, tokenizer_file, want_tokens=False, workers=workers))
+    parts = list(prepare_all(blocks, unlimited, to_tokenizer(tokenizer), want_tokens=False, workers=workers))
     examples = examples_array(parts)
     faulty = len({(part.file, p.line) for part in parts for p in part.problems if p.is_error})
     if not len(examples):

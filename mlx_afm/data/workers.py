@@ -26,6 +26,7 @@ from mlx_afm.data.config import DataConfig
 from mlx_afm.data.prepare import Prepared, Preparer
 from mlx_afm.data.render_block import Block
 from mlx_afm.errors import AFMError, ConfigError
+from mlx_afm.files import to_path
 from mlx_afm.text.tokenizer import AFMTokenizer
 
 MAX_WORKERS = 8
@@ -35,7 +36,7 @@ SERIAL_BLOCKS = 32  # 16 MB; up to here starting workers costs more than it save
 def prepare_all(
     blocks: Iterator[Block],
     config: DataConfig,
-    tokenizer_file: Path | None,
+    tokenizer: AFMTokenizer | None,
     *,
     want_tokens: bool,
     workers: int | None = None,
@@ -47,7 +48,7 @@ def prepare_all(
     Args:
         blocks: from `iter_blocks`.
         config: how to read.
-        tokenizer_file: a `tokenizer.model`; None encodes nothing.
+        tokenizer: None encodes nothing.
         want_tokens: whether the tokens themselves are wanted, or only what is counted.
         workers: how many processes, or threads; as many as there are processors, up to eight, if None.
 
@@ -59,12 +60,13 @@ def prepare_all(
     first = list(islice(blocks, SERIAL_BLOCKS))
     blocks = chain(first, blocks)
     if workers < 2 or len(first) < SERIAL_BLOCKS:
-        tokenizer = None if tokenizer_file is None else _opened(tokenizer_file, workers)
+        if tokenizer is not None:
+            tokenizer.threads = max(workers, 1)
         preparer = Preparer(config, tokenizer, want_tokens=want_tokens)
         yield from map(preparer, blocks)
         return
     Preparer(config, None, want_tokens=False)  # a transform that is not there is this process's error
-    setup = (config, tokenizer_file, want_tokens)
+    setup = (config, None if tokenizer is None else tokenizer.file, want_tokens)
     pool = [_Worker(setup) for _ in range(workers)]
     try:
         yield from _in_order(blocks, pool)
@@ -73,15 +75,19 @@ def prepare_all(
             worker.stop()
 
 
-def _opened(path: Path, threads: int) -> AFMTokenizer:
-    """The tokenizer of a file, for all splits that are read one after the other; read again if the file changed."""
+def to_tokenizer(tokenizer: AFMTokenizer | str | Path) -> AFMTokenizer:
+    """The tokenizer itself, or that of a file.
+
+    A file is read once for all splits that are read one after the other, and again if it changed.
+    """
+    if isinstance(tokenizer, AFMTokenizer):
+        return tokenizer
+    path = to_path(tokenizer)
     try:
         stamp = path.stat().st_mtime_ns, path.stat().st_size
     except OSError:
         return AFMTokenizer.from_file(path)  # which says what is wrong
-    tokenizer = _same_file(path.absolute(), stamp, get_ident())
-    tokenizer.threads = max(threads, 1)
-    return tokenizer
+    return _same_file(path.absolute(), stamp, get_ident())
 
 
 @lru_cache(maxsize=1)

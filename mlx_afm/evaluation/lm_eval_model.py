@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.data.config import CONTEXT_TOKENS
 from mlx_afm.errors import MissingDependencyError, SettingError
 from mlx_afm.generation.answers import iter_answers
@@ -63,7 +62,7 @@ class AFMEvalModel(TemplateLM):  # type: ignore[misc]
         if unknown:
             expected, found = "model, adapter, batch_size, max_length", ", ".join(sorted(unknown))
             raise SettingError("unknown model_args", expected=expected, found=found)
-        self._model, tokenizer = load(resolve(model), adapter)
+        self._model, tokenizer = load(model, adapter)
         self.tokenizer = require_tokenizer(tokenizer)
         self._batch_size = int(str(batch_size)) if str(batch_size).isdecimal() else 16
         self._max_length = int(max_length)

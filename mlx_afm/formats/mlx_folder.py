@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mlx_afm.errors import FormatError
-from mlx_afm.files import read_json, write_json
+from mlx_afm.files import OpenFiles, write_json
 from mlx_afm.formats.safetensors_file import read_safetensors, write_safetensors
 from mlx_afm.formats.tensors import LazyTensor, OnBytes, ignore_bytes
 
@@ -54,7 +54,7 @@ def write_shards(
     write_json(folder / INDEX, index)
 
 
-def shard_files(folder: Path) -> list[Path]:
+def shard_files(folder: Path, opened: OpenFiles | None = None) -> list[Path]:
     """The weight files of a folder, in order.
 
     Raises:
@@ -64,7 +64,7 @@ def shard_files(folder: Path) -> list[Path]:
     if not files:
         raise FormatError("no weights", where=folder, expected="model*.safetensors", advice="Is this a model folder?")
     present = {file.name for file in files}
-    wanted = _indexed_files(folder) | _numbered_files(present)
+    wanted = _indexed_files(folder, opened or OpenFiles()) | _numbered_files(present)
     missing = sorted(wanted - present)
     if missing:
         expected, found = f"{len(wanted)} files", f"{len(wanted) - len(missing)}"
@@ -76,12 +76,12 @@ def shard_files(folder: Path) -> list[Path]:
     return files
 
 
-def _indexed_files(folder: Path) -> set[str]:
+def _indexed_files(folder: Path, opened: OpenFiles) -> set[str]:
     """The files that the index names; none without an index."""
     path = folder / INDEX
     if not path.is_file():
         return set()
-    index = read_json(path)
+    index = opened.read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise FormatError("not an index of weights", where=path, expected="weight_map, from tensor to file")
@@ -99,15 +99,19 @@ def _numbered_files(names: set[str]) -> set[str]:
     }
 
 
-def read_shards(folder: Path) -> dict[str, LazyTensor]:
+def read_shards(folder: Path, opened: OpenFiles | None = None) -> dict[str, LazyTensor]:
     """All tensors of a folder, memory-mapped.
+
+    Args:
+        folder: the folder.
+        opened: keeps its files open for others, or has them open.
 
     Raises:
         FormatError: no weights, a damaged file, or a name that occurs in two files.
     """
     tensors: dict[str, LazyTensor] = {}
-    for file in shard_files(folder):
-        for name, tensor in read_safetensors(file).items():
+    for file in shard_files(folder, opened):
+        for name, tensor in read_safetensors(file, opened).items():
             if name in tensors:
                 raise FormatError(f"tensor {name} occurs in two files", where=file)
             tensors[name] = tensor

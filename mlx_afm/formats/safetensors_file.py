@@ -17,15 +17,16 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mlx_afm.errors import FormatError
-from mlx_afm.files import WriteOut, atomic_file, map_file, require_not_lfs_pointer
+from mlx_afm.files import OpenFiles, WriteOut, atomic_file
 from mlx_afm.formats.tensors import STORAGE_DTYPES, LazyTensor, OnBytes, ignore_bytes, read_ahead
 
+Content = bytes | mmap.mmap
 MAX_HEADER_BYTES = 100_000_000
 CODES = {
     "float64": "F64",
@@ -45,17 +46,18 @@ CODES = {
 DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
-def read_safetensors(path: Path) -> dict[str, LazyTensor]:
+def read_safetensors(path: Path, files: OpenFiles | None = None) -> dict[str, LazyTensor]:
     """The tensors of a file, memory-mapped, in the order of its header.
+
+    Args:
+        path: the file.
+        files: keeps it open for others, or has it open.
 
     Raises:
         FormatError: not a safetensors file, or an entry that does not fit the file.
     """
-    if not path.is_file():
-        raise FormatError("no such file", where=path)
-    with path.open("rb") as handle:
-        header, start = _read_header(handle, path)
-        data = map_file(handle)
+    data = (files or OpenFiles()).read(path)
+    header, start = _read_header(data, path)
     header.pop("__metadata__", None)
     _require_apart(header, path)
     return {name: _tensor(data, start, entry, f"{path}, tensor {name}") for name, entry in header.items()}
@@ -67,24 +69,19 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         FormatError: not a safetensors file, or metadata that does not map strings to strings.
     """
-    if not path.is_file():
-        raise FormatError("no such file", where=path)
-    with path.open("rb") as handle:
-        metadata = _read_header(handle, path)[0].get("__metadata__", {})
+    metadata = _read_header(OpenFiles().read(path), path)[0].get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError("the metadata does not map strings to strings", where=path)
     return metadata
 
 
-def _read_header(handle: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
+def _read_header(data: Content, path: Path) -> tuple[dict[str, Any], int]:
     """The header, and where the values start."""
-    require_not_lfs_pointer(path)
-    prefix = handle.read(8)
-    size = path.stat().st_size
+    prefix, size = data[:8], len(data)
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
     if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
         raise FormatError("not a safetensors file", where=path, expected="a header length", found=length)
-    return _parse_header(handle.read(length), path), 8 + length
+    return _parse_header(data[8 : 8 + length], path), 8 + length
 
 
 def _parse_header(raw: bytes, path: Path) -> dict[str, Any]:
@@ -107,7 +104,7 @@ def _require_apart(header: dict[str, Any], path: Path) -> None:
             raise FormatError("tensors overlap", where=f"{path}, byte {first} of the values")
 
 
-def _tensor(data: mmap.mmap, start: int, entry: Any, where: str) -> LazyTensor:
+def _tensor(data: Content, start: int, entry: Any, where: str) -> LazyTensor:
     try:
         dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
         first, last = entry["data_offsets"]
@@ -121,7 +118,7 @@ def _tensor(data: mmap.mmap, start: int, entry: Any, where: str) -> LazyTensor:
     return tensor
 
 
-def _view(data: mmap.mmap, dtype: str, shape: tuple[int, ...], offset: int) -> npt.NDArray[Any]:
+def _view(data: Content, dtype: str, shape: tuple[int, ...], offset: int) -> npt.NDArray[Any]:
     count = int(np.prod(shape, dtype=np.int64))
     return np.frombuffer(data, STORAGE_DTYPES[dtype], count, offset).reshape(shape)
 

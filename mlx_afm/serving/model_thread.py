@@ -13,11 +13,8 @@ from typing import TypeVar
 
 import mlx.core as mx
 
-from mlx_afm.adapters import is_zero
-from mlx_afm.checkpoints.hub import resolve
-from mlx_afm.checkpoints.model_folder import load_model, read_config
-from mlx_afm.errors import ConfigError
 from mlx_afm.files import to_path
+from mlx_afm.model_folder import ModelFolder
 from mlx_afm.serving.api_error import APIError
 from mlx_afm.serving.config import ServeConfig
 from mlx_afm.serving.jobs import Job
@@ -25,9 +22,7 @@ from mlx_afm.serving.metrics import Metrics
 from mlx_afm.serving.pool import AdapterPool, PooledAdapter
 from mlx_afm.serving.scheduler import Log, Scheduler
 from mlx_afm.text.system_prompt import default_system_prompt, system_prompt_notice
-from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.workflows.draft_model import load_draft
-from mlx_afm.workflows.load import base_adapter, load_tokenizer
 
 T = TypeVar("T")
 
@@ -49,10 +44,10 @@ class ModelThread:
         self, model: str | Path, adapters: dict[str, Path], config: ServeConfig, metrics: Metrics, log: Log
     ) -> None:
         self.config, self._metrics, self._log = config, metrics, log
-        self.folder = resolve(model)
-        self.model_id = config.model_id or (self.folder.resolve().name if to_path(model).exists() else str(model))
-        read_config(self.folder)  # says what is wrong with a folder that is no model's
-        self.tokenizer = _require_tokenizer(self.folder)
+        self.folder = ModelFolder(model)
+        self.model_id = config.model_id or (self.folder.path.resolve().name if to_path(model).exists() else str(model))
+        _ = self.folder.config  # says what is wrong with a folder that is no model's
+        self.tokenizer = self.folder.require_tokenizer()
         self._arrivals: deque[Job] = deque()
         self._calls: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()  # guards everything above and below
@@ -171,13 +166,11 @@ class ModelThread:
         mx.synchronize()
 
     def _load(self, adapters: dict[str, Path]) -> Scheduler:
-        model = load_model(self.folder)
+        model = self.folder.load_model()
         mx.eval(model.parameters())
         model.make_cache(quantized=self.config.kv_bits is not None)  # says that a model has no int8 cache
         self._vocabulary = model.args.vocab_size
-        own = base_adapter(self.folder)
-        if own is not None and is_zero(own):
-            own = None
+        own = self.folder.active_base_adapter
         speculation = None
         if (draft := self.config.draft_model) is not None:
             speculation = load_draft(draft, model, self.tokenizer, self.config.num_draft_tokens)
@@ -205,11 +198,3 @@ class ModelThread:
                 return True
             over = not (self._under_way or self._arrivals or self._calls)
             return not over and time.monotonic() < self._stop_at
-
-
-def _require_tokenizer(folder: Path) -> AFMTokenizer:
-    tokenizer = load_tokenizer(folder)
-    if tokenizer is None:
-        advice = "Convert again with tokenizer.model in place."
-        raise ConfigError("the model folder has no tokenizer", where=folder, advice=advice)
-    return tokenizer

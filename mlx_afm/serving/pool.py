@@ -14,7 +14,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_afm.adapters import Adapter, is_zero, remove_adapter
+from mlx_afm.adapters import Adapter, attach_adapter, is_zero, remove_adapter
 from mlx_afm.adapters.inference import AdapterStacks, dora_size, magnitude_bytes
 from mlx_afm.checkpoints.arrays import to_mlx
 from mlx_afm.errors import AdapterError, AFMError
@@ -23,8 +23,8 @@ from mlx_afm.generation.decode import Decoder
 from mlx_afm.model import Model
 from mlx_afm.model.inference import InferenceModel
 from mlx_afm.model.low_rank import Routes
+from mlx_afm.model_folder import ModelFolder
 from mlx_afm.text.system_prompt import SystemPrompts
-from mlx_afm.workflows.load import attach, open_adapter, system_prompts_of, trained_system_prompts_of
 
 BASE = "(base)"  # in the stacks: the adapter that the base model itself carries
 LOW_RANK = ("lora", "dora")
@@ -71,7 +71,7 @@ class AdapterPool:
     """
 
     def __init__(
-        self, model: Model, folder: Path, limit_bytes: int, *, own: Adapter | None = None, reserved: str = ""
+        self, model: Model, folder: ModelFolder, limit_bytes: int, *, own: Adapter | None = None, reserved: str = ""
     ) -> None:
         self._model, self._folder, self.limit_bytes, self._reserved = model, folder, limit_bytes, reserved
         self._form = InferenceModel(model)
@@ -79,7 +79,7 @@ class AdapterPool:
         self.decoder = Decoder(self._form)
         self._dora: dict[str, tuple[Decoder, int]] = {}  # with their bytes
         self._entries: dict[str, PooledAdapter] = {}
-        self._base_prompts = system_prompts_of(folder, None)
+        self._base_prompts = folder.system_prompts_of(None)
         self._leaving: set[str] = set()
         self._uses = 0
         self.names: tuple[str, ...] = ()
@@ -102,7 +102,7 @@ class AdapterPool:
         if name in self._entries:
             raise AdapterError("there is an adapter of this name", where=name, advice="Remove it first.")
         adapter, size = self._open(path)
-        prompts, no_effect = system_prompts_of(self._folder, adapter), is_zero(adapter)
+        prompts, no_effect = self._folder.system_prompts_of(adapter), is_zero(adapter)
         self._entries[name] = PooledAdapter(path, size, system_prompts=prompts, has_no_effect=no_effect)
         self.names = tuple(self._entries)
         return self._entries[name]
@@ -123,7 +123,7 @@ class AdapterPool:
             return self._base_prompts
         if not self._is_loaded(name):  # its file may be another than last time
             with suppress(AFMError, OSError):  # `acquire` says what is wrong with it
-                return trained_system_prompts_of(self._folder, entry.path)
+                return self._folder.system_prompts_at(entry.path)
         return entry.system_prompts
 
     def state(self) -> list[dict[str, object]]:
@@ -164,7 +164,7 @@ class AdapterPool:
             if not self._make_room(entry.size_bytes):
                 return None
             self._load(name, adapter, entry.path)
-            entry.system_prompts = system_prompts_of(self._folder, adapter)
+            entry.system_prompts = self._folder.system_prompts_of(adapter)
             entry.loads += 1
         self._uses += 1
         entry.users, entry.used_at = entry.users + 1, self._uses
@@ -198,7 +198,7 @@ class AdapterPool:
 
     def _open(self, path: Path) -> tuple[Adapter, int]:
         """An adapter, its values still on disk, and its bytes in memory."""
-        adapter = open_adapter(self._folder, path)
+        adapter = self._folder.open_adapter(path)
         if (kind := adapter.config.fine_tune_type) not in LOW_RANK:
             expected, advice = " or ".join(LOW_RANK), "Fuse it, and serve the fused model."
             what = "only low-rank adapters can share a base"
@@ -215,7 +215,7 @@ class AdapterPool:
             self._stacks.add(name, _readers(adapter), adapter.config.scale)
         else:
             try:
-                attach(self._model, adapter, where=path)
+                attach_adapter(self._model, adapter, where=path)
                 form = InferenceModel(self._model, beside=self._form)
                 size = magnitude_bytes(form)
             finally:

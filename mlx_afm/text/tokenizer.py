@@ -6,6 +6,7 @@ Besides its own methods it has those of a Hugging Face tokenizer that mlx-lm tou
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -70,6 +71,7 @@ class AFMTokenizer:
         prefix_id: the lone space that encoding puts before a text that begins with a mark.
         special_pieces: pieces that no text of a conversation may spell out.
         threads: how many encode many texts at once.
+        file, sha256: the `tokenizer.model`, and the hash of its content in hex.
         system_prompt: of conversations without a system message, in prompts; None for no system turn. `load` sets it
             to the one that the adapter was trained with (see `system_prompt.py`).
     """
@@ -79,10 +81,11 @@ class AFMTokenizer:
     clean_up_tokenization_spaces = False
 
     def __init__(
-        self, processor: sentencepiece.SentencePieceProcessor, model: SentencePieceModel, where: object
+        self, processor: sentencepiece.SentencePieceProcessor, model: SentencePieceModel, file: Path, sha256: str
     ) -> None:
         """Use `from_file`."""
-        _require_symbols(processor, model, where)
+        _require_symbols(processor, model, file)
+        self.file, self.sha256 = file, sha256
         self.threads = 1
         self.system_prompt: str | None = template.DEFAULT_SYSTEM
         self._processor = processor
@@ -116,15 +119,24 @@ class AFMTokenizer:
         path = to_path(path)
         if not path.is_file():
             raise FormatError("no such file", where=path, expected="a SentencePiece tokenizer.model")
-        require_not_lfs_pointer(path)
         data = path.read_bytes()
+        require_not_lfs_pointer(path, data)
+        return cls.from_bytes(data, path)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, path: Path) -> AFMTokenizer:
+        """The tokenizer in the content of the file `path`, which is named in messages.
+
+        Raises:
+            FormatError, ConfigError: see `from_file`.
+        """
         model = parse_sentencepiece_model(data, where=path)
         processor = sentencepiece.SentencePieceProcessor()
         try:
             processor.LoadFromSerializedProto(data)
         except (RuntimeError, OSError) as error:
             raise FormatError("SentencePiece refuses this model", where=path, found=error) from error
-        return cls(processor, model, path)
+        return cls(processor, model, path, hashlib.sha256(data).hexdigest())
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Ids of a text; nothing is added or dropped, whatever `add_special_tokens` says.

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_unflatten
 
-from mlx_afm.adapters import Adapter, fuse_adapter, is_zero
+from mlx_afm.adapters import Adapter, attach_adapter, fuse_adapter, is_zero
 from mlx_afm.checkpoints.arrays import to_mlx
 from mlx_afm.checkpoints.quantized import matrices
 from mlx_afm.data import DataConfig, Tokens, read_tokens
@@ -27,7 +27,6 @@ from mlx_afm.quant import QuantConfig, plan_schemes
 from mlx_afm.quant.scheme import BALANCED
 from mlx_afm.training import Callback, StageProgress
 from mlx_afm.training.hooks import ignore
-from mlx_afm.workflows.load import attach
 
 EXAMPLES = 128
 
@@ -107,7 +106,7 @@ def _model_of(source: Source) -> Model:
     model = Model(source.base)
     model.load_weights([(name, to_mlx(tensor)) for name, tensor in source.tensors.items()])
     if source.adapter is not None and not is_zero(source.adapter):
-        attach(model, source.adapter, where="the base adapter")
+        attach_adapter(model, source.adapter, where="the base adapter")
         fuse_adapter(model)
     return model
 

@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_afm.adapters import Adapter, is_zero, remove_adapter
+from mlx_afm.adapters import Adapter, attach_adapter, remove_adapter
 from mlx_afm.adapters.config import WHOLE_WEIGHTS
-from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.errors import AFMError, ConfigError, SettingError
 from mlx_afm.files import to_json, to_optional_path, to_path, write_text
 from mlx_afm.model import Model
+from mlx_afm.model_folder import ModelFolder
 from mlx_afm.text.system_prompt import default_system_prompt, system_prompt_notice
-from mlx_afm.workflows.load import attach, base_adapter, load, open_adapter, system_prompts_of
 
 FORMS = (".jsonl", ".json")
 
@@ -40,12 +39,13 @@ class ChatModel:
         adapter_path: str | Path | None = None,
     ) -> None:
         adapter_path = to_optional_path(adapter_path)
-        self._folder = resolve(path)
+        self._folder = ModelFolder(path)
         self.adapters = {name: to_path(place) for name, place in (adapters or {}).items()}
-        self.model, self.tokenizer = load(self._folder, adapter_path)
+        adapter = None if adapter_path is None else self._folder.open_adapter(adapter_path)
+        self.model = self._folder.load_with(adapter, where=adapter_path)
+        self.tokenizer = self._folder.tokenizer
         self.active = None if adapter_path is None else str(adapter_path)
         self._current = adapter_path
-        adapter = None if adapter_path is None else open_adapter(self._folder, adapter_path)
         self._whole = _is_whole(adapter)
         self.notice: str | None = None
         self._take_prompts(adapter, adapter_path)
@@ -61,20 +61,20 @@ class ChatModel:
                 What was in use then stays.
         """
         path = None if name is None else self._find(name)
-        adapter = open_adapter(self._folder, path) if path is not None else base_adapter(self._folder)
+        adapter = self._folder.base_adapter if path is None else self._folder.open_adapter(path)
         try:
             self._put_on(path, adapter)
         except AFMError:
             before = self._current
-            self._put_on(before, open_adapter(self._folder, before) if before else base_adapter(self._folder))
+            self._put_on(before, self._folder.open_adapter(before) if before else self._folder.base_adapter)
             raise
         self._current, self.active = path, name
         self._take_prompts(None if path is None else adapter, name)
         return self.model
 
     def _take_prompts(self, adapter: Adapter | None, where: object) -> None:
-        trained_with = system_prompts_of(self._folder, adapter)
-        self.notice = system_prompt_notice(trained_with, where or self._folder)
+        trained_with = self._folder.system_prompts_of(adapter)
+        self.notice = system_prompt_notice(trained_with, where or self._folder.path)
         if self.tokenizer is not None:
             self.tokenizer.system_prompt = default_system_prompt(trained_with)
 
@@ -88,11 +88,11 @@ class ChatModel:
     def _put_on(self, path: Path | None, adapter: Adapter | None) -> None:
         whole = _is_whole(adapter)
         if whole or self._whole:  # weights of its own take the place of the base's
-            self.model = load(self._folder, path)[0]
+            self.model = self._folder.load_with(None if path is None else adapter, where=path)
         else:
             remove_adapter(self.model)
-            if adapter is not None and (path is not None or not is_zero(adapter)):
-                attach(self.model, adapter, where=path)
+            if adapter is not None and (path is not None or self._folder.active_base_adapter is not None):
+                attach_adapter(self.model, adapter, where=path)
         self._whole = whole
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_afm.adapters import DeviceForm, package_tensors, read_adapter, to_device_form
-from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.errors import AdapterError, FormatError
 from mlx_afm.files import set_paths
 from mlx_afm.formats.fmadapter import APPLE_GEOMETRY, METADATA_FILE
@@ -15,7 +14,7 @@ from mlx_afm.formats.fmadapter_check import check_fmadapter
 from mlx_afm.formats.fmadapter_metadata import read_metadata
 from mlx_afm.formats.fmadapter_report import PackageReport
 from mlx_afm.formats.tensors import LazyTensor
-from mlx_afm.workflows.load import base_adapter, open_adapter
+from mlx_afm.model_folder import ModelFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +68,10 @@ def check_package(config: CheckConfig) -> PackageReport:
 def _expected(path: Path, config: CheckConfig) -> Mapping[str, LazyTensor]:
     if not path.exists():
         raise AdapterError("no such adapter", where=path, expected="an adapter folder, a .pt or a .fmadapter")
-    model = None if config.model is None else resolve(config.model)
-    adapter = read_adapter(path) if model is None else open_adapter(model, path)
+    model = None if config.model is None else ModelFolder(config.model)
+    adapter = read_adapter(path) if model is None else model.open_adapter(path)
     form = DeviceForm(rank=_rank(config.package), reduce_rank=config.reduce_rank, zero_untrained=config.zero_untrained)
-    in_form, _ = to_device_form(adapter, None if model is None else base_adapter(model), form)
+    in_form, _ = to_device_form(adapter, None if model is None else model.base_adapter, form)
     return package_tensors(in_form)
 
 

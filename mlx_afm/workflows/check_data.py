@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from mlx_afm.checkpoints.hub import resolve
 from mlx_afm.data.check import OnProgress, check_data
 from mlx_afm.data.config import DataConfig
 from mlx_afm.data.fix import Fixed, fix_data
@@ -14,8 +13,8 @@ from mlx_afm.data.sources import find_unread, require_splits
 from mlx_afm.errors import ConfigError, FormatError
 from mlx_afm.files import to_optional_path, to_path
 from mlx_afm.folders import OnNote, ignore_note, lock_folder, require_replaceable
+from mlx_afm.model_folder import ModelFolder
 from mlx_afm.text.tokenizer import AFMTokenizer
-from mlx_afm.workflows.load import TOKENIZER
 
 
 def check(
@@ -46,28 +45,26 @@ def check(
     fix = to_optional_path(fix)
     splits = require_splits(data)
     unread = tuple(map(str, find_unread(data, splits)))
-    tokenizer_file = None if model is None else tokenizer_of(model)
+    tokenizer = None if model is None else tokenizer_of(model)
     if fix is None:
-        report = check_data(splits, reading, tokenizer_file, on_progress=on_progress)
+        report = check_data(splits, reading, tokenizer, on_progress=on_progress)
         return replace(report, unread_files=unread), None
     with lock_folder(fix, on_note=on_note):
         require_replaceable(fix, "folder")
-        fixed = fix_data(splits, fix, reading, tokenizer_file, on_progress=on_progress)
+        fixed = fix_data(splits, fix, reading, tokenizer, on_progress=on_progress)
     return replace(fixed.report, unread_files=unread), fixed
 
 
-def tokenizer_of(model: str | Path) -> Path:
-    """The `tokenizer.model` of a model folder, read once to see that it is one.
+def tokenizer_of(model: str | Path) -> AFMTokenizer:
+    """The tokenizer of a model folder, which need not hold a model.
 
     Raises:
         ConfigError: the folder has none. FormatError: no such folder, or no tokenizer.
     """
-    model = to_path(model)
-    folder = resolve(model)
-    if not folder.is_dir():
-        raise FormatError("no such folder", where=model, expected="a model folder, for its tokenizer")
-    if not (folder / TOKENIZER).is_file():
+    folder = ModelFolder(model)
+    if not folder.path.is_dir():
+        raise FormatError("no such folder", where=to_path(model), expected="a model folder, for its tokenizer")
+    if folder.tokenizer_file is None:
         advice = "Choose one with tokenizer.model; without --model lengths are not checked."
-        raise ConfigError("the model folder has no tokenizer", where=folder, advice=advice)
-    AFMTokenizer.from_file(folder / TOKENIZER)
-    return folder / TOKENIZER
+        raise ConfigError("the model folder has no tokenizer", where=folder.path, advice=advice)
+    return AFMTokenizer.from_file(folder.tokenizer_file)

@@ -14,18 +14,12 @@ from pathlib import Path
 
 from mlx_afm.adapters import Adapter, LoRAConfig, is_zero
 from mlx_afm.checkpoints.arrays import FLOAT_DTYPES
-from mlx_afm.checkpoints.hub import resolve
-from mlx_afm.checkpoints.model_folder import (
+from mlx_afm.checkpoints.mlx_checkpoint import (
     KEPT_FILES,
-    kept_settings,
+    TOKENIZER,
     model_tensors,
     observed_ranges,
-    quantization_settings,
-    read_config,
-    read_observers,
-    read_quantization,
-    read_toolkit_config,
-    state_dict_of,
+    to_state_dict,
     toolkit_parts,
     write_config,
     write_toolkit_parts,
@@ -40,9 +34,9 @@ from mlx_afm.checkpoints.verify import loaded_steps, require_same_steps, require
 from mlx_afm.errors import ConfigError, FormatError, SettingError
 from mlx_afm.files import atomic_folder, require_space, to_optional_path, to_path
 from mlx_afm.folders import new_folder
-from mlx_afm.formats.mlx_folder import read_shards
 from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.formats.torch_file import read_torch
+from mlx_afm.model_folder import ModelFolder
 from mlx_afm.quant import QuantConfig
 from mlx_afm.quant.residual import InitConfig
 from mlx_afm.text.hf_tokenizer import write_hf_tokenizer
@@ -51,7 +45,6 @@ from mlx_afm.training import Callback
 from mlx_afm.training.hooks import ignore, notes_of
 from mlx_afm.workflows.calibrate import Calibration, Source
 from mlx_afm.workflows.convert_weights import WeightChange, Weights, change_weights, worth_keeping, write_weights
-from mlx_afm.workflows.load import TOKENIZER, base_adapter
 
 OnProgress = Callable[[int, int], None]  # bytes done, bytes in all
 SPARE_BYTES = 64 << 20  # for headers, tokenizer, JSON
@@ -150,7 +143,7 @@ def convert(
 
     The target appears when it is complete, or not at all.
     """
-    source, target = resolve(source), to_path(target)
+    folder, target = ModelFolder(source), to_path(target)
     change = WeightChange(
         dtype=dtype,
         quantization=quantization,
@@ -167,19 +160,20 @@ def convert(
         on_progress=on_progress,
         on_event=on_event,
     )
-    return _convert(source, target, to, options)
+    return _convert(folder, target, to, options)
 
 
-def _convert(source: Path, target: Path, to: str, options: _Options) -> Converted:
+def _convert(folder: ModelFolder, target: Path, to: str, options: _Options) -> Converted:
+    source = folder.path
     is_mlx = source.is_dir() and (source / "config.json").is_file()
     if options.config is not None and (is_mlx or to == "torch"):
         advice = "Leave it out: an MLX folder has its own config.json."
         raise SettingError("config is for a .pt of the toolkit", where=source, found=options.config, advice=advice)
     with new_folder(target, "--mlx-path", notes_of(options.on_event)):
         if to == "torch":
-            return _mlx_to_torch(source, target, options)
+            return _mlx_to_torch(folder, target, options)
         if is_mlx:
-            return _mlx_to_mlx(source, target, options)
+            return _mlx_to_mlx(folder, target, options)
         return _torch_to_mlx(source, target, options)
 
 
@@ -229,16 +223,15 @@ def _torch_to_mlx(source: Path, target: Path, options: _Options) -> Converted:
     return _converted(target, weights, activity, options, checkpoint.wrapper_key)
 
 
-def _mlx_to_mlx(source: Path, target: Path, options: _Options) -> Converted:
-    config, schemes = read_config(source), read_quantization(source)
-    own, tokenizer = base_adapter(source), source / TOKENIZER
-    found = Source(read_shards(source), config, tokenizer if tokenizer.is_file() else None, own)
-    weights = change_weights(found, schemes, options.change, options.on_event, where=source)
+def _mlx_to_mlx(source: ModelFolder, target: Path, options: _Options) -> Converted:
+    own, schemes = source.base_adapter, source.schemes
+    found = Source(source.tensors, source.config, source.tokenizer_file, own)
+    weights = change_weights(found, schemes, options.change, options.on_event, where=source.path)
     adapter = worth_keeping(own, weights)
     activity = _activity(own if weights.start is None else adapter)
-    kept = kept_settings(source)
+    kept = source.kept_settings
     if schemes and not options.change.dequantize:
-        kept.update(quantization_settings(source))
+        kept.update(source.quantization_settings)
     count = _Counter(weights.tensors, options.on_progress)
     wanted_bytes = count.total + _adapter_bytes(adapter) + SPARE_BYTES
     require_space(target, wanted_bytes)
@@ -247,18 +240,18 @@ def _mlx_to_mlx(source: Path, target: Path, options: _Options) -> Converted:
             partial,
             weights,
             adapter,
-            source=source,
-            ranges=observed_ranges(read_toolkit_config(source), read_observers(source)),
+            source=source.path,
+            ranges=observed_ranges(source.toolkit_config, source.observers),
             verify=options.verify,
             on_bytes=count.add,
         )
         names_it = weights.start is None and (adapter is not None or own is None)
-        parts = toolkit_parts(source, config=names_it)
+        parts = toolkit_parts(source.path, config=names_it)
         for name in (*KEPT_FILES, *parts):
             if (source / name).is_file():
                 (partial / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(source / name, partial / name)
-        write_config(partial, config, {**settings, **{key: kept[key] for key in kept if key not in settings}})
+        write_config(partial, source.config, {**settings, **{key: kept[key] for key in kept if key not in settings}})
     return _converted(target, weights, activity, options)
 
 
@@ -282,19 +275,22 @@ def _converted(
     )
 
 
-def _mlx_to_torch(source: Path, target: Path, options: _Options) -> Converted:
-    read_config(source)
-    adapter = base_adapter(source)
-    config, state = state_dict_of(source, {} if adapter is None else adapter.weights, options.change.dtype)
+def _mlx_to_torch(source: ModelFolder, target: Path, options: _Options) -> Converted:
+    if source.schemes:
+        advice = "Make it dense first: mlx-afm convert -d --hf-path FOLDER --mlx-path DENSE"
+        raise ConfigError("the toolkit has no quantized weights", where=source.path, advice=advice)
+    adapter, config = source.base_adapter, source.toolkit_config
+    tensors = {**source.tensors, **({} if adapter is None else adapter.weights)}
+    state = to_state_dict(config, tensors, source.observers, options.change.dtype, where=source.path)
     count = _Counter(state, options.on_progress)
     require_space(target, count.total + SPARE_BYTES)
     with atomic_folder(target, count.total + SPARE_BYTES) as partial:
-        write_torch_checkpoint(source, partial, config, state, count.add)
+        write_torch_checkpoint(source.path, partial, config, state, count.add)
         written = read_torch(partial / "base-model.pt")
         ranges = observed_ranges(config, written)
-        require_same_steps(ranges, loaded_steps(source, ranges.keys()), where=source)
-        if (source / "tokenizer.model").is_file():
-            shutil.copyfile(source / "tokenizer.model", partial / "tokenizer.model")
+        require_same_steps(ranges, loaded_steps(source.path, ranges.keys()), where=source.path)
+        if source.tokenizer_file is not None:
+            shutil.copyfile(source.tokenizer_file, partial / TOKENIZER)
         if options.verify:
             aliases = {"output_transform.weight": state["embedding.weight"]}
             require_same_values({**state, **aliases}, written, where=partial)

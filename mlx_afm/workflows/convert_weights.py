@@ -10,7 +10,7 @@ from mlx_afm.adapters import Adapter, is_zero, write_adapter_folder
 from mlx_afm.adapters.config import DEFAULT_SCALE
 from mlx_afm.adapters.store import WEIGHTS
 from mlx_afm.checkpoints.finite import finite_while_read, require_finite
-from mlx_afm.checkpoints.model_folder import BASE_ADAPTER, NORM
+from mlx_afm.checkpoints.mlx_checkpoint import BASE_ADAPTER, NORM
 from mlx_afm.checkpoints.quantized import (
     Quantization,
     cast_tensors,

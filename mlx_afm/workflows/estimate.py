@@ -9,20 +9,19 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_afm.adapters import LoRAConfig
 from mlx_afm.adapters.config import WHOLE_WEIGHTS
-from mlx_afm.checkpoints.model_folder import NORM, read_config, read_quantization
+from mlx_afm.checkpoints.mlx_checkpoint import NORM
 from mlx_afm.checkpoints.names import Kind, plan_names
 from mlx_afm.data import Tokens, make_batch
 from mlx_afm.errors import ConfigError, SettingError
-from mlx_afm.files import format_bytes, to_path
-from mlx_afm.formats.mlx_folder import read_shards
+from mlx_afm.files import format_bytes
 from mlx_afm.memory import Base, Layout, MemoryEstimate, estimate_training, layout_of
 from mlx_afm.model import AFMConfig, ToolkitConfig
+from mlx_afm.model_folder import ModelFolder
 from mlx_afm.quant import QuantConfig, plan_schemes
 from mlx_afm.training import DataOrder, MemoryEstimated, TrainConfig
 
@@ -95,11 +94,10 @@ def machine_memory() -> int | None:
         return None
 
 
-def base_of(folder: str | Path) -> Base:
+def base_of(folder: ModelFolder) -> Base:
     """How a model folder holds its weights; headers alone are read."""
-    folder = to_path(folder)
-    norm = read_shards(folder).get(NORM)
-    return Base(dtype="float32" if norm is None else norm.dtype, schemes=read_quantization(folder))
+    norm = folder.tensors.get(NORM)
+    return Base(dtype="float32" if norm is None else norm.dtype, schemes=folder.schemes)
 
 
 def named_base(name: str, model: AFMConfig) -> Base:
@@ -118,11 +116,12 @@ def named_base(name: str, model: AFMConfig) -> Base:
     return Base(dtype=dtype, schemes=plan_schemes(quantization, shapes).schemes)
 
 
-def plan_of_folder(folder: str | Path, lora: LoRAConfig, train: TrainConfig, layouts: Sequence[Layout]) -> RunPlan:
+def plan_of_folder(folder: ModelFolder, lora: LoRAConfig, train: TrainConfig, layouts: Sequence[Layout]) -> RunPlan:
     """The run over a model folder, on this machine."""
-    folder = to_path(folder)
-    model, base = read_config(folder), base_of(folder)
-    return RunPlan(model=model, base=base, lora=lora, train=train, layouts=tuple(layouts), backend=backend())
+    layouts = tuple(layouts)
+    return RunPlan(
+        model=folder.config, base=base_of(folder), lora=lora, train=train, layouts=layouts, backend=backend()
+    )
 
 
 def layouts_of_data(data: Sequence[Tokens], train: TrainConfig) -> tuple[Layout, ...]:

@@ -18,8 +18,6 @@ from mlx_afm.adapters import (
     write_adapter_pt,
 )
 from mlx_afm.adapters.store import OURS
-from mlx_afm.checkpoints.hub import resolve
-from mlx_afm.checkpoints.model_folder import read_toolkit_config
 from mlx_afm.checkpoints.signature import read_signature
 from mlx_afm.errors import AdapterError, SettingError
 from mlx_afm.files import set_paths, to_optional_path, to_path
@@ -36,10 +34,10 @@ from mlx_afm.formats.fmadapter import (
 )
 from mlx_afm.formats.fmadapter_check import check_fmadapter
 from mlx_afm.formats.fmadapter_report import PackageReport
+from mlx_afm.model_folder import ModelFolder
 from mlx_afm.text.system_prompt import SYSTEM_PROMPTS
 from mlx_afm.workflows.ladder import PROMPTS, write_ladder
 from mlx_afm.workflows.lineage import base_differs, lineage_of
-from mlx_afm.workflows.load import base_adapter, open_adapter
 from mlx_afm.workflows.logit_change import LogitChange, logit_change
 
 PUBLIC_NOTICE = (
@@ -160,14 +158,14 @@ def export_package(config: ExportConfig, add_files: AddFiles = no_files, on_note
         AdapterError: an adapter that a package cannot hold exactly; see `to_device_form`.
         FormatError: something else in the way, or a toolkit folder without its signature.
     """
-    model = None if config.model is None else resolve(config.model)
+    model = None if config.model is None else ModelFolder(config.model)
     target = config.output_dir / f"{config.name}{SUFFIX}"
     with lock_folder(target, on_note=on_note):
         require_replaceable(target, "--output-dir")
         return _export(config, model, add_files)
 
 
-def _export(config: ExportConfig, model: Path | None, add_files: AddFiles) -> Exported:
+def _export(config: ExportConfig, model: ModelFolder | None, add_files: AddFiles) -> Exported:
     exported = _write(config, model, add_files)
     if model is None or not exported.report.ok:
         return exported
@@ -177,11 +175,11 @@ def _export(config: ExportConfig, model: Path | None, add_files: AddFiles) -> Ex
         adapter = _open(config.adapter, model)
         exported = replace(exported, logits=logit_change(model, adapter, target, config.prompts))
     if config.ladder:
-        exported = replace(exported, ladder=write_ladder(target, exported.metadata, model, config.prompts))
+        exported = replace(exported, ladder=write_ladder(target, exported.metadata, model.path, config.prompts))
     return exported
 
 
-def _write(config: ExportConfig, model: Path | None, add_files: AddFiles) -> Exported:
+def _write(config: ExportConfig, model: ModelFolder | None, add_files: AddFiles) -> Exported:
     form, rounding = DeviceForm(reduce_rank=config.reduce_rank, zero_untrained=config.zero_untrained), Rounding()
     adapter, change = to_device_form(_open(config.adapter, model), _base_adapter(model), form)
     metadata = _metadata(config, model, adapter)
@@ -192,7 +190,7 @@ def _write(config: ExportConfig, model: Path | None, add_files: AddFiles) -> Exp
     return Exported(target, metadata, report, change, rounding)
 
 
-def _metadata(config: ExportConfig, model: Path | None, adapter: Adapter) -> Metadata:
+def _metadata(config: ExportConfig, model: ModelFolder | None, adapter: Adapter) -> Metadata:
     source = read_fmadapter(config.adapter)[0] if config.adapter.suffix == SUFFIX else Metadata(name=config.name)
     signature = config.signature
     if signature is None and config.toolkit is not None:
@@ -235,7 +233,13 @@ def export_fmadapter(
     model = to_optional_path(model_path)
     settings = {"compare": False, **settings}
     exported = export_package(
-        ExportConfig(adapter=to_path(adapter_path), name=name, output_dir=to_path(output_dir), model=model, **settings)
+        ExportConfig(
+            adapter=to_path(adapter_path),
+            name=name,
+            output_dir=to_path(output_dir),
+            model=model,
+            **settings,
+        )
     )
     return exported.package, exported.report
 
@@ -265,13 +269,13 @@ def convert_adapter(
         AdapterError: the form cannot hold this adapter exactly. ConfigError: the target is in the way.
     """
     source, target = to_path(source), to_path(target)
-    model = None if model_path is None else resolve(model_path)
+    model = None if model_path is None else ModelFolder(model_path)
     if target.suffix == SUFFIX:
         config = ExportConfig(
             adapter=source,
             name=target.stem,
             output_dir=target.parent,
-            model=model,
+            model=None if model is None else model.path,
             reduce_rank=reduce_rank,
             zero_untrained=zero_untrained,
             compare=False,
@@ -289,7 +293,7 @@ def convert_adapter(
     return target
 
 
-def _write_pt(source: Path, target: Path, model: Path | None, form: DeviceForm, on_note: OnNote) -> None:
+def _write_pt(source: Path, target: Path, model: ModelFolder | None, form: DeviceForm, on_note: OnNote) -> None:
     adapter = _open(source, model)
     in_form, change = to_device_form(adapter, _base_adapter(model), form)
     write_adapter_pt(target, in_form, form.scale)
@@ -299,18 +303,18 @@ def _write_pt(source: Path, target: Path, model: Path | None, form: DeviceForm, 
         on_note(_PROMPT_NOTICE)
 
 
-def toolkit_form(model: Path | None) -> DeviceForm:
+def toolkit_form(model: ModelFolder | None) -> DeviceForm:
     """Rank and scale that the toolkit's JSON of a model states; without it, the shipped model's."""
-    adapter = None if model is None else read_toolkit_config(model).adapter
+    adapter = None if model is None else model.toolkit_config.adapter
     return DeviceForm() if adapter is None else DeviceForm(rank=adapter.rank, scale=adapter.scale)
 
 
-def _base_adapter(model: Path | None) -> Adapter | None:
-    return None if model is None else base_adapter(model)
+def _base_adapter(model: ModelFolder | None) -> Adapter | None:
+    return None if model is None else model.base_adapter
 
 
-def _open(path: Path, model: Path | None) -> Adapter:
+def _open(path: Path, model: ModelFolder | None) -> Adapter:
     if not path.exists():
         expected = "an adapter folder, a .pt or a .fmadapter"
         raise AdapterError("no such adapter", where=path, expected=expected)
-    return read_adapter(path) if model is None else open_adapter(model, path)
+    return read_adapter(path) if model is None else model.open_adapter(path)

@@ -16,20 +16,10 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_afm.adapters import Adapter, fuse_adapter, is_zero, write_adapter_folder
+from mlx_afm.adapters import Adapter, attach_adapter, fuse_adapter, write_adapter_folder
 from mlx_afm.checkpoints.arrays import from_mlx
 from mlx_afm.checkpoints.finite import finite_while_read
-from mlx_afm.checkpoints.hub import resolve
-from mlx_afm.checkpoints.model_folder import (
-    BASE_ADAPTER,
-    KEPT_FILES,
-    OBSERVERS,
-    kept_settings,
-    load_model,
-    quantization_settings,
-    read_quantization,
-    write_config,
-)
+from mlx_afm.checkpoints.mlx_checkpoint import BASE_ADAPTER, KEPT_FILES, OBSERVERS, write_config
 from mlx_afm.checkpoints.quantized import to_quantization_json
 from mlx_afm.errors import AdapterError, SettingError
 from mlx_afm.files import atomic_folder, require_space, size_of, to_path, write_text
@@ -39,12 +29,12 @@ from mlx_afm.formats.tensors import OnBytes
 from mlx_afm.interop import write_shim
 from mlx_afm.model import Model
 from mlx_afm.model.quantized import Quantized
+from mlx_afm.model_folder import ModelFolder
 from mlx_afm.quant import QuantizationPlan
 from mlx_afm.text.hf_chat_template import hf_chat_template
 from mlx_afm.text.system_prompt import SYSTEM_PROMPTS, default_system_prompt
 from mlx_afm.training import Callback, StageProgress
 from mlx_afm.training.hooks import ignore, notes_of
-from mlx_afm.workflows.load import attach, base_adapter, load, load_tokenizer, open_adapter
 
 CHAT_TEMPLATE = "chat_template.jinja"
 SPARE_BYTES = 8 << 20  # for headers, tokenizer, JSON
@@ -94,17 +84,17 @@ def fuse(
         TensorsError: NaN or infinite weights, also those that the sum has in a 16-bit dtype.
         ConfigError: a target in the way, or written by another process. DiskFullError: too little disk.
     """
-    source, target = resolve(model_path), to_path(save_path)
+    source, target = ModelFolder(model_path), to_path(save_path)
     with new_folder(target, "--save-path", notes_of(on_event)):
         return _fuse(source, adapter_path, target, dequantize=dequantize, on_event=on_event)
 
 
 def _fuse(
-    source: Path, adapter_path: str | Path | None, target: Path, *, dequantize: bool, on_event: Callback
+    source: ModelFolder, adapter_path: str | Path | None, target: Path, *, dequantize: bool, on_event: Callback
 ) -> Fused:
-    in_codes = bool(read_quantization(source))
-    adapter = base_adapter(source) if adapter_path is None else open_adapter(source, adapter_path)
-    if adapter is None or (adapter_path is None and is_zero(adapter)):
+    in_codes = bool(source.schemes)
+    adapter = source.active_base_adapter if adapter_path is None else source.open_adapter(adapter_path)
+    if adapter is None:
         raise AdapterError("nothing to fuse", where=source, advice="Give --adapter-path.")
     if dequantize and not in_codes and adapter.config.fine_tune_type != "qat":
         raise SettingError("nothing to dequantize: the model is dense", where=source, advice="Leave dequantize out.")
@@ -112,21 +102,21 @@ def _fuse(
     if keeps_codes and adapter_path is None:
         advice = "It is active already. To merge it, make the model dense: fuse --dequantize."
         raise AdapterError("the base adapter of a quantised model stays beside its codes", where=source, advice=advice)
-    model = load_model(source)
+    model = source.load_model()
     plain = _logits(model)
-    attach(model, adapter, where=adapter_path or source / BASE_ADAPTER)
+    attach_adapter(model, adapter, where=adapter_path or source / BASE_ADAPTER)
     live = _logits(model)
     if not keeps_codes:
         fuse_adapter(model, dequantize=dequantize)
     weights = {} if keeps_codes else {name: from_mlx(array) for name, array in tree_flatten(model.parameters())}
-    files = [file for file in (*shard_files(source), source / INDEX) if file.is_file()] if keeps_codes else []
+    files = [file for file in (*shard_files(source.path), source / INDEX) if file.is_file()] if keeps_codes else []
     progress = _Progress(sum(map(size_of, files)) + sum(tensor.nbytes for tensor in weights.values()), on_event)
     wanted_bytes = progress.total + (_adapter_bytes(adapter) if keeps_codes else 0) + SPARE_BYTES
     require_space(target, wanted_bytes)
     with atomic_folder(target, wanted_bytes) as partial:
-        settings = kept_settings(source)
+        settings = source.kept_settings
         if keeps_codes:
-            settings.update({**quantization_settings(source), **_copy_codes(files, partial, adapter, progress.add)})
+            settings.update({**source.quantization_settings, **_copy_codes(files, partial, adapter, progress.add)})
         else:
             write_shards(partial, finite_while_read(weights, where=target), on_bytes=progress.add)
             settings.update(_explained_codes(model, partial) if made_codes else {})
@@ -140,7 +130,7 @@ def _fuse(
             _write_template(partial, default_system_prompt(adapter.system_prompts))
         write_config(partial, model.args, settings)
         del model, weights
-        difference = _distance(_logits(load(partial)[0]), live)
+        difference = _distance(_logits(ModelFolder(partial).load_with(None)), live)
     form = "codes" if keeps_codes else "trained codes" if made_codes else "dense"
     return Fused(target, form, difference, _distance(plain, live))
 
@@ -171,7 +161,7 @@ def _copy_codes(files: Sequence[Path], partial: Path, adapter: Adapter, on_bytes
 
 def _write_template(partial: Path, system: str | None) -> None:
     """Gives the template for other programs, if the folder has one, the system prompt of the adapter."""
-    tokenizer, template = load_tokenizer(partial), partial / CHAT_TEMPLATE
+    tokenizer, template = ModelFolder(partial).tokenizer, partial / CHAT_TEMPLATE
     if tokenizer is not None and template.is_file():
         write_text(template, hf_chat_template(tokenizer.convert_ids_to_tokens(tokenizer.eos_id), system))
 

@@ -9,18 +9,18 @@ from typing import Any
 
 from mlx_afm.adapters import read_adapter
 from mlx_afm.adapters.store import CONFIG as ADAPTER_CONFIG
-from mlx_afm.checkpoints.model_folder import BASE_ADAPTER, OBSERVERS, TOOLKIT_CONFIG, read_config, read_quantization
+from mlx_afm.checkpoints.mlx_checkpoint import BASE_ADAPTER, OBSERVERS, TOOLKIT_CONFIG
 from mlx_afm.checkpoints.names import adapter_ids, count_layers
 from mlx_afm.checkpoints.quantized import bits_per_weight, count_values
 from mlx_afm.checkpoints.toolkit import STEMS, find_toolkit_files
 from mlx_afm.errors import FormatError
 from mlx_afm.files import read_json, to_path, visible
 from mlx_afm.formats.fmadapter import read_fmadapter
-from mlx_afm.formats.mlx_folder import read_shards
 from mlx_afm.formats.safetensors_file import read_safetensors
 from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.formats.torch_file import TorchFile, read_torch_checkpoint
 from mlx_afm.model import AFMConfig, parse_toolkit_config
+from mlx_afm.model_folder import ModelFolder
 from mlx_afm.text.tokenizer import AFMTokenizer
 
 AFM_BASE_PARAMETERS = 3_111_368_064
@@ -117,20 +117,21 @@ def _folder(path: Path) -> dict[str, Any]:
 
 
 def _model_folder(path: Path) -> dict[str, Any]:
+    folder = ModelFolder(path)
     return {
         "kind": "MLX model folder",
-        "model": read_config(path).to_dict(),
-        "tokenizer": (path / "tokenizer.model").is_file(),
+        "model": folder.config.to_dict(),
+        "tokenizer": folder.tokenizer_file is not None,
         "base_adapter": (path / BASE_ADAPTER).is_dir(),
         "observers": (path / OBSERVERS).is_file(),
         "toolkit_config": (path / TOOLKIT_CONFIG).is_file(),
-        **_quantization(path),
+        **_quantization(folder),
     }
 
 
-def _quantization(path: Path) -> dict[str, Any]:
+def _quantization(folder: ModelFolder) -> dict[str, Any]:
     """The summary of a model's weights; codes count as the values they stand for."""
-    tensors, schemes = read_shards(path), read_quantization(path)
+    tensors, schemes = folder.tensors, folder.schemes
     summary = _summary(tensors)
     if schemes:
         values = {name: tensor for name, tensor in tensors.items() if not name.endswith("_scale")}

@@ -10,21 +10,20 @@ from typing import Any
 
 from mlx_afm._version import __version__
 from mlx_afm.adapters.store import CONFIG
-from mlx_afm.checkpoints.model_folder import BASE_ADAPTER
-from mlx_afm.files import read_json, visible
+from mlx_afm.files import read_json
 from mlx_afm.formats.fmadapter import SUFFIX
-from mlx_afm.workflows.run_state import fingerprint_of_files
+from mlx_afm.model_folder import ModelFolder
 
 SOURCES, BASE_SOURCE = "sources", "base model"  # keys of `adapter_config.json`, and of its sources
 SETTINGS = ("fine_tune_type", "lora_parameters", "trained_targets", "trained_layers", "train")
 
 
-def lineage_of(adapter: Path, model: Path | None) -> dict[str, str]:
+def lineage_of(adapter: Path, model: ModelFolder | None) -> dict[str, str]:
     """What is known of an adapter's origin; what is not known is left out.
 
     Args:
         adapter: any form. A folder that `mlx-afm lora` wrote says most.
-        model: the base model's folder; its fingerprint is taken if the adapter does not carry it.
+        model: the base model; its fingerprint is taken if the adapter does not carry it.
 
     Returns:
         `library`, its name and version; SHA-256 in hex: `training` of the settings, `data` of what was
@@ -38,7 +37,7 @@ def lineage_of(adapter: Path, model: Path | None) -> dict[str, str]:
     data = {name: value for name, value in sources.items() if name.endswith(" data")} or values.get("data")
     base = sources.get(BASE_SOURCE)
     if base is None and model is not None:
-        base = fingerprint_of_model(model)
+        base = model.fingerprint
     known = {
         "library": f"mlx-afm {__version__}",
         "training": _hash({name: values.get(name) for name in SETTINGS}) if "train" in values else None,
@@ -48,20 +47,13 @@ def lineage_of(adapter: Path, model: Path | None) -> dict[str, str]:
     return {name: str(value) for name, value in known.items() if value is not None}
 
 
-def base_differs(adapter: Path, model: Path) -> bool:
+def base_differs(adapter: Path, model: ModelFolder) -> bool:
     """Whether an adapter says that it was trained on another base model than the one in a folder."""
     path = adapter / CONFIG
     values = read_json(path) if adapter.suffix != SUFFIX and path.is_file() else {}
     sources = values.get(SOURCES) if isinstance(values, Mapping) else None
     trained_on = sources.get(BASE_SOURCE) if isinstance(sources, Mapping) else None
-    return trained_on is not None and trained_on != fingerprint_of_model(model)
-
-
-def fingerprint_of_model(folder: Path) -> str:
-    """SHA-256 that names a model folder by its configuration, weights and base adapter."""
-    files = [folder / "config.json", *visible(folder.glob("*.safetensors"))]
-    files += [path for path in visible((folder / BASE_ADAPTER).glob("*")) if path.is_file()]
-    return fingerprint_of_files(files)
+    return trained_on is not None and trained_on != model.fingerprint
 
 
 def _hash(value: Any) -> str:

@@ -10,11 +10,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_afm.adapters import Adapter, read_adapter, remove_adapter
-from mlx_afm.checkpoints.model_folder import load_model
+from mlx_afm.adapters import Adapter, attach_adapter, read_adapter, remove_adapter
 from mlx_afm.errors import ConfigError
 from mlx_afm.generation import to_prompt_ids
-from mlx_afm.workflows.load import attach, load_tokenizer
+from mlx_afm.model_folder import ModelFolder
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,11 @@ class LogitChange:
         )
 
 
-def logit_change(model_folder: Path, adapter: Adapter, package: Path, prompts: Sequence[str]) -> LogitChange:
+def logit_change(folder: ModelFolder, adapter: Adapter, package: Path, prompts: Sequence[str]) -> LogitChange:
     """Compares an adapter with the package made from it, in the model's own dtype.
 
     Args:
-        model_folder: the base model.
+        folder: the base model.
         adapter: as it was trained; modules that it leaves out add nothing.
         package: made from it.
         prompts: what a user would say, each compared at every position.
@@ -61,16 +60,16 @@ def logit_change(model_folder: Path, adapter: Adapter, package: Path, prompts: S
 
     Cost: the model in memory, two passes per prompt, two times the logits of one prompt.
     """
-    tokenizer = load_tokenizer(model_folder)
+    tokenizer = folder.tokenizer
     if tokenizer is None or not prompts:
         advice = "Convert the model again with tokenizer.model in place, or leave the comparison out (--no-compare)."
-        raise ConfigError("logits cannot be compared without tokenizer and prompts", where=model_folder, advice=advice)
-    model = load_model(model_folder)
+        raise ConfigError("logits cannot be compared without tokenizer and prompts", where=folder.path, advice=advice)
+    model = folder.load_model()
     tokens = [mx.array([to_prompt_ids(tokenizer, prompt)]) for prompt in prompts]
     before: list[np.ndarray] = []
     for attached, where in ((adapter, "the adapter"), (read_adapter(package, model.args), package)):
         remove_adapter(model)
-        attach(model, attached, where=where)
+        attach_adapter(model, attached, where=where)
         logits = [np.array(model(ids)[0].astype(mx.float32)) for ids in tokens]
         before = before or logits
     after_LV, before_LV = np.concatenate(logits), np.concatenate(before)

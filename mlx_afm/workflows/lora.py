@@ -13,14 +13,13 @@ import mlx.core as mx
 
 from mlx_afm.adapters import LoRAConfig
 from mlx_afm.adapters.store import CONFIG, WEIGHTS
-from mlx_afm.checkpoints.hub import resolve
-from mlx_afm.checkpoints.model_folder import load_model, read_config
 from mlx_afm.data import DataConfig, TokenTable, default_cache, read_tokens
 from mlx_afm.data.sources import Files, find_unread, require_splits, unread_text
 from mlx_afm.errors import ConfigError, SettingError
-from mlx_afm.files import set_paths, to_optional_path, to_path, visible
+from mlx_afm.files import fingerprint_of_files, set_paths, to_optional_path, to_path, visible
 from mlx_afm.folders import lock_folder
 from mlx_afm.formats.fmadapter import require_adapter_name
+from mlx_afm.model_folder import ModelFolder
 from mlx_afm.text.system_prompt import default_system_prompt, trained_system_prompts
 from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.training import (
@@ -39,8 +38,7 @@ from mlx_afm.training import train as run_training
 from mlx_afm.training.hooks import ignore, notes_of
 from mlx_afm.training.step import Loss, batch_loss
 from mlx_afm.workflows.estimate import as_event, layouts_of_data, machine_memory, plan_of_folder, require_memory
-from mlx_afm.workflows.lineage import BASE_SOURCE, fingerprint_of_model
-from mlx_afm.workflows.load import TOKENIZER, load, load_tokenizer, trained_system_prompts_of
+from mlx_afm.workflows.lineage import BASE_SOURCE
 from mlx_afm.workflows.lora_run import Run, notices, require_prompts
 from mlx_afm.workflows.lora_start import start_adapter
 from mlx_afm.workflows.reports import require_reports
@@ -49,7 +47,6 @@ from mlx_afm.workflows.run_state import (
     RunFingerprint,
     SavedRun,
     fingerprint_of_data,
-    fingerprint_of_files,
     require_same_run,
     run_fingerprint,
 )
@@ -203,36 +200,44 @@ def train(
     start = job.resume_adapter_file
     if start is not None and start.name == WEIGHTS:
         start = start.parent  # mlx-lm names the file
-    job = replace(job, model=resolve(job.model), resume_adapter_file=start, train=_decayed(job))
+    folder = ModelFolder(job.model)
+    job = replace(job, model=folder.path, resume_adapter_file=start, train=_decayed(job))
     _require_folder(job.adapter_path)
     with ExitStack() as stack:
         if ranks.is_main_process:
             stack.enter_context(lock_folder(job.adapter_path, BEST, on_note=notes_of(on_event)))
-        return _train(job, ranks, on_event, should_stop, objective)
+        return _train(job, folder, ranks, on_event, should_stop, objective)
 
 
 def _train(
-    job: LoRAJob, ranks: Ranks, on_event: Callback, should_stop: Callable[[], bool], objective: Objective
+    job: LoRAJob,
+    folder: ModelFolder,
+    ranks: Ranks,
+    on_event: Callback,
+    should_stop: Callable[[], bool],
+    objective: Objective,
 ) -> Trained:
     """Trains in a folder that is locked, with settings that are checked by themselves."""
-    tokenizer = _require_tokenizer(job.model)
-    read_config(job.model)
+    tokenizer, _ = folder.require_tokenizer(), folder.config
     require_prompts(job, tokenizer)
     if not (job.resume or job.overwrite):
         require_no_finished_run(job.adapter_path)
     saved = find_saved_run(job.adapter_path) if job.resume else None
-    data = _read_data(job, on_event)
-    total_steps, fingerprint = DataOrder(data["train"], job.train).total_steps, _fingerprint(job, data, objective)
+    data = _read_data(job, tokenizer, on_event)
+    total_steps, fingerprint = (
+        DataOrder(data["train"], job.train).total_steps,
+        _fingerprint(job, folder, data, objective),
+    )
     if saved is not None:
         require_same_run(saved, fingerprint, job.train, total_steps, where=job.adapter_path)
     ranks.require_same(_facts(fingerprint, total_steps, saved))
     for text in notices(job, saved, total_steps):
         on_event(Notice(text=text))
-    _state_memory(job, data["train"], objective.held_bytes, on_event)
-    model = load_model(job.model)
+    _state_memory(job, folder, data["train"], objective.held_bytes, on_event)
+    model = folder.load_model()
     form = start_adapter(
         model,
-        job.model,
+        folder,
         job.lora,
         seed=job.train.seed,
         adapter_file=job.resume_adapter_file,
@@ -244,7 +249,7 @@ def _train(
         if ranks.is_main_process:
             system_prompts = trained_system_prompts((example.ids for example in data["train"]), tokenizer)
             tokenizer.system_prompt = default_system_prompt(system_prompts)  # of the sample prompts
-            run = Run(job, model, tokenizer, form, fingerprint, total_steps, system_prompts)
+            run = Run(job, folder, model, tokenizer, form, fingerprint, total_steps, system_prompts)
             hooks = replace(stack.enter_context(run.hooks(saved, on_event)), should_stop=should_stop)
         state = run_training(
             model, data["train"], valid, job.train, hooks, resume=snapshot, ranks=ranks, loss_of=objective.load()
@@ -268,23 +273,25 @@ def _decayed(job: LoRAJob) -> TrainConfig:
     return replace(job.train, no_decay=(*job.train.no_decay, ".scales"))
 
 
-def _state_memory(job: LoRAJob, data: TokenTable, held_bytes: int, on_event: Callback) -> None:
+def _state_memory(job: LoRAJob, folder: ModelFolder, data: TokenTable, held_bytes: int, on_event: Callback) -> None:
     """Tells the estimated peak memory.
 
     Raises:
         ConfigError: it is above this machine's memory, and the job does not say to ignore that.
     """
-    plan = plan_of_folder(job.model, job.lora, job.train, layouts_of_data(data, job.train))
+    plan = plan_of_folder(folder, job.lora, job.train, layouts_of_data(data, job.train))
     told, memory = as_event(plan.estimate()), machine_memory()
     on_event(replace(told, peak_bytes=told.peak_bytes + held_bytes, weights_bytes=told.weights_bytes + held_bytes))
     if not job.ignore_memory:
         require_memory(plan, None if memory is None else max(0, memory - held_bytes))
 
 
-def _fingerprint(job: LoRAJob, data: Mapping[str, TokenTable], objective: Objective) -> RunFingerprint:
+def _fingerprint(
+    job: LoRAJob, folder: ModelFolder, data: Mapping[str, TokenTable], objective: Objective
+) -> RunFingerprint:
     """What decides where the run goes; see `run_state`."""
     read = {name: table for name, table in data.items() if name != "test"}
-    sources = {**fingerprint_of_data(read), BASE_SOURCE: fingerprint_of_model(job.model), **objective.sources}
+    sources = {**fingerprint_of_data(read), BASE_SOURCE: folder.fingerprint, **objective.sources}
     if job.resume_adapter_file is not None:
         path = job.resume_adapter_file
         names = [path / CONFIG, path / WEIGHTS] if path.is_dir() and path.suffix != ".fmadapter" else path.rglob("*")
@@ -326,13 +333,14 @@ def score(
     adapter_path = to_optional_path(adapter_path)
     data = to_path(data)
     cache = to_optional_path(cache)
-    model_path = resolve(model_path)
-    _require_tokenizer(model_path)
+    folder = ModelFolder(model_path)
+    tokenizer = folder.require_tokenizer()
     if reading is None or own_system_prompt:
-        own = default_system_prompt(trained_system_prompts_of(model_path, adapter_path))
+        own = default_system_prompt(folder.system_prompts_at(adapter_path))
         reading = replace(reading or DataConfig(), system=own)
-    examples = read_tokens(split_files(data, "test"), model_path / TOKENIZER, reading, cache=cache)
-    model, _ = load(model_path, adapter_path)
+    examples = read_tokens(split_files(data, "test"), tokenizer, reading, cache=cache)
+    adapter = None if adapter_path is None else folder.open_adapter(adapter_path)
+    model = folder.load_with(adapter, where=adapter_path)
 
     def tell(done: int, count: int) -> None:
         on_event(StageProgress(stage="scoring", done=done, total=count, unit="batches"))
@@ -363,7 +371,7 @@ def split_files(data: str | Path, split: str) -> Files:
     return require_splits(data)["train"] if data.is_file() else require_splits(data, split)[split]
 
 
-def _read_data(job: LoRAJob, on_event: Callback) -> dict[str, TokenTable]:
+def _read_data(job: LoRAJob, tokenizer: AFMTokenizer, on_event: Callback) -> dict[str, TokenTable]:
     """The splits that the run will read, each checked and announced."""
     there = require_splits(job.data, "train")
     if unread := find_unread(job.data, there):
@@ -373,7 +381,7 @@ def _read_data(job: LoRAJob, on_event: Callback) -> dict[str, TokenTable]:
     wanted = ("train", *(("valid",) if "valid" in there else ()), *(("test",) if job.test else ()))
     data = {}
     for split in wanted:
-        data[split] = table = read_split(job, split)
+        data[split] = table = read_split(job, tokenizer, split)
         on_event(
             DataRead(
                 split=split,
@@ -394,9 +402,9 @@ def _settings_of_validation(job: LoRAJob) -> list[str]:
     return [name for name in names if getattr(job.train, name) != getattr(default, name)]
 
 
-def read_split(job: LoRAJob, split: str) -> TokenTable:
+def read_split(job: LoRAJob, tokenizer: AFMTokenizer, split: str) -> TokenTable:
     """The encoded examples of a split, every record checked."""
-    return read_tokens(split_files(job.data, split), job.model / TOKENIZER, job.reading, cache=job.cache)
+    return read_tokens(split_files(job.data, split), tokenizer, job.reading, cache=job.cache)
 
 
 def _require_folder(path: Path) -> None:
@@ -405,12 +413,3 @@ def _require_folder(path: Path) -> None:
         raise ConfigError(
             "cannot train into this", where=path, expected="a folder, new or of an earlier run", advice=advice
         )
-
-
-def _require_tokenizer(folder: Path) -> AFMTokenizer:
-    tokenizer = load_tokenizer(folder)
-    if tokenizer is None:
-        read_config(folder)  # a folder that is no model at all is the better complaint
-        advice = "Convert again with tokenizer.model in place."
-        raise ConfigError("the model folder has no tokenizer", where=folder, advice=advice)
-    return tokenizer

@@ -12,13 +12,13 @@ from mlx.utils import tree_flatten
 
 from mlx_afm.adapters import LoRAConfig
 from mlx_afm.adapters.config import to_adapter_json
-from mlx_afm.checkpoints.model_folder import read_toolkit_config
 from mlx_afm.checkpoints.names import DEFAULT_ADAPTER
 from mlx_afm.data import find_splits
 from mlx_afm.errors import ConfigError, DataError, SettingError
 from mlx_afm.files import require_space, sha256_of
 from mlx_afm.generation import GenerateConfig, generate, to_prompt_ids
 from mlx_afm.model import Model
+from mlx_afm.model_folder import ModelFolder
 from mlx_afm.text.system_prompt import SystemPrompts
 from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.training import Callback, Event, Hooks
@@ -37,6 +37,7 @@ class Run:
 
     Attributes:
         job: what was asked for.
+        folder: the base model's.
         model: with the adapter to train.
         tokenizer: for samples.
         form: of the adapter.
@@ -45,6 +46,7 @@ class Run:
     """
 
     job: LoRAJob
+    folder: ModelFolder
     model: Model
     tokenizer: AFMTokenizer
     form: LoRAConfig
@@ -62,7 +64,10 @@ class Run:
         job = self.job
         trained_bytes = sum(array.nbytes for _, array in tree_flatten(self.model.trainable_parameters()))
         require_space(job.adapter_path, missing_bytes(job.adapter_path, trained_bytes))
-        settings = {**_settings(job, self.model, self.form, self.system_prompts), SOURCES: self.fingerprint["from"]}
+        settings = {
+            **_settings(job, self.folder, self.model, self.form, self.system_prompts),
+            SOURCES: self.fingerprint["from"],
+        }
         with (
             RunFolder(job.adapter_path, self.model, settings, self.fingerprint, self.total_steps) as folder,
             open_reports(job.report_to, job.project_name, job.adapter_path, settings) as reports,
@@ -105,9 +110,11 @@ def notices(job: LoRAJob, saved: SavedRun | None, total_steps: int) -> Iterator[
         yield f"nothing left to do: the run in {job.adapter_path} is finished (step {saved.step})"
 
 
-def _settings(job: LoRAJob, model: Model, form: LoRAConfig, system_prompts: SystemPrompts) -> dict[str, Any]:
+def _settings(
+    job: LoRAJob, folder: ModelFolder, model: Model, form: LoRAConfig, system_prompts: SystemPrompts
+) -> dict[str, Any]:
     """Content of `adapter_config.json`: the adapter's form, and how it was made."""
-    adapter = read_toolkit_config(job.model).adapter
+    adapter = folder.toolkit_config.adapter
     return {
         **to_adapter_json(form, model.args, adapter.name if adapter else DEFAULT_ADAPTER, system_prompts),
         "model": str(job.model),

@@ -14,7 +14,6 @@ from mlx_afm.adapters import (
     LoRAConfig,
     adapter_weights,
     add_adapter,
-    is_zero,
     restart_dead_components,
     set_adapter_weights,
     train_only,
@@ -22,17 +21,17 @@ from mlx_afm.adapters import (
 from mlx_afm.adapters.config import WHOLE_WEIGHTS
 from mlx_afm.adapters.layers import ALL
 from mlx_afm.checkpoints.arrays import to_mlx
-from mlx_afm.checkpoints.model_folder import BASE_ADAPTER, read_quantization
+from mlx_afm.checkpoints.mlx_checkpoint import BASE_ADAPTER
 from mlx_afm.errors import AdapterError, ConfigError
 from mlx_afm.model import Model
+from mlx_afm.model_folder import ModelFolder
 from mlx_afm.training import Callback, Notice
 from mlx_afm.training.hooks import ignore
-from mlx_afm.workflows.load import base_adapter, open_adapter
 
 
 def start_adapter(
     model: Model,
-    folder: Path,
+    folder: ModelFolder,
     lora: LoRAConfig,
     *,
     seed: int,
@@ -48,7 +47,7 @@ def start_adapter(
 
     Args:
         model: changed in place.
-        folder: its folder.
+        folder: from which it was loaded.
         lora: the form wanted.
         seed: of new values.
         adapter_file: an adapter of any form; it takes the place of the base's own, and training starts
@@ -59,15 +58,15 @@ def start_adapter(
         ConfigError: a form that cannot go on from what is there. AdapterError: an adapter of another model.
     """
     if adapter_file is not None:
-        adapter = open_adapter(folder, adapter_file)
+        adapter = folder.open_adapter(adapter_file)
         return _start_from(model, adapter, lora, seed=seed, where=adapter_file, on_event=on_event)
-    base = base_adapter(folder)
+    base = folder.base_adapter
     wanted = (lora.fine_tune_type, lora.rank, lora.scale)
     if base is None or ("lora", base.config.rank, base.config.scale) != wanted:
-        if base is not None and not is_zero(base):
+        if base is not None and folder.active_base_adapter is not None:
             raise ConfigError(
                 "the base model has an active adapter",
-                where=folder,
+                where=folder.path,
                 expected=_form(base.config),
                 found=_form(lora),
                 advice=f"Train in its form (--fine-tune-type lora {_flags(base.config)}), or {_fuse_advice(folder)}",
@@ -104,10 +103,12 @@ def _flags(config: LoRAConfig) -> str:
     return f"--rank {config.rank} --scale {config.scale!r}"
 
 
-def _fuse_advice(folder: Path) -> str:
+def _fuse_advice(folder: ModelFolder) -> str:
     """What makes a base adapter part of the weights; codes must become dense for that."""
-    dense = " --dequantize" if read_quantization(folder) else ""
-    return f"fuse it into the weights first: mlx-afm fuse --model {shlex.quote(str(folder))}{dense} --save-path FUSED"
+    dense = " --dequantize" if folder.schemes else ""
+    return (
+        f"fuse it into the weights first: mlx-afm fuse --model {shlex.quote(str(folder.path))}{dense} --save-path FUSED"
+    )
 
 
 def _form(config: LoRAConfig) -> str:

@@ -14,19 +14,16 @@ from pathlib import Path
 
 from mlx_afm.adapters import read_adapter, write_adapter_folder
 from mlx_afm.adapters.layers import ALL
-from mlx_afm.checkpoints.hub import resolve
-from mlx_afm.checkpoints.model_folder import BASE_ADAPTER, read_config, read_quantization
+from mlx_afm.checkpoints.mlx_checkpoint import BASE_ADAPTER
 from mlx_afm.checkpoints.names import TARGETS
 from mlx_afm.errors import ConfigError, SettingError
 from mlx_afm.files import set_paths, sha256_of
 from mlx_afm.folders import lock_folder
-from mlx_afm.formats.mlx_folder import read_shards
+from mlx_afm.model_folder import ModelFolder
 from mlx_afm.training import Callback, Ranks, join_ranks
 from mlx_afm.training.distill import distillation_from
 from mlx_afm.training.hooks import ignore, notes_of
 from mlx_afm.training.step import Loss
-from mlx_afm.workflows.lineage import fingerprint_of_model
-from mlx_afm.workflows.load import TOKENIZER, load
 from mlx_afm.workflows.lora import NEXT_TOKEN, LoRAJob, Objective, Trained, train
 from mlx_afm.workflows.run_folder import BEST
 
@@ -99,8 +96,9 @@ def recover(job: RecoverJob, on_event: Callback = ignore, should_stop: Callable[
     if job.into_base and not job.run.model.is_dir():
         advice = "Download it, or fuse the adapter into a copy: mlx-afm fuse."
         raise ConfigError("into_base changes a folder of yours", where=job.run.model, advice=advice)
-    run = replace(job.run, model=resolve(job.run.model))
-    if not read_quantization(run.model):
+    folder = ModelFolder(job.run.model)
+    run = replace(job.run, model=folder.path)
+    if not folder.schemes:
         advice = "Quantise it first (mlx-afm convert -q), or train with mlx-afm lora."
         raise ConfigError("nothing to recover: the model is not in codes", where=run.model, advice=advice)
     ranks = join_ranks(run.train.rank_timeout_seconds)
@@ -118,7 +116,7 @@ def _recover(job: RecoverJob, ranks: Ranks, on_event: Callback, should_stop: Cal
         if ranks.is_main_process:
             best = trained.adapter_path / BEST
             takes_best = job.loss == "next-token" and best.is_dir()
-            made = read_adapter(best if takes_best else trained.adapter_path, read_config(run.model))
+            made = read_adapter(best if takes_best else trained.adapter_path, ModelFolder(run.model).config)
             write_adapter_folder(kept, made)
         ranks.wait()
     return Recovered(trained, kept)
@@ -126,17 +124,17 @@ def _recover(job: RecoverJob, ranks: Ranks, on_event: Callback, should_stop: Cal
 
 def _objective(run: LoRAJob, teacher: Path) -> Objective:
     """Distillation from a teacher, which must read the same tokens."""
-    folder = resolve(teacher)
-    words, ours = read_config(folder).vocab_size, read_config(run.model).vocab_size
+    folder, trained = ModelFolder(teacher), ModelFolder(run.model)
+    words, ours = folder.config.vocab_size, trained.config.vocab_size
     if words != ours:
-        raise ConfigError("a teacher of another vocabulary", where=folder, expected=ours, found=words)
-    files = [path / TOKENIZER for path in (folder, run.model)]
-    if all(file.is_file() for file in files) and len({sha256_of(file) for file in files}) > 1:
+        raise ConfigError("a teacher of another vocabulary", where=folder.path, expected=ours, found=words)
+    files = [place.tokenizer_file for place in (folder, trained)]
+    if len({sha256_of(file) for file in files if file is not None}) > 1:
         raise ConfigError("the teacher has another tokenizer", where=files[0], expected=f"that of {run.model}")
-    held = sum(tensor.nbytes for tensor in read_shards(folder).values())
-    sources = {"loss": "distill", "teacher": fingerprint_of_model(folder)}
+    held = sum(tensor.nbytes for tensor in folder.tensors.values())
+    sources = {"loss": "distill", "teacher": folder.fingerprint}
     return Objective(load=partial(_distillation, folder), sources=sources, held_bytes=held)
 
 
-def _distillation(folder: Path) -> Loss:
-    return distillation_from(load(folder)[0])
+def _distillation(folder: ModelFolder) -> Loss:
+    return distillation_from(folder.load_with(None))

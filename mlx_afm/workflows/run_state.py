@@ -33,7 +33,6 @@ FORMAT, VERSION = "mlx-afm training state", 1
 # Settings that a resumed run may change: none of them moves a weight.
 FREE = {"iters", "epochs", "save_every", "steps_per_report", "patience", "max_skipped_steps"}
 FREE |= {"spike_sigmas", "spike_window", "rank_timeout_seconds"}
-SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096
 
 RunFingerprint = dict[str, dict[str, Any]]
 
@@ -201,19 +200,3 @@ def fingerprint_of_data(splits: Mapping[str, Iterable[Tokens]]) -> dict[str, str
             digest.update(tokens.weights.tobytes())
         prints[f"{name} data"] = digest.hexdigest()
     return prints
-
-
-def fingerprint_of_files(files: Iterable[Path]) -> str:
-    """SHA-256 of names, sizes and samples of some files.
-
-    Not of every byte, which would take ten seconds for the real model: both ends and 64 blocks of each.
-    """
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as handle:
-            for number in range(SAMPLED_BLOCKS + 1):
-                handle.seek(max(0, (size - BLOCK_BYTES) * number // SAMPLED_BLOCKS))
-                digest.update(handle.read(BLOCK_BYTES))
-    return digest.hexdigest()

@@ -9,7 +9,6 @@ from mlx_afm.data.sample import ExampleChoice, Sample, sample_examples
 from mlx_afm.data.sources import require_splits
 from mlx_afm.data.stats import OnProgress, SplitStats, measure_split
 from mlx_afm.files import to_path
-from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.workflows.check_data import tokenizer_of
 
 
@@ -26,10 +25,8 @@ def stats(
     """
     data = to_path(data)
     model = to_path(model)
-    splits, tokenizer_file = require_splits(data), tokenizer_of(model)
-    return {
-        name: measure_split(files, tokenizer_file, reading, on_progress=on_progress) for name, files in splits.items()
-    }
+    splits, tokenizer = require_splits(data), tokenizer_of(model)
+    return {name: measure_split(files, tokenizer, reading, on_progress=on_progress) for name, files in splits.items()}
 
 
 def samples(
@@ -48,4 +45,4 @@ def samples(
     model = to_path(model)
     splits = require_splits(data, *([] if split is None else [split]))
     name = next(iter(splits)) if split is None else split
-    return sample_examples(splits[name], AFMTokenizer.from_file(tokenizer_of(model)), choice, reading)
+    return sample_examples(splits[name], tokenizer_of(model), choice, reading)

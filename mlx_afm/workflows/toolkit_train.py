@@ -22,11 +22,11 @@ from itertools import accumulate
 from pathlib import Path
 
 from mlx_afm.adapters import LoRAConfig
-from mlx_afm.checkpoints.model_folder import read_toolkit_config
 from mlx_afm.data import DataConfig, default_cache
 from mlx_afm.errors import ConfigError, FormatError, SettingError
 from mlx_afm.files import set_paths
 from mlx_afm.folders import lock_folder
+from mlx_afm.model_folder import ModelFolder
 from mlx_afm.training import (
     Callback,
     DataOrder,
@@ -153,7 +153,7 @@ def _train_adapter(settings: ToolkitTraining, on_event: Callback, should_stop: C
 
 def _job(settings: ToolkitTraining) -> LoRAJob:
     run = settings.checkpoint_dir / RUN
-    adapter = read_toolkit_config(settings.model).adapter
+    adapter = ModelFolder(settings.model).toolkit_config.adapter
     length = settings.max_sequence_length
     return LoRAJob(
         model=settings.model,
@@ -194,7 +194,7 @@ def _link_data(folder: Path, settings: ToolkitTraining) -> Path:
 
 def _epoch_ends(job: LoRAJob) -> list[int]:
     """The number of steps done at the end of each epoch."""
-    order = DataOrder(read_split(job, "train"), job.train)
+    order = DataOrder(read_split(job, ModelFolder(job.model).require_tokenizer(), "train"), job.train)
     batches = [len(order.epoch(number)) for number in range(job.train.epochs)]
     return list(accumulate(math.ceil(count / job.train.grad_accumulation_steps) for count in batches))
 

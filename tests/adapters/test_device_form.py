@@ -15,6 +15,7 @@ from mlx_afm.adapters import (
     LoRAConfig,
     adapter_shapes,
     adapter_weights,
+    attach_adapter,
     package_tensors,
     read_adapter,
     to_device_form,
@@ -24,7 +25,6 @@ from mlx_afm.checkpoints.arrays import from_mlx
 from mlx_afm.errors import AdapterError, TensorsError
 from mlx_afm.formats.fmadapter import Metadata
 from mlx_afm.formats.tensors import LazyTensor
-from mlx_afm.workflows.load import attach
 from tiny import random_tokens, tiny_config, tiny_model, with_adapter
 
 BASE = tiny_config(kv_quant=False)  # a value on the edge of a quantiser step may fall the other way
@@ -48,7 +48,7 @@ def values(adapter: Adapter) -> dict[str, np.ndarray]:
 
 def logits(adapter: Adapter) -> np.ndarray:
     model = tiny_model(kv_quant=False)
-    attach(model, adapter, where="test")
+    attach_adapter(model, adapter, where="test")
     return np.array(model(random_tokens((2, 9))))
 
 

@@ -14,6 +14,7 @@ from mlx_afm.adapters import (
     Adapter,
     LoRAConfig,
     adapter_weights,
+    attach_adapter,
     is_zero,
     read_adapter,
     write_adapter_folder,
@@ -24,7 +25,6 @@ from mlx_afm.checkpoints.arrays import from_mlx
 from mlx_afm.errors import AdapterError, FormatError, TensorsError
 from mlx_afm.formats.fmadapter import Metadata
 from mlx_afm.model import AFMConfig
-from mlx_afm.workflows.load import attach
 from tiny import random_adapter, random_tokens, tiny_config, tiny_model, with_adapter
 
 BASE = tiny_config()
@@ -70,7 +70,7 @@ def test_loaded_back_it_gives_the_same_logits(form, adapter, tmp_path):
     tokens = random_tokens((1, 8))
     wanted = with_adapter(tiny_model())(tokens)
     model = tiny_model()
-    attach(model, read_adapter(write(form, tmp_path, adapter), BASE), where="x")
+    attach_adapter(model, read_adapter(write(form, tmp_path, adapter), BASE), where="x")
     assert mx.array_equal(model(tokens), wanted)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlx_afm.adapters import read_adapter
-from mlx_afm.checkpoints.model_folder import read_config
+from mlx_afm.model_folder import ModelFolder
 
 
 def values(path, base):
@@ -23,7 +23,7 @@ def test_export_writes_a_package_and_checks_it(adapter_forms, model_folder, tmp_
     assert {file.name for file in package.iterdir()} == {"metadata.json", "adapter_weights.bin"}
     metadata = json.loads((package / "metadata.json").read_text())
     assert (metadata["adapterIdentifier"], metadata["author"]) == ("fmadapter-tidy_1-9799725", "Me")
-    base = read_config(model_folder)
+    base = ModelFolder(model_folder).config
     assert values(package, base) == values(adapter_forms["folder"], base)
     assert "Signature of toolkit 26.0.0" in ran.err
 
@@ -37,7 +37,7 @@ def test_export_again_replaces_the_package(adapter_forms, tmp_path, cli):
 
 
 def test_adapter_convert_goes_round_without_loss(adapter_forms, model_folder, tmp_path, cli):
-    base = read_config(model_folder)
+    base = ModelFolder(model_folder).config
     wanted, source = values(adapter_forms["folder"], base), adapter_forms["folder"]
     for name in ("one/adapter.pt", "b.fmadapter", "c", "d.pt", "e"):
         model = ("--model", model_folder) if source.suffix == ".pt" else ()

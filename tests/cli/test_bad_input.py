@@ -400,8 +400,8 @@ def test_a_name_devices_refuse_is_found_before_anything_is_read(
     def read(*arguments, **settings):
         raise AssertionError("something was read")
 
-    for place in ("load_tokenizer", "read_config", "read_split", "load_model"):
-        monkeypatch.setattr(f"mlx_afm.workflows.lora.{place}", read)
+    monkeypatch.setattr("mlx_afm.files.OpenFiles.read", read)
+    monkeypatch.setattr("mlx_afm.workflows.lora.read_split", read)
     monkeypatch.setattr("mlx_afm.workflows.export.read_adapter", read)
     says = ["not a name that devices accept", "expected ASCII letters, digits and underscores", repr(name)]
     expect_refusal("lora", "--train", "--model", model_folder, "--data", tmp_path, "--adapter-path", tmp_path / "run",

@@ -13,8 +13,7 @@ from mlx.utils import tree_flatten
 
 import mlx_afm
 from mlx_afm.adapters import adapter_weights
-from mlx_afm.checkpoints import model_folder as model_folder_module
-from mlx_afm.checkpoints import quantized
+from mlx_afm.checkpoints import mlx_checkpoint, quantized
 from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.formats.torch_file import read_torch, write_torch
 from torch_builders import dictionary, legacy_checkpoint, tensor
@@ -162,14 +161,14 @@ def test_verify_notices_a_wrong_derived_value(place, write_checkpoint, tmp_path,
     """The step of layer 0's keys, or the range that stands for it, made wrong where it is derived."""
     source = write_checkpoint("source", "float32")
     if place == "step":
-        right = model_folder_module.quantizer_scale
-        monkeypatch.setattr(model_folder_module, "quantizer_scale", lambda *a, **k: right(*a, **k) * np.float32(1.01))
+        right = mlx_checkpoint.quantizer_scale
+        monkeypatch.setattr(mlx_checkpoint, "quantizer_scale", lambda *a, **k: right(*a, **k) * np.float32(1.01))
         ran = cli("convert", "--hf-path", source, "--mlx-path", tmp_path / "mlx", "--verify")
     else:
         cli("convert", "--hf-path", source, "--mlx-path", tmp_path / "plain")
         (tmp_path / "plain" / "toolkit" / "observers.safetensors").unlink()
-        right = model_folder_module.range_of_scale
-        monkeypatch.setattr(model_folder_module, "range_of_scale", lambda *a, **k: right(*a, **k) * np.float32(1.01))
+        right = mlx_checkpoint.range_of_scale
+        monkeypatch.setattr(mlx_checkpoint, "range_of_scale", lambda *a, **k: right(*a, **k) * np.float32(1.01))
         ran = cli("convert", "--hf-path", tmp_path / "plain", "--to", "torch", "--out", tmp_path / "mlx", "--verify")
     assert ran.code == 1
     assert STEP in ran.err

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from mlx_afm.adapters import LoRAConfig, adapter_shapes, write_adapter_folder
-from mlx_afm.checkpoints.model_folder import read_config
 from mlx_afm.formats.tensors import LazyTensor
+from mlx_afm.model_folder import ModelFolder
 from tiny import random_adapter
 
 NOTICE = (
@@ -57,7 +57,7 @@ def test_what_is_not_trained_keeps_its_zeros_and_is_not_mentioned(quantized_fold
 @pytest.mark.parametrize("form", ["folder", "fmadapter", "pt"])
 def test_from_an_adapter_of_zeros_every_module_learns(form, model_folder, data_folder, tmp_path, cli):
     """An adapter on q alone, exported or converted with --zero-untrained, then training of all projections."""
-    base, config = read_config(model_folder), LoRAConfig(rank=4, targets=("q",))
+    base, config = ModelFolder(model_folder).config, LoRAConfig(rank=4, targets=("q",))
     write_adapter_folder(tmp_path / "small", random_adapter(base, config))
     if form == "fmadapter":
         start = tmp_path / "out" / "box.fmadapter"
@@ -78,7 +78,7 @@ def test_from_an_adapter_of_zeros_every_module_learns(form, model_folder, data_f
 
 
 def test_zeros_in_dora_start_anew_too(model_folder, data_folder, tmp_path, cli):
-    base, config = read_config(model_folder), LoRAConfig(rank=4, fine_tune_type="dora")
+    base, config = ModelFolder(model_folder).config, LoRAConfig(rank=4, fine_tune_type="dora")
     adapter = random_adapter(base, config)
     zero = {
         n: LazyTensor.of(np.zeros(s, np.float32)) for n, s in adapter_shapes(base, config).items() if n[-2:] != ".m"

@@ -73,7 +73,7 @@ def test_training_states_its_peak_and_refuses_what_cannot_be(model_folder, data_
     line = ["lora", "--train", "--model", model_folder, "--data", data_folder, "--adapter-path", tmp_path / "a",
             "--iters", 1, "--batch-size", 1, "--rank", 2, "--no-cache"]  # fmt: skip
     monkeypatch.setattr(lora_workflow, "machine_memory", lambda: 1_000_000)
-    monkeypatch.setattr(lora_workflow, "load_model", lambda folder: pytest.fail("loaded"))
+    monkeypatch.setattr(lora_workflow.ModelFolder, "load_model", lambda folder: pytest.fail("loaded"))
     ran = cli(*line)
     assert ran.code == 1
     assert "estimated peak memory" in ran.err

@@ -13,10 +13,10 @@ import pytest
 
 from draft_fixtures import PROGRAM, write_draft_assets
 from mlx_afm.adapters import read_adapter
-from mlx_afm.checkpoints.model_folder import read_config
 from mlx_afm.formats.blob import read_blobs
 from mlx_afm.formats.fmadapter import PUBLIC_SIGNATURE
 from mlx_afm.formats.torch_file import read_torch
+from mlx_afm.model_folder import ModelFolder
 
 WRAPPER = Path(__file__).with_name("toolkit_wrapper.sh")
 OTHER = "0123456789abcdef0123456789abcdef01234567"
@@ -176,7 +176,7 @@ def test_export_takes_the_toolkits_options(toolkit, adapter, model_folder, cli):
     metadata = json.loads(Path("out/tidy.fmadapter/metadata.json").read_text())
     assert (metadata["author"], metadata["description"]) == ("Me", "Text")
     assert metadata["adapterIdentifier"] == "fmadapter-tidy-0123456"
-    base = read_config(model_folder)
+    base = ModelFolder(model_folder).config
     wanted, found = read_adapter(adapter, base), read_adapter(Path("out/tidy.fmadapter"), base)
     for name, tensor in wanted.weights.items():
         np.testing.assert_array_equal(found.weights[name].read_values(), tensor.read_values())

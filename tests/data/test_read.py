@@ -133,17 +133,17 @@ def test_files_of_a_split_follow_each_other(write, tokenizer_file):
 def test_the_tokenizer_is_read_again_when_it_changed_or_another_thread_asks(tokenizer_file, tmp_path):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(tokenizer_file.read_bytes())
-    opened = workers_module._opened
-    first = opened(path, 1)
-    assert opened(path, 1) is first
+    opened = workers_module.to_tokenizer
+    first = opened(path)
+    assert opened(path) is first
     with ThreadPoolExecutor(1) as thread:
-        assert thread.submit(opened, path, 1).result() is not first
-    first = opened(path, 1)
+        assert thread.submit(opened, path).result() is not first
+    first = opened(path)
     os.utime(path, ns=(1, 1))
-    assert opened(path, 1) is not first
+    assert opened(path) is not first
     path.unlink()
     with pytest.raises(FormatError, match="no such file"):
-        opened(path, 1)
+        opened(path)
 
 
 def test_workers_give_what_one_process_gives(write, tokenizer_file, monkeypatch):

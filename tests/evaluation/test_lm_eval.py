@@ -12,9 +12,9 @@ import pytest
 
 import mlx_afm
 from mlx_afm.adapters import LoRAConfig, write_adapter_folder
-from mlx_afm.checkpoints.model_folder import read_config
 from mlx_afm.generation.forms import decoder_of
 from mlx_afm.generation.loglikelihood import loglikelihoods
+from mlx_afm.model_folder import ModelFolder
 from mlx_afm.serving import ServeConfig, running
 from tiny import random_adapter
 
@@ -84,7 +84,7 @@ def tasks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapters(model_folder, tmp_path_factory):
-    folder, base = tmp_path_factory.mktemp("adapters"), read_config(model_folder)
+    folder, base = tmp_path_factory.mktemp("adapters"), ModelFolder(model_folder).config
     for name, seed in (("first", 1), ("second", 2)):
         write_adapter_folder(folder / name, random_adapter(base, LoRAConfig(rank=4, scale=2.0), seed=seed))
     return {name: folder / name for name in ("first", "second")}

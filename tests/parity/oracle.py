@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 import tolerances
 from mlx_afm.adapters import add_adapter, read_adapter, set_adapter_weights
 from mlx_afm.checkpoints.arrays import to_mlx
-from mlx_afm.checkpoints.model_folder import model_tensors
+from mlx_afm.checkpoints.mlx_checkpoint import model_tensors
 from mlx_afm.checkpoints.names import TensorEntry, plan_adapter
 from mlx_afm.checkpoints.toolkit import find_toolkit_files, read_toolkit_checkpoint
 from mlx_afm.data import Batch

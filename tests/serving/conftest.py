@@ -6,8 +6,8 @@ import pytest
 
 import mlx_afm
 from mlx_afm.adapters import LoRAConfig, write_adapter_folder, write_adapter_package, write_adapter_pt
-from mlx_afm.checkpoints.model_folder import load_model, read_config
 from mlx_afm.formats.fmadapter import Metadata
+from mlx_afm.model_folder import ModelFolder
 from mlx_afm.serving import ServeConfig, running
 from mlx_afm.serving.pool import AdapterPool
 from serving_client import chat, parse_reply, request_bytes, send
@@ -17,7 +17,7 @@ from tiny import random_adapter
 @pytest.fixture(scope="session")
 def served_adapters(model_folder, tmp_path_factory):
     """Adapters by name: all projections as a package; rank 4; three projections of some layers; DoRA."""
-    folder, base = tmp_path_factory.mktemp("served"), read_config(model_folder)
+    folder, base = tmp_path_factory.mktemp("served"), ModelFolder(model_folder).config
     whole, small = random_adapter(base, seed=3), random_adapter(base, LoRAConfig(rank=4, scale=2.0), seed=4)
     some = random_adapter(base, LoRAConfig(rank=8, targets=("q", "v", "down"), layers="1-4"), seed=5)
     dora = random_adapter(base, LoRAConfig(rank=4, fine_tune_type="dora"), seed=6)
@@ -31,7 +31,7 @@ def served_adapters(model_folder, tmp_path_factory):
 @pytest.fixture(scope="session")
 def bytes_in_memory(model_folder):
     """A function that gives the bytes of an adapter in its inference form, from the shapes in its file."""
-    pool = AdapterPool(load_model(model_folder), model_folder, 10**9)
+    pool = AdapterPool(ModelFolder(model_folder).load_model(), ModelFolder(model_folder), 10**9)
 
     def look(path):
         name = str(len(pool.names))

@@ -9,12 +9,11 @@ from mlx.utils import tree_flatten
 
 import mlx_afm
 from mlx_afm.adapters import LoRAConfig, is_zero, write_adapter_folder
-from mlx_afm.checkpoints.model_folder import load_model, read_config
 from mlx_afm.errors import AdapterError, FormatError
 from mlx_afm.generation import Engine, Request
 from mlx_afm.model import backend
+from mlx_afm.model_folder import ModelFolder
 from mlx_afm.serving.pool import AdapterPool
-from mlx_afm.workflows.load import base_adapter, open_adapter
 from tiny import random_adapter, random_tokens
 
 TOKENS = random_tokens((1, 9), vocab=512)
@@ -22,9 +21,9 @@ IDS = TOKENS[0].tolist()
 
 
 def pool_over(model_folder, limit_bytes=10**9, adapters=None):
-    model = load_model(model_folder)
+    model = ModelFolder(model_folder).load_model()
     mx.eval(model.parameters())
-    pool = AdapterPool(model, model_folder, limit_bytes)
+    pool = AdapterPool(model, ModelFolder(model_folder), limit_bytes)
     for name, path in (adapters or {}).items():
         pool.register(name, path)
     return pool
@@ -146,7 +145,7 @@ def test_a_compiled_step_holds_no_adapter_that_was_removed(model_folder, served_
 
 
 def test_dropout_of_training_is_off(model_folder, tmp_path):
-    base = read_config(model_folder)
+    base = ModelFolder(model_folder).config
     for kind in ("lora", "dora"):
         config = LoRAConfig(rank=4, dropout=0.5, fine_tune_type=kind)
         write_adapter_folder(tmp_path / kind, random_adapter(base, config))
@@ -156,18 +155,18 @@ def test_dropout_of_training_is_off(model_folder, tmp_path):
 
 def test_the_bases_own_adapter_is_the_bases_and_no_others(toolkit_folder, model_folder, tmp_path):
     """A base that carries an adapter: rows of the base have it, rows of other adapters have theirs instead."""
-    base = read_config(model_folder)
+    base = ModelFolder(model_folder).config
     own, other = random_adapter(base, seed=8), random_adapter(base, LoRAConfig(rank=4), seed=9)
     assert not is_zero(own)
     write_adapter_folder(tmp_path / "own", own)
     write_adapter_folder(tmp_path / "other", other)
-    model = load_model(model_folder)
-    pool = AdapterPool(model, model_folder, 10**9, own=own)
+    model = ModelFolder(model_folder).load_model()
+    pool = AdapterPool(model, ModelFolder(model_folder), 10**9, own=own)
     pool.register("other", tmp_path / "other")
     for name, path in ((None, "own"), ("other", "other")):
         alone, _ = mlx_afm.load(model_folder, tmp_path / path)
         assert distance(logits_of(pool, name), alone.next_logits(TOKENS)) < 2e-4
-    assert base_adapter(model_folder) is None or is_zero(base_adapter(model_folder))
+    assert ModelFolder(model_folder).base_adapter is None or is_zero(ModelFolder(model_folder).base_adapter)
     assert [entry["name"] for entry in pool.state()] == ["other"]
     assert pool.held_bytes == pool.state()[0]["bytes"]
 
@@ -175,7 +174,7 @@ def test_the_bases_own_adapter_is_the_bases_and_no_others(toolkit_folder, model_
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_a_file_that_cannot_be_read_to_its_end_leaves_the_others_alone(model_folder, tmp_path, monkeypatch, kind):
     """The LoRA adapters have one rank and the same projections, so that their matrices share stacks."""
-    base = read_config(model_folder)
+    base = ModelFolder(model_folder).config
     for name, form in (("good", "lora"), ("bad", kind)):
         write_adapter_folder(tmp_path / name, random_adapter(base, LoRAConfig(rank=4, fine_tune_type=form)))
     pool = pool_over(model_folder, adapters={name: tmp_path / name for name in ("good", "bad")})
@@ -184,14 +183,16 @@ def test_a_file_that_cannot_be_read_to_its_end_leaves_the_others_alone(model_fol
     def refuse():
         raise FormatError("the file ends too early")
 
+    open_whole = ModelFolder.open_adapter
+
     def open_damaged(folder, path):
-        adapter = open_adapter(folder, path)
+        adapter = open_whole(folder, path)
         name = list(adapter.weights)[len(adapter.weights) // 2]
         damaged = dataclasses.replace(adapter.weights[name], read_stored=refuse)
         return dataclasses.replace(adapter, weights={**adapter.weights, name: damaged})
 
     with monkeypatch.context() as patch:
-        patch.setattr("mlx_afm.serving.pool.open_adapter", open_damaged)
+        patch.setattr(ModelFolder, "open_adapter", open_damaged)
         with pytest.raises(FormatError, match="ends too early"):
             pool.acquire("bad")
     assert mx.array_equal(logits_of(pool, "good"), wanted).item()
@@ -205,7 +206,7 @@ def test_a_file_that_cannot_be_read_to_its_end_leaves_the_others_alone(model_fol
 @pytest.fixture
 def pool(model_folder, tmp_path, bytes_in_memory):
     """Five adapters of one size, of which two fit."""
-    base = read_config(model_folder)
+    base = ModelFolder(model_folder).config
     for number in range(5):
         write_adapter_folder(tmp_path / f"a{number}", random_adapter(base, LoRAConfig(rank=2), seed=number))
     adapters = {f"a{number}": tmp_path / f"a{number}" for number in range(5)}
@@ -252,11 +253,11 @@ def test_what_cannot_be_served_is_not_registered(pool, model_folder, other_adapt
         pool.register("other", other_adapter)
     with pytest.raises((AdapterError, FormatError), match="no adapter here"):
         pool.register("none", tmp_path)
-    write_adapter_folder(tmp_path / "large", random_adapter(read_config(model_folder), LoRAConfig(rank=64)))
+    write_adapter_folder(tmp_path / "large", random_adapter(ModelFolder(model_folder).config, LoRAConfig(rank=64)))
     with pytest.raises(AdapterError, match="larger than the memory for all"):
         pool.register("large", tmp_path / "large")
     write_adapter_folder(
-        tmp_path / "full", random_adapter(read_config(model_folder), LoRAConfig(fine_tune_type="full"))
+        tmp_path / "full", random_adapter(ModelFolder(model_folder).config, LoRAConfig(fine_tune_type="full"))
     )
     with pytest.raises(AdapterError, match="only low-rank"):
         pool.register("full", tmp_path / "full")
@@ -267,7 +268,7 @@ def test_what_cannot_be_served_is_not_registered(pool, model_folder, other_adapt
 def test_sizes_are_known_before_anything_is_read(model_folder, tmp_path, monkeypatch, device):
     if device != "cpu":
         monkeypatch.setattr(backend, "on_cpu", lambda: False)
-    base = read_config(model_folder)
+    base = ModelFolder(model_folder).config
     for kind in ("lora", "dora"):
         for number, targets in enumerate((("q", "down"), ("k", "v", "gate"), ("gate", "up", "o"))):
             config = LoRAConfig(rank=3, targets=targets, fine_tune_type=kind)

@@ -10,9 +10,9 @@ import pytest
 
 import mlx_afm
 from mlx_afm.adapters import LoRAConfig, write_adapter_folder
-from mlx_afm.checkpoints.model_folder import read_config
 from mlx_afm.errors import TensorsError
 from mlx_afm.formats.tensors import LazyTensor
+from mlx_afm.model_folder import ModelFolder
 from mlx_afm.serving import ServeConfig, running
 from serving_client import chat, parse_reply, request_bytes, send, wait_for
 from tiny import random_adapter
@@ -165,7 +165,7 @@ def test_values_that_are_not_finite_are_refused_by_name(value, server, call, ser
 
 
 def test_an_adapter_without_effect_is_served_with_a_warning(model_folder, call, tmp_path, alone):
-    fresh = random_adapter(read_config(model_folder), LoRAConfig(rank=4))
+    fresh = random_adapter(ModelFolder(model_folder).config, LoRAConfig(rank=4))
     for name, tensor in fresh.weights.items():
         if name.endswith(".lora_b"):
             fresh.weights[name] = LazyTensor.of(0 * tensor.read_values())

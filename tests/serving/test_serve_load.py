@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from mlx_afm.adapters import LoRAConfig, write_adapter_folder
 from mlx_afm.checkpoints.arrays import from_mlx
-from mlx_afm.checkpoints.model_folder import write_config
+from mlx_afm.checkpoints.mlx_checkpoint import write_config
 from mlx_afm.formats.safetensors_file import write_safetensors
 from mlx_afm.model import AFMConfig
 from mlx_afm.serving import ServeConfig, running
@@ -95,15 +95,15 @@ import sys
 from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from mlx_afm.checkpoints.model_folder import load_model
+from mlx_afm.model_folder import ModelFolder
 from mlx_afm.generation import Engine, Request
 from mlx_afm.serving.pool import AdapterPool
 
 folder, *paths = map(Path, sys.argv[1:])
-model = load_model(folder)
+model = ModelFolder(folder).load_model()
 mx.eval(model.parameters())
 base = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-pool = AdapterPool(model, folder, 10**9)
+pool = AdapterPool(model, ModelFolder(folder), 10**9)
 mx.clear_cache()
 mx.reset_peak_memory()
 for path in paths:

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from mlx_afm.adapters import LoRAConfig, write_adapter_folder
-from mlx_afm.checkpoints.model_folder import read_config
 from mlx_afm.generation.decode import PLAIN_STEPS, SWITCH
+from mlx_afm.model_folder import ModelFolder
 from mlx_afm.serving import ServeConfig, running
 from serving_client import REQUESTS, chat, gauge, request_bytes
 from tiny import random_adapter
@@ -24,7 +24,7 @@ NAMES = ("base", *(f"rank{rank}" for rank in RANKS))
 @pytest.fixture(scope="module")
 def ranked(model_folder, served_adapters):
     """Adapters of ranks 4 to 64 on different projections; their names are new, so that `alone` can look them up."""
-    folder, base = served_adapters["small"].parent.parent, read_config(model_folder)
+    folder, base = served_adapters["small"].parent.parent, ModelFolder(model_folder).config
     targets = {4: ("q", "v"), 16: ("q", "k", "v", "o", "gate", "up", "down"), 32: ("o", "down"), 64: ("gate", "q")}
     paths = {}
     for rank in RANKS:
@@ -125,7 +125,7 @@ def test_adapters_come_and_go_while_others_decode(
 ):
     """Loaded and unloaded beside rows that decode: these get what they get without them."""
     monkeypatch.setenv(SWITCH, compiled)
-    base = read_config(model_folder)
+    base = ModelFolder(model_folder).config
     for number in range(3):  # of the form of a decoding row's adapter, so that its slots are copied and move
         config = LoRAConfig(rank=16, scale=1.0)
         write_adapter_folder(tmp_path / f"guest{number}", random_adapter(base, config, seed=50 + number))

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from mlx_afm.adapters import LoRAConfig, write_adapter_folder
-from mlx_afm.checkpoints.model_folder import read_config
+from mlx_afm.model_folder import ModelFolder
 from mlx_afm.serving import running
 from serving_client import chat
 from tiny import random_adapter
@@ -32,7 +32,7 @@ def ask(call):
 def test_a_reloaded_adapter_does_not_use_the_prompts_of_the_old_one(
     model_folder, serve_config, bytes_in_memory, ask, tmp_path
 ):
-    base = read_config(model_folder)
+    base = ModelFolder(model_folder).config
     old, new, other = (random_adapter(base, LoRAConfig(rank=4, scale=2.0), seed=seed) for seed in (11, 12, 13))
     for name, adapter in (("poet", old), ("new", new), ("other", other)):
         write_adapter_folder(tmp_path / name, adapter)
@@ -53,7 +53,7 @@ def test_a_reloaded_adapter_does_not_use_the_prompts_of_the_old_one(
 
 
 def test_the_first_chat_after_a_change_has_the_new_system_prompt(model_folder, serve_config, call, tmp_path):
-    base = read_config(model_folder)
+    base = ModelFolder(model_folder).config
     for name, prompts in (("poet", ("Rhyme.",)), ("new", ("Answer with one shell command, and say nothing else.",))):
         adapter = random_adapter(base, LoRAConfig(rank=4, scale=2.0), seed=11)
         write_adapter_folder(tmp_path / name, dataclasses.replace(adapter, system_prompts=prompts))
@@ -73,7 +73,7 @@ def test_the_first_chat_after_a_change_has_the_new_system_prompt(model_folder, s
 
 
 def test_an_adapter_that_is_removed_and_added_under_the_same_name(model_folder, serve_config, ask, call, tmp_path):
-    base = read_config(model_folder)
+    base = ModelFolder(model_folder).config
     config = dataclasses.replace(serve_config, admin_roots=(tmp_path,))
     for name, seed in (("old", 11), ("new", 12)):
         write_adapter_folder(tmp_path / name, random_adapter(base, LoRAConfig(rank=4, scale=2.0), seed=seed))

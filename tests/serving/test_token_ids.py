@@ -79,7 +79,7 @@ def test_a_folder_whose_tokenizer_is_another_models(model_folder, tmp_path):
     from mlx.utils import tree_flatten
 
     from mlx_afm.checkpoints.arrays import from_mlx
-    from mlx_afm.checkpoints.model_folder import write_config
+    from mlx_afm.checkpoints.mlx_checkpoint import write_config
     from mlx_afm.formats.mlx_folder import write_shards
 
     small = tiny_model(vocab_size=61, num_layers=2, num_kv_reuse_layers=1)

@@ -13,15 +13,14 @@ from mlx.utils import tree_flatten
 import mlx_afm
 from mlx_afm import LoRAConfig
 from mlx_afm.adapters import adapter_shapes, add_adapter, set_adapter_weights
-from mlx_afm.checkpoints.model_folder import load_model, read_config, read_quantization
 from mlx_afm.data import DataConfig, read_tokens
 from mlx_afm.errors import ConfigError
+from mlx_afm.model_folder import ModelFolder
 from mlx_afm.quant import QuantConfig, quantize_balanced
 from mlx_afm.quant.residual import InitConfig
 from mlx_afm.workflows.calibrate import Calibration, column_weights
 from mlx_afm.workflows.convert import convert
 from mlx_afm.workflows.fuse import fuse
-from mlx_afm.workflows.load import base_adapter
 from tiny import random_tokens, tiny_model
 
 APPLE = QuantConfig(recipe="apple")
@@ -42,7 +41,7 @@ def inputs_of_up(model, tokens):
 
 
 def test_the_weights_are_the_mean_squares_of_the_inputs(model_folder, data_folder):
-    model = load_model(model_folder)
+    model = ModelFolder(model_folder).load_model()
     examples = list(read_tokens((data_folder / "train.jsonl",), model_folder / "tokenizer.model"))[:5]
     before = [path for path, _ in model.named_modules()]
     found = column_weights(model, examples)
@@ -85,7 +84,7 @@ def test_scales_are_fitted_to_what_is_read(model_folder, toolkit_folder, data_fo
     same = convert(toolkit_folder, tmp_path / "same", quantization=APPLE, calibration=calibration).folder
     for file in done.glob("*.safetensors"):
         assert file.read_bytes() == (same / file.name).read_bytes()
-    model, path = load_model(model_folder), "model.layers.0.mlp.up_proj"
+    model, path = ModelFolder(model_folder).load_model(), "model.layers.0.mlp.up_proj"
     rows = list(read_tokens((data_folder / "train.jsonl",), model_folder / "tokenizer.model"))
     inputs = mx.concatenate([inputs_of_up(model, mx.array(row.ids)[None])[1][0] for row in rows])
     weight = np.array(dict(model.named_modules())[path].weight)
@@ -113,15 +112,19 @@ def test_codes_and_adapter_come_nearer_to_the_weights(init, form, model_folder, 
     config = InitConfig(init=init, rank=8, rounds=2)
     done = convert(model_folder, tmp_path / "q", quantization=QuantConfig(**form), init_adapter=config, verify=True)
     assert done.base_adapter == "active"
-    adapter = base_adapter(done.folder)
+    adapter = ModelFolder(done.folder).base_adapter
     assert adapter.config == LoRAConfig(rank=8)
-    assert {n: t.shape for n, t in adapter.weights.items()} == adapter_shapes(read_config(model_folder), adapter.config)
+    assert {n: t.shape for n, t in adapter.weights.items()} == adapter_shapes(
+        ModelFolder(model_folder).config, adapter.config
+    )
     merged = fuse(done.folder, None, tmp_path / "merged", dequantize=True).folder
-    wide = dict(tree_flatten(load_model(merged).parameters()))
+    wide = dict(tree_flatten(ModelFolder(merged).load_model().parameters()))
     plain = convert(model_folder, tmp_path / "plain", quantization=QuantConfig(**form)).folder
-    apart = dict(tree_flatten(load_model(convert(plain, tmp_path / "d", dequantize=True).folder).parameters()))
-    dense = dict(tree_flatten(load_model(model_folder).parameters()))
-    for path in read_quantization(done.folder):
+    apart = dict(
+        tree_flatten(ModelFolder(convert(plain, tmp_path / "d", dequantize=True).folder).load_model().parameters())
+    )
+    dense = dict(tree_flatten(ModelFolder(model_folder).load_model().parameters()))
+    for path in ModelFolder(done.folder).schemes:
         if path != "model.embedding":
             name = f"{path}.weight"
             after, before = (mx.square(weights[name] - dense[name]).sum().item() for weights in (wide, apart))
@@ -134,9 +137,11 @@ def test_codes_and_adapter_come_nearer_to_the_weights(init, form, model_folder, 
 
 def test_it_is_active_and_adapters_start_from_it(model_folder, data_folder, tmp_path):
     done = convert(model_folder, tmp_path / "q", quantization=APPLE, init_adapter=InitConfig(rank=4, scale=2.0))
-    model = load_model(done.folder)
+    model = ModelFolder(done.folder).load_model()
     add_adapter(model, LoRAConfig(rank=4, scale=2.0))
-    weights = {name: mx.array(tensor.read_values()) for name, tensor in base_adapter(done.folder).weights.items()}
+    weights = {
+        name: mx.array(tensor.read_values()) for name, tensor in ModelFolder(done.folder).base_adapter.weights.items()
+    }
     set_adapter_weights(model, weights, where="test")
     assert mx.array_equal(model(TOKENS), mlx_afm.load(done.folder)[0](TOKENS))
     assert not (done.folder / "toolkit" / "base-model-config.json").exists(), "it names another adapter"
@@ -148,9 +153,9 @@ def test_in_sixteen_bits(model_folder, tmp_path):
         init_adapter=InitConfig(init="weight-svd", rank=4),
     )  # fmt: skip
     assert json.loads((done.folder / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    arrays = dict(tree_flatten(load_model(done.folder).parameters()))
+    arrays = dict(tree_flatten(ModelFolder(done.folder).load_model().parameters()))
     assert arrays["model.layers.0.mlp.up_proj.scales"].dtype == mx.bfloat16
-    assert {t.dtype for t in base_adapter(done.folder).weights.values()} == {"float32"}
+    assert {t.dtype for t in ModelFolder(done.folder).base_adapter.weights.values()} == {"float32"}
     assert mlx_afm.load(done.folder)[0](TOKENS).dtype == mx.bfloat16
 
 
@@ -161,7 +166,10 @@ def test_calibrated_directions_are_others(model_folder, data_folder, tmp_path):
         )
         for name, more in (("plain", {}), ("seen", {"calibration": Calibration(data=data_folder, examples=8)}))
     ]
-    arrays = [base_adapter(done.folder).weights["model.layers.0.mlp.up_proj.lora_a"].read_values() for done in folders]
+    arrays = [
+        ModelFolder(done.folder).base_adapter.weights["model.layers.0.mlp.up_proj.lora_a"].read_values()
+        for done in folders
+    ]
     assert not np.allclose(*arrays, atol=1e-3)
 
 

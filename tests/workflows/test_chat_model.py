@@ -9,9 +9,9 @@ import pytest
 
 import mlx_afm
 from mlx_afm.adapters import LoRAConfig, write_adapter_folder
-from mlx_afm.checkpoints.model_folder import read_config
 from mlx_afm.data import read_examples
 from mlx_afm.errors import AdapterError, AFMError, ConfigError
+from mlx_afm.model_folder import ModelFolder
 from mlx_afm.workflows.chat import ChatModel, save_chat
 from mlx_afm.workflows.draft_model import load_draft
 from tiny import random_adapter, tiny_model
@@ -27,7 +27,7 @@ def logits(folder, adapter=None):
 @pytest.fixture
 def whole(model_folder, tmp_path):
     """An adapter that is a fine-tuned model."""
-    adapter = random_adapter(read_config(model_folder), LoRAConfig(fine_tune_type="full"))
+    adapter = random_adapter(ModelFolder(model_folder).config, LoRAConfig(fine_tune_type="full"))
     write_adapter_folder(tmp_path / "whole", adapter)
     return tmp_path / "whole"
 
@@ -60,7 +60,7 @@ def test_a_wrong_adapter_changes_nothing(model_folder, adapter_forms, other_adap
 
 def test_a_loaded_adapter_has_no_dropout(model_folder, tmp_path):
     """Dropout is for training: an adapter that was trained with it answers the same each time."""
-    write_adapter_folder(tmp_path / "a", random_adapter(read_config(model_folder), LoRAConfig(dropout=0.5)))
+    write_adapter_folder(tmp_path / "a", random_adapter(ModelFolder(model_folder).config, LoRAConfig(dropout=0.5)))
     model, _ = mlx_afm.load(model_folder, tmp_path / "a")
     assert mx.array_equal(model(IDS), model(IDS))
 

@@ -11,14 +11,13 @@ import pytest
 import tolerances
 from mlx_afm import __version__
 from mlx_afm.adapters import LoRAConfig, read_adapter, write_adapter_folder
-from mlx_afm.checkpoints.model_folder import read_config
 from mlx_afm.errors import AdapterError, ConfigError
 from mlx_afm.formats.fmadapter import PUBLIC_SIGNATURE, read_fmadapter
+from mlx_afm.model_folder import ModelFolder
 from mlx_afm.training import TrainConfig
 from mlx_afm.workflows.check import CheckConfig, check_package
 from mlx_afm.workflows.export import ExportConfig, convert_adapter, export_fmadapter, export_package
-from mlx_afm.workflows.lineage import fingerprint_of_model
-from mlx_afm.workflows.load import base_adapter, load
+from mlx_afm.workflows.load import load
 from mlx_afm.workflows.logit_change import logit_change
 from mlx_afm.workflows.lora import LoRAJob, train
 from tiny import random_adapter
@@ -35,7 +34,7 @@ def new_folder(model_folder, tmp_path):
     """A function that writes a random adapter of some form for the small model."""
 
     def make(config=None, size=1.0):
-        adapter = random_adapter(read_config(model_folder), config)
+        adapter = random_adapter(ModelFolder(model_folder).config, config)
         scaled = {
             name: (t.read_values() * np.float32(size if name.endswith("b") else 1))
             for name, t in adapter.weights.items()
@@ -68,7 +67,7 @@ def test_a_padded_and_folded_adapter_gives_the_same_logits_imported(config, new_
     assert result.logits.tokens > 30
     # Imported as a folder, it is the same adapter still.
     imported = convert_adapter(result.package, tmp_path / "imported")
-    again = logit_change(model_folder, read_adapter(imported), result.package, ["copy abc"])
+    again = logit_change(ModelFolder(model_folder), read_adapter(imported), result.package, ["copy abc"])
     assert again.max_change == 0
     told = " ".join(result.notes())
     assert f"rank {config.rank} padded to 32 with zeros: exact" in told
@@ -77,9 +76,13 @@ def test_a_padded_and_folded_adapter_gives_the_same_logits_imported(config, new_
 
 
 def test_a_logit_change_is_seen(new_folder, model_folder, adapter_forms):
-    change = logit_change(model_folder, read_adapter(new_folder()), adapter_forms["fmadapter"], ["copy abc"])
+    change = logit_change(
+        ModelFolder(model_folder), read_adapter(new_folder()), adapter_forms["fmadapter"], ["copy abc"]
+    )
     assert change.max_change == 0
-    other = logit_change(model_folder, read_adapter(new_folder(size=0.1)), adapter_forms["fmadapter"], ["copy abc"])
+    other = logit_change(
+        ModelFolder(model_folder), read_adapter(new_folder(size=0.1)), adapter_forms["fmadapter"], ["copy abc"]
+    )
     assert other.max_change > 1
     assert other.same_choice < 1
     assert other.to_dict()["largest_logit"] > 1
@@ -89,7 +92,7 @@ def test_a_logit_change_is_seen(new_folder, model_folder, adapter_forms):
 def test_import_is_the_exact_inverse(form, adapter_forms, model_folder, tmp_path):
     target = tmp_path / ("back.pt" if form == "pt" else "back")
     convert_adapter(adapter_forms["fmadapter"], target)
-    base = read_config(model_folder)
+    base = ModelFolder(model_folder).config
     wanted, found = values(adapter_forms["folder"]), values(target, base)
     assert all(np.array_equal(found[name], array) for name, array in wanted.items())
     package = convert_adapter(target, tmp_path / "box.fmadapter", model_path=model_folder)
@@ -112,7 +115,7 @@ def test_partial_adapters_take_the_base_models_tensors(new_folder, model_folder,
         exported(folder, tmp_path)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
     result = exported(folder, tmp_path, model=model_folder)
-    own, trained = base_adapter(model_folder).weights, values(folder)
+    own, trained = ModelFolder(model_folder).base_adapter.weights, values(folder)
     for name, array in values(result.package).items():
         expected = trained[name] if name in trained else own[name].read_values()
         assert np.array_equal(array, expected.astype(np.float16)), name
@@ -125,7 +128,7 @@ def test_partial_adapters_take_the_base_models_tensors(new_folder, model_folder,
 def test_a_pt_takes_the_rank_and_scale_of_the_toolkits_json(new_folder, model_folder, tmp_path):
     notes = []
     target = convert_adapter(new_folder(LoRAConfig(rank=8, scale=1.0)), tmp_path / "a.pt", on_note=notes.append)
-    adapter = read_adapter(target, read_config(model_folder))
+    adapter = read_adapter(target, ModelFolder(model_folder).config)
     assert (adapter.config.rank, adapter.config.scale) == (32, 0.5)
     assert notes == ["rank 8 padded to 32 with zeros: exact", "scale 1 folded into B (times 2): devices apply 0.5"]
 
@@ -192,7 +195,7 @@ def test_lineage_tells_settings_data_and_base(model_folder, data_folder, new_fol
 
     first = lineage()
     assert set(first) == {"library", "training", "data", "base_model"}
-    assert first["base_model"] == fingerprint_of_model(model_folder)
+    assert first["base_model"] == ModelFolder(model_folder).fingerprint
     assert all(len(first[name]) == 64 for name in ("training", "data", "base_model"))
     assert lineage(name="again") == first
     other = lineage(train_config=TrainConfig(iters=1, batch_size=2, learning_rate=2e-3), name="rate")

@@ -14,8 +14,8 @@ import mlx_afm
 import tolerances
 from mlx_afm import LoRAConfig, LoRAJob, TrainConfig
 from mlx_afm.adapters import adapter_shapes, read_adapter
-from mlx_afm.checkpoints.model_folder import load_model, read_config
 from mlx_afm.errors import AdapterError, ConfigError
+from mlx_afm.model_folder import ModelFolder
 from mlx_afm.workflows.convert import convert
 from mlx_afm.workflows.lora_start import start_adapter
 
@@ -42,7 +42,7 @@ def test_it_learns_and_loads_back_with_the_loss_it_had(run, model_folder, data_f
     assert valid.loss < mlx_afm.score(model_folder, None, data_folder / "valid.jsonl").loss - 0.01
     settings = json.loads((job.adapter_path / "adapter_config.json").read_text())
     assert settings["fine_tune_type"] == job.lora.fine_tune_type
-    adapter = read_adapter(job.adapter_path, read_config(model_folder))
+    adapter = read_adapter(job.adapter_path, ModelFolder(model_folder).config)
     assert {name: t.shape for name, t in adapter.weights.items()} == adapter_shapes(adapter.base, adapter.config)
     assert {tensor.dtype for tensor in adapter.weights.values()} == {"float32"}
 
@@ -83,13 +83,13 @@ def test_mlx_lm_loads_it(run, model_folder):
     job, _ = run
     if job.lora.fine_tune_type != "full":
         pytest.skip("its DoRA layer does not know the fused projection")
-    model = utils.load_adapters(load_model(model_folder), str(job.adapter_path))
+    model = utils.load_adapters(ModelFolder(model_folder).load_model(), str(job.adapter_path))
     assert mx.allclose(model(TOKENS), mlx_afm.load(model_folder, job.adapter_path)[0](TOKENS), atol=1e-5)
 
 
 def test_full_trains_every_weight_but_the_quantisers(model_folder):
-    model = load_model(model_folder)
-    start_adapter(model, model_folder, LoRAConfig(fine_tune_type="full"), seed=0)
+    model = ModelFolder(model_folder).load_model()
+    start_adapter(model, ModelFolder(model_folder), LoRAConfig(fine_tune_type="full"), seed=0)
     trainable = {name for name, _ in tree_flatten(model.trainable_parameters())}
     rest = {name for name, _ in tree_flatten(model.parameters())} - trainable
     assert rest
@@ -99,11 +99,11 @@ def test_full_trains_every_weight_but_the_quantisers(model_folder):
 
 def test_full_of_some_layers(model_folder, data_folder, tmp_path):
     job, _ = trained(model_folder, data_folder, tmp_path / "a", fine_tune_type="full", layers="reuse")
-    weights = read_adapter(job.adapter_path, read_config(model_folder)).weights
+    weights = read_adapter(job.adapter_path, ModelFolder(model_folder).config).weights
     assert weights
     assert all(name.startswith("model.kv_reuse_layers.") for name in weights)
     model = mlx_afm.load(model_folder, job.adapter_path)[0]
-    base = dict(tree_flatten(load_model(model_folder).parameters()))
+    base = dict(tree_flatten(ModelFolder(model_folder).load_model().parameters()))
     changed = {name for name, array in tree_flatten(model.parameters()) if not mx.array_equal(array, base[name])}
     assert changed == set(weights)
 
@@ -124,8 +124,8 @@ def test_full_on_a_sixteen_bit_base_is_trained_in_float32_and_loaded_in_its_dtyp
 
 @pytest.mark.parametrize("form", ["folder", "pt", "fmadapter"])
 def test_from_the_values_of_an_adapter_of_any_form(form, model_folder, adapter_forms):
-    model, given = load_model(model_folder), read_adapter(adapter_forms["folder"])
-    start_adapter(model, model_folder, LoRAConfig(), seed=0, adapter_file=adapter_forms[form])
+    model, given = ModelFolder(model_folder).load_model(), read_adapter(adapter_forms["folder"])
+    start_adapter(model, ModelFolder(model_folder), LoRAConfig(), seed=0, adapter_file=adapter_forms[form])
     arrays = dict(tree_flatten(model.trainable_parameters()))
     assert set(arrays) == set(given.weights)
     assert all(np.array_equal(np.array(arrays[name]), tensor.read_values()) for name, tensor in given.weights.items())
@@ -155,9 +155,9 @@ def test_a_feature_adapter_grows_from_another(model_folder, data_folder, adapter
 
 def test_what_the_adapter_lacks_is_new(model_folder, data_folder, tmp_path):
     first, _ = trained(model_folder, data_folder, tmp_path / "a", rank=4, targets=("q",), layers="0-1")
-    model = load_model(model_folder)
+    model = ModelFolder(model_folder).load_model()
     wanted = LoRAConfig(rank=4, targets=("q", "v"), layers="0-1")
-    form = start_adapter(model, model_folder, wanted, seed=0, adapter_file=first.adapter_path)
+    form = start_adapter(model, ModelFolder(model_folder), wanted, seed=0, adapter_file=first.adapter_path)
     assert (form.targets, form.layers) == (("q", "v"), "0-1")
     arrays, given = dict(tree_flatten(model.trainable_parameters())), read_adapter(first.adapter_path).weights
     assert all(np.array_equal(np.array(arrays[name]), tensor.read_values()) for name, tensor in given.items())
@@ -167,21 +167,37 @@ def test_what_the_adapter_lacks_is_new(model_folder, data_folder, tmp_path):
 
 def test_from_dora_and_full(run, model_folder):
     job, _ = run
-    model = load_model(model_folder)
-    start_adapter(model, model_folder, job.lora, seed=0, adapter_file=job.adapter_path)
+    model = ModelFolder(model_folder).load_model()
+    start_adapter(model, ModelFolder(model_folder), job.lora, seed=0, adapter_file=job.adapter_path)
     adapted = mlx_afm.load(model_folder, job.adapter_path)[0]
     assert mx.array_equal(model(TOKENS), adapted(TOKENS))
     with pytest.raises(ConfigError, match=f"another form .*--fine-tune-type {job.lora.fine_tune_type}"):
-        start_adapter(load_model(model_folder), model_folder, LoRAConfig(), seed=0, adapter_file=job.adapter_path)
+        start_adapter(
+            ModelFolder(model_folder).load_model(),
+            ModelFolder(model_folder),
+            LoRAConfig(),
+            seed=0,
+            adapter_file=job.adapter_path,
+        )
 
 
 def test_another_rank_or_less_than_there_is_is_refused(run, model_folder, adapter_forms):
     with pytest.raises(ConfigError, match=r"expected rank 32, scale 0.5, found rank 8, .*--rank 32 --scale 0.5"):
         start_adapter(
-            load_model(model_folder), model_folder, LoRAConfig(rank=8), seed=0, adapter_file=adapter_forms["pt"]
+            ModelFolder(model_folder).load_model(),
+            ModelFolder(model_folder),
+            LoRAConfig(rank=8),
+            seed=0,
+            adapter_file=adapter_forms["pt"],
         )
     job, _ = run
     if job.lora.fine_tune_type == "full":
         less = replace(job.lora, layers="0")
         with pytest.raises(AdapterError, match=r"changes more than would be trained.*--layers all"):
-            start_adapter(load_model(model_folder), model_folder, less, seed=0, adapter_file=job.adapter_path)
+            start_adapter(
+                ModelFolder(model_folder).load_model(),
+                ModelFolder(model_folder),
+                less,
+                seed=0,
+                adapter_file=job.adapter_path,
+            )

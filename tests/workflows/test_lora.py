@@ -12,8 +12,8 @@ import pytest
 import mlx_afm
 from mlx_afm import LoRAConfig, LoRAJob, TrainConfig
 from mlx_afm.adapters import adapter_weights, read_adapter, write_adapter_folder
-from mlx_afm.checkpoints.model_folder import load_model
 from mlx_afm.errors import ConfigError
+from mlx_afm.model_folder import ModelFolder
 from mlx_afm.workflows.lora_start import start_adapter
 
 SHORT = TrainConfig(iters=6, batch_size=4, learning_rate=3e-3, steps_per_eval=2, save_every=2, steps_per_report=2)
@@ -55,8 +55,8 @@ def test_the_trained_adapter_loads_back_with_the_loss_it_had(trained):
 
 
 def test_training_starts_from_the_tensors_in_the_checkpoint(model_folder):
-    model = load_model(model_folder)
-    start_adapter(model, model_folder, LoRAConfig(), seed=7)
+    model = ModelFolder(model_folder).load_model()
+    start_adapter(model, ModelFolder(model_folder), LoRAConfig(), seed=7)
     base = read_adapter(model_folder / "base_adapter")
     weights = adapter_weights(model)
     assert all(np.array_equal(np.array(weights[name]), tensor.read_values()) for name, tensor in base.weights.items())
@@ -80,8 +80,8 @@ def test_untrained_targets_keep_the_checkpoints_tensors(model_folder, data_folde
 
 
 def test_another_rank_starts_afresh_when_the_base_adapter_does_nothing(model_folder):
-    model = load_model(model_folder)
-    form = start_adapter(model, model_folder, LoRAConfig(rank=8, scale=2.0, targets=("o",)), seed=0)
+    model = ModelFolder(model_folder).load_model()
+    form = start_adapter(model, ModelFolder(model_folder), LoRAConfig(rank=8, scale=2.0, targets=("o",)), seed=0)
     assert (form.rank, form.scale, form.targets) == (8, 2.0, ("o",))
     assert all("out_proj" in name for name in adapter_weights(model))
 
@@ -94,8 +94,8 @@ def test_an_active_base_adapter_of_another_form_is_part_of_the_model(model_folde
     tokens = mx.arange(3, 20)[None]
     assert not mx.allclose(plain(tokens), active(tokens))
     with pytest.raises(ConfigError, match=r"active adapter \(expected rank 32, scale 0.5, found rank 8"):
-        start_adapter(load_model(folder), folder, LoRAConfig(rank=8), seed=0)
-    start_adapter(load_model(folder), folder, LoRAConfig(), seed=0)
+        start_adapter(ModelFolder(folder).load_model(), ModelFolder(folder), LoRAConfig(rank=8), seed=0)
+    start_adapter(ModelFolder(folder).load_model(), ModelFolder(folder), LoRAConfig(), seed=0)
 
 
 def test_the_same_job_gives_the_same_adapter(trained, tmp_path):

@@ -14,9 +14,10 @@ import mlx_afm
 from mlx_afm import LoRAConfig, LoRAJob, TrainConfig
 from mlx_afm.adapters import add_adapter, read_adapter
 from mlx_afm.checkpoints.arrays import from_mlx, to_mlx
-from mlx_afm.checkpoints.model_folder import KEPT_FILES, kept_settings, load_model, read_quantization, write_config
+from mlx_afm.checkpoints.mlx_checkpoint import KEPT_FILES, write_config
 from mlx_afm.errors import AdapterError, ConfigError
 from mlx_afm.formats.mlx_folder import read_shards, write_shards
+from mlx_afm.model_folder import ModelFolder
 from mlx_afm.quant import QuantConfig
 from mlx_afm.workflows.lora_start import start_adapter
 from tiny import tiny_model
@@ -36,7 +37,7 @@ def dense(model_folder, tmp_path_factory):
     write_shards(folder, {name: from_mlx(array) for name, array in tree_flatten(model.parameters())})
     for name in KEPT_FILES:
         shutil.copyfile(model_folder / name, folder / name)
-    write_config(folder, model.args, {**kept_settings(model_folder), "torch_dtype": "float32"})
+    write_config(folder, model.args, {**ModelFolder(model_folder).kept_settings, "torch_dtype": "float32"})
     return folder
 
 
@@ -49,7 +50,7 @@ def run(dense, data_folder, tmp_path_factory):
 
 def live_model(dense, job):
     """The model as training left it: float weights, rounded in each pass."""
-    model = load_model(dense)
+    model = ModelFolder(dense).load_model()
     add_adapter(model, job.lora)
     adapter = read_adapter(job.adapter_path)
     model.load_weights([(name, to_mlx(tensor)) for name, tensor in adapter.weights.items()], strict=False)
@@ -75,7 +76,7 @@ def test_what_is_exported_are_exact_codes(run, dense, tmp_path):
     model, tokenizer = mlx_afm.load(done.folder)
     assert mx.abs(model(TOKENS) - live_model(dense, job)(TOKENS)).max().item() < 2e-4
     assert isinstance(mlx_afm.generate(model, tokenizer, "list", max_tokens=3), str)
-    schemes = read_quantization(done.folder)
+    schemes = ModelFolder(done.folder).schemes
     assert {str(scheme) for path, scheme in schemes.items() if path != "model.embedding"} == {"balanced 2-bit"}
     assert str(schemes["model.embedding"]) == "affine 4-bit"
     apple = mlx_afm.convert(dense, tmp_path / "plain", quantization=QuantConfig(recipe="apple")).folder
@@ -89,13 +90,13 @@ def test_what_is_exported_are_exact_codes(run, dense, tmp_path):
 def test_dense_again_if_that_is_asked_for(run, dense, tmp_path):
     job, _ = run
     done = mlx_afm.fuse(dense, job.adapter_path, tmp_path / "fused", dequantize=True)
-    assert (done.form, read_quantization(done.folder)) == ("dense", {})
+    assert (done.form, ModelFolder(done.folder).schemes) == ("dense", {})
     assert done.difference < 2e-4
 
 
 def test_before_any_step_it_is_what_convert_makes(dense, tmp_path):
     apple = mlx_afm.convert(dense, tmp_path / "plain", quantization=QuantConfig(recipe="apple")).folder
-    model = load_model(dense)
+    model = ModelFolder(dense).load_model()
     add_adapter(model, QAT)
     assert mx.abs(model(TOKENS) - mlx_afm.load(apple)[0](TOKENS)).max().item() < 2e-4
 
@@ -128,7 +129,7 @@ def test_some_projections_alone_leave_the_others_dense(dense, data_folder, tmp_p
     mlx_afm.train(job)
     done = mlx_afm.fuse(dense, job.adapter_path, tmp_path / "codes")
     mlps = {f"model.kv_reuse_layers.{n}.mlp.{name}_proj" for n in (0, 1) for name in ("up", "down")}
-    assert set(read_quantization(done.folder)) == {"model.embedding", *mlps}
+    assert set(ModelFolder(done.folder).schemes) == {"model.embedding", *mlps}
     assert done.difference == 0
 
 
@@ -137,7 +138,7 @@ def test_scales_do_not_decay(dense, data_folder, tmp_path):
     config = replace(CONFIG, iters=1, learning_rate=1e-6, weight_decay=1e5, schedule="constant", warmup=0)
     job = LoRAJob(model=dense, data=data_folder, adapter_path=tmp_path / "a", lora=QAT, train=config)
     mlx_afm.train(job)
-    path, model = "model.layers.0.mlp.up_proj", load_model(dense)
+    path, model = "model.layers.0.mlp.up_proj", ModelFolder(dense).load_model()
     add_adapter(model, QAT)
     before, after = dict(tree_flatten(model.parameters())), read_adapter(job.adapter_path).weights
     assert np.abs(after[f"{path}.weight"].read_values()).sum() < 0.95 * mx.abs(before[f"{path}.weight"]).sum().item()
@@ -146,16 +147,18 @@ def test_scales_do_not_decay(dense, data_folder, tmp_path):
 
 def test_a_new_run_starts_from_its_values_but_not_from_a_part_of_them(run, dense):
     job, _ = run
-    model = load_model(dense)
-    start_adapter(model, dense, QAT, seed=0, adapter_file=job.adapter_path)
+    model = ModelFolder(dense).load_model()
+    start_adapter(model, ModelFolder(dense), QAT, seed=0, adapter_file=job.adapter_path)
     stored = read_adapter(job.adapter_path).weights
     for name, array in tree_flatten(model.trainable_parameters()):
         assert np.array_equal(np.array(array), stored[name].read_values()), name
     less = LoRAConfig(fine_tune_type="qat", layers="0")
     with pytest.raises(AdapterError, match=r"changes more than would be trained"):
-        start_adapter(load_model(dense), dense, less, seed=0, adapter_file=job.adapter_path)
+        start_adapter(ModelFolder(dense).load_model(), ModelFolder(dense), less, seed=0, adapter_file=job.adapter_path)
     with pytest.raises(ConfigError, match=r"another form .*expected qat.*--fine-tune-type qat"):
-        start_adapter(load_model(dense), dense, LoRAConfig(), seed=0, adapter_file=job.adapter_path)
+        start_adapter(
+            ModelFolder(dense).load_model(), ModelFolder(dense), LoRAConfig(), seed=0, adapter_file=job.adapter_path
+        )
 
 
 def test_codes_are_refused_as_a_start_and_the_toolkits_forms_as_an_end(run, dense, data_folder, tmp_path):

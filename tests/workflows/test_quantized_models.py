@@ -14,11 +14,12 @@ import mlx_afm
 import tolerances
 from mlx_afm import LoRAConfig, LoRAJob, TrainConfig
 from mlx_afm.checkpoints.arrays import from_mlx
-from mlx_afm.checkpoints.model_folder import KEPT_FILES, kept_settings, read_quantization, write_config
+from mlx_afm.checkpoints.mlx_checkpoint import KEPT_FILES, write_config
 from mlx_afm.checkpoints.quantized import row_blocks
 from mlx_afm.errors import AdapterError, ConfigError, TensorsError
 from mlx_afm.formats.mlx_folder import read_shards, write_shards
 from mlx_afm.formats.tensors import LazyTensor
+from mlx_afm.model_folder import ModelFolder
 from mlx_afm.quant import QuantConfig, Scheme, dequantize_balanced, unpack_codes
 from tiny import tiny_model
 
@@ -39,7 +40,7 @@ def write_model(folder, model, like):
     write_shards(folder, {name: from_mlx(array) for name, array in tree_flatten(model.parameters())})
     for name in KEPT_FILES:
         shutil.copyfile(like / name, folder / name)
-    write_config(folder, model.args, {**kept_settings(like), "torch_dtype": "float32"})
+    write_config(folder, model.args, {**ModelFolder(like).kept_settings, "torch_dtype": "float32"})
     return folder
 
 
@@ -70,7 +71,7 @@ def bits_of(tensors):
 def test_the_whole_line(form, dense_folder, data_folder, tmp_path):
     folder = tmp_path / "codes"
     done = mlx_afm.convert(dense_folder, folder, quantization=QuantConfig(**FORMS[form]), verify=True)
-    schemes = read_quantization(folder)
+    schemes = ModelFolder(folder).schemes
     assert sum(done.quantized.values()) == len(schemes) == len(matrices_of(dense_folder))
     assert done.left_dense == ()
     model, tokenizer = mlx_afm.load(folder)
@@ -96,7 +97,7 @@ def test_the_whole_line(form, dense_folder, data_folder, tmp_path):
     assert dense.effect == kept.effect
     fused, _ = mlx_afm.load(dense.folder)
     assert mx.abs(fused(TOKENS) - live(TOKENS)).max().item() <= tolerances.LOGITS_QUANTIZED
-    assert not read_quantization(dense.folder)
+    assert not ModelFolder(dense.folder).schemes
 
 
 def matrices_of(folder):
@@ -167,8 +168,8 @@ def test_16_bits_are_computed_in_16_bits_and_cast_without_touching_codes(form, d
     mlx_afm.convert(tmp_path / "codes", tmp_path / "wide", dtype="float32")
     assert mlx_afm.load(tmp_path / "wide")[0](TOKENS).dtype == mx.float32
     before, after = read_shards(tmp_path / "codes"), read_shards(tmp_path / "wide")
-    paths = set(read_quantization(tmp_path / "codes"))
-    assert paths == set(read_quantization(tmp_path / "wide"))
+    paths = set(ModelFolder(tmp_path / "codes").schemes)
+    assert paths == set(ModelFolder(tmp_path / "wide").schemes)
     inside = [name for name in before if name.rpartition(".")[0] in paths]
     assert bits_of({n: before[n] for n in inside}) == bits_of({n: after[n] for n in inside})
 
@@ -194,7 +195,7 @@ def test_a_predicate_leaves_matrices_dense(dense_folder, tmp_path):
         return Scheme(mode="mxfp8") if path.endswith("qkv_proj") else not path.endswith("embedding")
 
     mlx_afm.convert(dense_folder, tmp_path / "q", quantization=QuantConfig(bits=4, predicate=predicate))
-    schemes = read_quantization(tmp_path / "q")
+    schemes = ModelFolder(tmp_path / "q").schemes
     assert "model.embedding" not in schemes
     assert schemes["model.layers.0.self_attn.qkv_proj"].mode == "mxfp8"
     told = json.loads((tmp_path / "q" / "config.json").read_text())["quantization"]

@@ -14,14 +14,13 @@ from mlx.utils import tree_flatten
 import mlx_afm
 from mlx_afm import LoRAConfig, LoRAJob, TrainConfig
 from mlx_afm.adapters import adapter_weights, read_adapter
-from mlx_afm.checkpoints.model_folder import load_model
 from mlx_afm.data import make_batch, read_tokens
 from mlx_afm.errors import ConfigError
+from mlx_afm.model_folder import ModelFolder
 from mlx_afm.quant import QuantConfig
 from mlx_afm.quant.residual import InitConfig
 from mlx_afm.training.distill import distillation_from
 from mlx_afm.workflows.convert import convert
-from mlx_afm.workflows.load import base_adapter
 from mlx_afm.workflows.lora_start import start_adapter
 from mlx_afm.workflows.recover import RecoverJob, recover
 
@@ -74,7 +73,9 @@ def test_memory_told_counts_the_teacher(codes, model_folder, data_folder, tmp_pa
         job = job_of(codes, teacher, data_folder, tmp_path / loss, loss=loss)
         recover(job, on_event=told.append, should_stop=lambda: True)
     first, second = (event.peak_bytes for event in told if isinstance(event, MemoryEstimated))
-    assert second - first == sum(array.nbytes for _, array in tree_flatten(load_model(model_folder).parameters()))
+    assert second - first == sum(
+        array.nbytes for _, array in tree_flatten(ModelFolder(model_folder).load_model().parameters())
+    )
 
 
 def test_resumed_it_ends_the_same_and_another_teacher_is_refused(recovered, tmp_path, copy_of, model_folder):
@@ -105,14 +106,14 @@ def test_two_tiers(codes, model_folder, data_folder, tmp_path, copy_of):
     assert mx.array_equal(tuned(TOKENS), live(TOKENS))
     assert not mx.allclose(tuned(TOKENS), mlx_afm.load(codes)[0](TOKENS), atol=1e-2)
 
-    model = load_model(folder)
-    start_adapter(model, folder, RANK4, seed=0)
+    model = ModelFolder(folder).load_model()
+    start_adapter(model, ModelFolder(folder), RANK4, seed=0)
     assert mx.array_equal(model(TOKENS), tuned(TOKENS))
     feature = LoRAJob(model=folder, data=data_folder, adapter_path=tmp_path / "f", lora=RANK4, train=CONFIG, cache=None)
     result = mlx_afm.train(feature)
     valid = data_folder / "valid.jsonl"
     assert result.best_loss < mlx_afm.score(folder, None, valid).loss
-    stored = base_adapter(folder).weights
+    stored = ModelFolder(folder).base_adapter.weights
     changed = mlx_afm.load(folder, feature.adapter_path)[0]
     assert {name: a.shape for name, a in adapter_weights(changed).items()} == {n: t.shape for n, t in stored.items()}
     assert any(
