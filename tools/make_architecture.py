@@ -20,7 +20,11 @@ def packages() -> dict[str, list[Path]]:
         folder.name: sorted(folder.rglob("*.py")) for folder in sorted((ROOT / "mlx_afm").iterdir()) if folder.is_dir()
     }
     found["model_folder"] = [ROOT / "mlx_afm" / "model_folder.py"]
-    return {name: files for name, files in {**dict(sorted(found.items())), "cli": sorted((ROOT / "cli").rglob("*.py"))}.items() if files}
+    return {
+        name: files
+        for name, files in {**dict(sorted(found.items())), "cli": sorted((ROOT / "cli").rglob("*.py"))}.items()
+        if files
+    }
 
 
 def imported(files: list[Path]) -> set[str]:
