@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_afm.adapters import LoRAConfig, add_adapter
 from mlx_afm.data import Batch, Tokens, make_batch
 from mlx_afm.model import AFMConfig, Model
-from mlx_afm.model.quantized import quantize_module
+from mlx_afm.model.projections import quantize_module
 from mlx_afm.quant import QuantConfig, plan_schemes
 from mlx_afm.training import TrainConfig
 from mlx_afm.training.optimizers import GroupedOptimizer

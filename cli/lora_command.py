@@ -25,9 +25,9 @@ SCORING = ("model", "data", "adapter_path", "test", "best", "no_cache", "batch_s
 @json_option
 def command(config: Path | None, as_json: bool, **flags: Any) -> int:
     """Train a LoRA adapter (--train), score it on held-out data (--test), or both."""
+    from mlx_afm.runs.folder import best_adapter
     from mlx_afm.training import Event, TrainingResumed, TrainingStarted, join_ranks
     from mlx_afm.workflows.lora import require_valid_split, score, train
-    from mlx_afm.workflows.run_folder import best_adapter
 
     request = request_from(config, flags)
     job = request.job

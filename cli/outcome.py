@@ -51,6 +51,6 @@ def chosen_adapter(path: Path | None, best: bool) -> Path | None:
         return path
     if path is None:
         raise click.UsageError("--best needs --adapter-path, the folder of a run")
-    from mlx_afm.workflows.run_folder import best_adapter
+    from mlx_afm.runs.folder import best_adapter
 
     return best_adapter(path)

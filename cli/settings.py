@@ -12,9 +12,9 @@ import click
 from mlx_afm.adapters import LoRAConfig
 from mlx_afm.adapters.config import WHOLE_WEIGHTS
 from mlx_afm.errors import SettingError
+from mlx_afm.runs.job import LoRAJob
 from mlx_afm.training import TrainConfig
 from mlx_afm.training.config import OPTIMIZERS
-from mlx_afm.workflows.lora import LoRAJob
 
 from .data_options import reading_from
 from .settings_file import LORA_KEYS, SWITCHES, TRAIN_KEYS, read_settings

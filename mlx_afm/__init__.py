@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mlx_afm.generation import GenerateConfig, PrefixCache, batch_generate, generate, stream_generate
     from mlx_afm.interop import register
     from mlx_afm.quant.residual import InitConfig
+    from mlx_afm.runs.job import LoRAJob
     from mlx_afm.text.response_format import response_format
     from mlx_afm.training import Callback, TrainConfig
     from mlx_afm.workflows.calibrate import Calibration
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from mlx_afm.workflows.fuse import fuse
     from mlx_afm.workflows.inspect import inspect
     from mlx_afm.workflows.load import load
-    from mlx_afm.workflows.lora import LoRAJob, score, train
+    from mlx_afm.workflows.lora import score, train
     from mlx_afm.workflows.plot import plot
     from mlx_afm.workflows.recover import RecoverJob, recover
 
@@ -60,7 +61,7 @@ _HOMES = {
     "GenerateConfig": "generation",
     "InitConfig": "quant.residual",
     "LoRAConfig": "adapters",
-    "LoRAJob": "workflows.lora",
+    "LoRAJob": "runs.job",
     "MissingDependencyError": "errors",
     "PrefixCache": "generation",
     "RecoverJob": "workflows.recover",

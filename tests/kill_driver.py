@@ -25,9 +25,9 @@ from mlx_afm.checkpoints.mlx_checkpoint import write_config
 from mlx_afm.errors import AFMError
 from mlx_afm.formats.mlx_folder import write_shards
 from mlx_afm.formats.safetensors_file import read_safetensors
+from mlx_afm.runs.folder import METRICS
+from mlx_afm.runs.state import STATE, read_state
 from mlx_afm.workflows.demo import ASSETS
-from mlx_afm.workflows.run_folder import METRICS
-from mlx_afm.workflows.run_state import STATE, read_state
 from tiny import tiny_model
 
 CONFIG = TrainConfig(

@@ -12,7 +12,7 @@ import pytest
 import mlx_afm
 import tolerances
 from mlx_afm.interop import MODULE, SHIM, MlxLmModel
-from mlx_afm.model.quantized import Quantized
+from mlx_afm.model.projections import Quantized
 from mlx_afm.quant import QuantConfig
 
 FORMS = {

@@ -20,6 +20,7 @@ LEVELS = (
     ("model_folder",),
     ("training", "generation", "memory"),
     ("draft",),
+    ("runs",),
     ("workflows",),
     ("serving", "evaluation"),
     ("__init__", "__main__"),
@@ -261,3 +262,37 @@ def test_no_two_public_classes_share_a_name():
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 places.setdefault(node.name, []).append(str(file.relative_to(ROOT)))
     assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
+def module_of(file):
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    parts = ("mlx_afm_cli", *parts[1:]) if parts[0] == "cli" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def circles(edges):
+    """The groups of modules that import each other, directly or by way of others."""
+    reached = {name: set(others) for name, others in edges.items()}
+    for middle in reached:
+        for others in reached.values():
+            if middle in others:
+                others |= reached[middle]
+    return {
+        frozenset({name} | {other for other in others if name in reached.get(other, ())})
+        for name, others in reached.items()
+        if name in others
+    }
+
+
+def test_a_circle_is_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == {frozenset({"b", "c"})}
+
+
+def test_no_modules_import_each_other(imports):
+    """Late imports and those for types count: what needs each other belongs in one module, or a part of it below."""
+    modules = {module_of(file) for file in source_files()}
+    edges = {name: set() for name in modules}
+    for item in imports:
+        if item.name in modules and item.name != module_of(item.file):
+            edges[module_of(item.file)].add(item.name)
+    assert circles(edges) == set()

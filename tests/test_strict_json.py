@@ -32,9 +32,9 @@ OWN = {
     "mlx_afm/text/messages.py": "a fault, shown",
     "mlx_afm/training/distributed.py": "a digest",
     "mlx_afm/workflows/answer.py": "a digest",
-    "mlx_afm/workflows/lineage.py": "a digest",
-    "mlx_afm/workflows/run_folder.py": "a copy",
-    "mlx_afm/workflows/run_state.py": "the state of a run, which only a run reads",
+    "mlx_afm/runs/lineage.py": "a digest",
+    "mlx_afm/runs/folder.py": "a copy",
+    "mlx_afm/runs/state.py": "the state of a run, which only a run reads",
 }
 
 

@@ -21,8 +21,8 @@ from mlx_afm.errors import AdapterError
 from mlx_afm.model import Model
 from mlx_afm.model.dora import DoRAFusedLinear, DoRALinear
 from mlx_afm.model.lora import LoRAFusedLinear, LoRALinear
+from mlx_afm.model.projections import dequantize_modules, is_quantized
 from mlx_afm.model.qat import put_codes, start_qat
-from mlx_afm.model.quantized import dequantize_modules, is_quantized
 from mlx_afm.tree import require_same_tensors
 
 LORA_LAYERS = (LoRALinear, LoRAFusedLinear, DoRALinear, DoRAFusedLinear)

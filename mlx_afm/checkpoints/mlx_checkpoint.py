@@ -29,7 +29,7 @@ from mlx_afm.formats.safetensors_file import write_safetensors
 from mlx_afm.formats.tensors import LazyTensor, OnBytes
 from mlx_afm.formats.torch_file import write_torch
 from mlx_afm.model import AFMConfig, Model, ToolkitConfig, to_toolkit_config
-from mlx_afm.model.quantized import quantize_modules
+from mlx_afm.model.projections import quantize_modules
 from mlx_afm.quant import Scheme
 from mlx_afm.text.system_prompt import SYSTEM_PROMPTS
 from mlx_afm.tree import require_same_tensors

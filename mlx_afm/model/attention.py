@@ -15,7 +15,8 @@ import mlx.nn as nn
 from mlx_afm.model import backend
 from mlx_afm.model.attention_context import AttentionContext, take_rows
 from mlx_afm.model.config import AFMConfig
-from mlx_afm.model.layers import FusedLinear, Linear, RMSNorm, fake_quantize, rotate, rotate_in_training
+from mlx_afm.model.layers import RMSNorm, fake_quantize, rotate, rotate_in_training
+from mlx_afm.model.projections import FusedLinear, Linear
 from mlx_afm.model.recompute import gradient_barrier, recomputed
 
 

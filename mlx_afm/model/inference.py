@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_afm.model import backend
 from mlx_afm.model.cpu.layout import lay_out_for_decoding
 from mlx_afm.model.dora import DoRAFusedLinear, DoRALinear, adapted_lengths, dense_weight
-from mlx_afm.model.layers import FeedForward, FusedLinear, Linear, RMSNorm
+from mlx_afm.model.layers import FeedForward, RMSNorm
 from mlx_afm.model.lora import PARTS, LoRAFusedLinear, LoRALinear
 from mlx_afm.model.low_rank import (
     Adaptable,
@@ -30,7 +30,7 @@ from mlx_afm.model.low_rank import (
 )
 from mlx_afm.model.model import Model
 from mlx_afm.model.packed import Packed
-from mlx_afm.model.quantized import Quantized, QuantizedFusedLinear, QuantizedLinear, quantized
+from mlx_afm.model.projections import FusedLinear, Linear, Quantized, QuantizedFusedLinear, QuantizedLinear, quantized
 from mlx_afm.quant.scheme import BALANCED
 
 

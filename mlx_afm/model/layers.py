@@ -5,10 +5,7 @@ Shape suffixes: B batch, L tokens, H heads, E head width, P pairs of it, D model
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,7 +13,7 @@ import numpy as np
 
 from mlx_afm.model import backend
 from mlx_afm.model.config import AFMConfig
-from mlx_afm.model.lora import LoRAFusedLinear, LoRALinear
+from mlx_afm.model.projections import Linear
 from mlx_afm.model.recompute import recomputed
 
 
@@ -35,127 +32,6 @@ class RMSNorm(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """The normalized x, in x's dtype."""
         return mx.fast.rms_norm(x, self.weight.astype(x.dtype), self.eps)
-
-
-def _initial_weight(output_dims: int, input_dims: int) -> mx.array:
-    return mx.random.normal((output_dims, input_dims), scale=1 / math.sqrt(input_dims))
-
-
-def _quantize(module: nn.Module, group_size: int | None, bits: int | None, mode: str, **others: Any) -> nn.Module:
-    from mlx_afm.model.quantized import quantize_module  # late: it is built on these layers
-
-    return quantize_module(module, group_size, bits, mode, **others)
-
-
-class Linear(nn.Linear):
-    """A linear layer without bias that knows its adapted form."""
-
-    def __init__(self, input_dims: int, output_dims: int) -> None:
-        super().__init__(input_dims, output_dims, bias=False)
-        self.weight = _initial_weight(output_dims, input_dims)
-
-    def plus(self, x: mx.array, residual: mx.array) -> mx.array:
-        """residual + the projection of x: one kernel, rounded once."""
-        return mx.addmm(residual, x, self.weight.T)
-
-    def to_lora(self, r: int = 32, scale: float = 0.5, dropout: float = 0.0, key: mx.array | None = None) -> LoRALinear:
-        """This layer with a low-rank update of rank r (argument names are mlx-lm's)."""
-        return LoRALinear(self, r, scale=scale, dropout=dropout, key=key)
-
-    def to_quantized(
-        self, group_size: int | None = None, bits: int | None = None, mode: str = "affine", **others: Any
-    ) -> nn.Module:
-        """This layer over quantised weights (argument names are mlx-lm's)."""
-        return _quantize(self, group_size, bits, mode, **others)
-
-    def with_weight(self, weight: mx.array) -> Linear:
-        """A layer of the same form with another weight."""
-        other = Linear(1, 1)
-        other.weight = weight
-        return other
-
-
-class Embedding(nn.Embedding):
-    """The embedding, which is also the head, that knows its quantised form."""
-
-    def to_quantized(
-        self, group_size: int | None = None, bits: int | None = None, mode: str = "affine", **others: Any
-    ) -> nn.Module:
-        """This table over quantised weights (argument names are mlx-lm's)."""
-        return _quantize(self, group_size, bits, mode, **others)
-
-    def with_weight(self, weight: mx.array) -> Embedding:
-        """A table of the same form with another weight."""
-        other = Embedding(1, 1)
-        other.weight = weight
-        return other
-
-
-def queries_keys_values(
-    rows: Callable[[mx.array, slice], mx.array], q_dims: int, kv_dims: int, x: mx.array, x_queries: mx.array | None
-) -> tuple[mx.array, mx.array, mx.array]:
-    """Queries, keys and values of x; with `x_queries`, queries of that and the rest of x.
-
-    Args:
-        rows: the projection of an input to some rows of the matrix, which holds the three one after the other.
-        q_dims, kv_dims: how many rows make queries, and keys or values.
-    """
-    if x_queries is None:
-        q, k, v = mx.split(rows(x, slice(None)), [q_dims, q_dims + kv_dims], axis=-1)
-    else:
-        q = rows(x_queries, slice(0, q_dims))
-        k, v = mx.split(rows(x, slice(q_dims, None)), 2, axis=-1)
-    return q, k, v
-
-
-class FusedLinear(nn.Module):
-    """One matrix that makes queries, keys and values; its rows are in this order.
-
-    A module of its own, not an `nn.Linear`: it returns three arrays, and everything that replaces
-    linear layers by their class must leave it alone.
-    """
-
-    def __init__(self, input_dims: int, q_dims: int, kv_dims: int) -> None:
-        super().__init__()
-        self.q_dims, self.kv_dims = q_dims, kv_dims
-        self.weight = _initial_weight(q_dims + 2 * kv_dims, input_dims)
-
-    @property
-    def input_dims(self) -> int:
-        """Width of the input."""
-        return int(self.weight.shape[-1])
-
-    def __call__(self, x: mx.array, x_queries: mx.array | None = None) -> tuple[mx.array, mx.array, mx.array]:
-        """Queries, keys and values of x; with `x_queries`, queries of that and the rest of x."""
-        return queries_keys_values(self.rows, self.q_dims, self.kv_dims, x, x_queries)
-
-    def rows(self, x: mx.array, rows: slice) -> mx.array:
-        """The product of x with some rows of the matrix, not split."""
-        weight = self.weight if rows == slice(None) else self.weight[rows]
-        return x @ weight.T
-
-    def to_lora(
-        self,
-        r: int = 32,
-        scale: float = 0.5,
-        dropout: float = 0.0,
-        parts: tuple[str, ...] = ("q", "k", "v"),
-        key: mx.array | None = None,
-    ) -> LoRAFusedLinear:
-        """This layer with a low-rank update of rank r for each of `parts`."""
-        return LoRAFusedLinear(self, r, scale=scale, dropout=dropout, parts=parts, key=key)
-
-    def to_quantized(
-        self, group_size: int | None = None, bits: int | None = None, mode: str = "affine", **others: Any
-    ) -> nn.Module:
-        """This layer over quantised weights (argument names are mlx-lm's)."""
-        return _quantize(self, group_size, bits, mode, **others)
-
-    def with_weight(self, weight: mx.array) -> FusedLinear:
-        """A layer of the same form with another weight."""
-        other = FusedLinear(1, self.q_dims, self.kv_dims)
-        other.weight = weight
-        return other
 
 
 class FeedForward(nn.Module):

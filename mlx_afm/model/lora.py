@@ -23,7 +23,7 @@ PARTS = ("q", "k", "v")  # of the fused projection, in the order of its rows
 
 
 class FusedProjection(Protocol):
-    """A projection to queries, keys and values at once; see `layers.FusedLinear`."""
+    """A projection to queries, keys and values at once; see `projections.FusedLinear`."""
 
     weight: mx.array
     input_dims: int

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_afm.model.layers import queries_keys_values
+from mlx_afm.model.projections import queries_keys_values
 
 # Of a window in one module: A (D, W), B (W, O), and the columns that each row uses (B, W), None for all. A and B of
 # gate and up have two of these in front.

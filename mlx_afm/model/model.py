@@ -21,7 +21,8 @@ from mlx_afm.model.attention_context import AttentionContext, Packing, full_cont
 from mlx_afm.model.cache import KVCache
 from mlx_afm.model.cache_int8 import Int8KVCache
 from mlx_afm.model.config import AFMConfig
-from mlx_afm.model.layers import Embedding, FeedForward, RMSNorm
+from mlx_afm.model.layers import FeedForward, RMSNorm
+from mlx_afm.model.projections import Embedding
 from mlx_afm.model.recompute import recomputed
 
 

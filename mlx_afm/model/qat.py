@@ -24,10 +24,9 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlx_afm.errors import ConfigError
-from mlx_afm.model.layers import FusedLinear, Linear
 from mlx_afm.model.model import Model
 from mlx_afm.model.packed import Packed
-from mlx_afm.model.quantized import pack, quantized
+from mlx_afm.model.projections import FusedLinear, Linear, pack, quantized
 from mlx_afm.quant import QuantConfig, Scheme, plan_schemes, quantize_balanced
 from mlx_afm.quant.recipes import EMBEDDING
 
@@ -82,7 +81,7 @@ class QATLinear(nn.Module):
 
 
 class QATFusedLinear(nn.Module):
-    """The same of the projection to queries, keys and values; see `layers.FusedLinear`."""
+    """The same of the projection to queries, keys and values; see `projections.FusedLinear`."""
 
     def __init__(self, weight: mx.array, scales: mx.array, q_dims: int, kv_dims: int) -> None:
         super().__init__()

@@ -22,11 +22,12 @@ from mlx_afm.serving.answers import AnswerBuilder
 from mlx_afm.serving.api_error import APIError
 from mlx_afm.serving.config import ServeConfig
 from mlx_afm.serving.jobs import Delta, End, Event, Failure, Job
-from mlx_afm.serving.metrics import Metrics, Sample, SchedulerCollector, scheduler_samples
+from mlx_afm.serving.metrics import Metrics
 from mlx_afm.serving.model_thread import ModelThread
 from mlx_afm.serving.plan import plan_jobs, require_model
 from mlx_afm.serving.requests import CompletionRequest, Reader
 from mlx_afm.serving.responses import ResponseBuilder
+from mlx_afm.serving.scheduler_metrics import Sample, SchedulerCollector, scheduler_samples
 from mlx_afm.text.token_names import TokenNames
 
 T = TypeVar("T")

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,12 +29,10 @@ from mlx_afm.text.template import (
     EXECUTABLE_START,
     TURN_END,
     TURN_START,
+    TurnEncoder,
     encode,
     render,
 )
-
-if TYPE_CHECKING:
-    from mlx_afm.text.tokenizer import AFMTokenizer
 
 MARKS = (TURN_START, TURN_END, EXECUTABLE_START, EXECUTABLE_END)
 SYSTEM_PROMPTS = "system_prompts"  # key of `adapter_config.json`, and of the `config.json` of a fused model
@@ -100,7 +98,7 @@ def parse_system_prompts(value: Any) -> SystemPrompts:
     return tuple(value)
 
 
-def trained_system_prompts(examples: Iterable[Sequence[int] | Ids], tokenizer: AFMTokenizer) -> SystemPrompts:
+def trained_system_prompts(examples: Iterable[Sequence[int] | Ids], tokenizer: TurnEncoder) -> SystemPrompts:
     """The distinct system prompts of encoded conversations, the most frequent first, at most `MAX_RECORDED`.
 
     Tool definitions in a system turn are no part of the system prompt. Plain text has no system prompt.

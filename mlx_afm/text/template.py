@@ -13,20 +13,33 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from mlx_afm.errors import ConfigError, DataError
 from mlx_afm.files import to_json
 from mlx_afm.text.messages import ROLES, Message
 from mlx_afm.text.values import parse_arguments
 
-if TYPE_CHECKING:
-    from mlx_afm.text.tokenizer import AFMTokenizer
-
 DEFAULT_SYSTEM = "A conversation between a user and a helpful assistant."
 TURN_START, TURN_END, NEWLINE = "<turn_start>", "<turn_end>", "<n>"
 EXECUTABLE_START, EXECUTABLE_END = "<executable_start>", "<executable_end>"
 ASSISTANT = "assistant"
+
+
+class TurnEncoder(Protocol):
+    """What the chat template asks of a tokenizer; see `AFMTokenizer`."""
+
+    eos_id: int
+    prefix_id: int
+    turn_start_id: int
+    turn_end_id: int
+    newline_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids."""
 
 
 class Span(NamedTuple):
@@ -132,7 +145,7 @@ def render(
     return tuple(spans)
 
 
-def encode(spans: Sequence[Span], tokenizer: AFMTokenizer) -> Encoded:
+def encode(spans: Sequence[Span], tokenizer: TurnEncoder) -> Encoded:
     """Ids of a rendered conversation and their loss weights.
 
     The text is encoded in one call, as the model was trained; turns are then found by the ids of
@@ -162,13 +175,13 @@ def encode(spans: Sequence[Span], tokenizer: AFMTokenizer) -> Encoded:
     return Encoded(ids, weights, tuple(Turn(span.role, *place) for span, place in zip(bodies, places, strict=True)))
 
 
-def encode_text(text: str, tokenizer: AFMTokenizer) -> Encoded:
+def encode_text(text: str, tokenizer: TurnEncoder) -> Encoded:
     """Ids of plain text between two end-of-sequence tokens; all but the first are trained."""
     ids = [tokenizer.eos_id, *tokenizer.encode(text), tokenizer.eos_id]
     return Encoded(ids, [0.0, *[1.0] * (len(ids) - 1)])
 
 
-def _turns(ids: list[int], tokenizer: AFMTokenizer) -> Iterator[tuple[int, int, int]]:
+def _turns(ids: list[int], tokenizer: TurnEncoder) -> Iterator[tuple[int, int, int]]:
     """Start, body and stop of each whole turn."""
     stop = 0
     with suppress(ValueError):  # no further turn

@@ -22,7 +22,7 @@ from mlx_afm.errors import ConfigError, SettingError
 from mlx_afm.files import set_paths
 from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.model import AFMConfig, Model
-from mlx_afm.model.layers import FusedLinear, Linear
+from mlx_afm.model.projections import FusedLinear, Linear
 from mlx_afm.quant import QuantConfig, plan_schemes
 from mlx_afm.quant.scheme import BALANCED
 from mlx_afm.training import Callback, StageProgress

@@ -35,9 +35,9 @@ from mlx_afm.formats.fmadapter import (
 from mlx_afm.formats.fmadapter_check import check_fmadapter
 from mlx_afm.formats.fmadapter_report import PackageReport
 from mlx_afm.model_folder import ModelFolder
+from mlx_afm.runs.lineage import base_differs, lineage_of
 from mlx_afm.text.system_prompt import SYSTEM_PROMPTS
 from mlx_afm.workflows.ladder import PROMPTS, write_ladder
-from mlx_afm.workflows.lineage import base_differs, lineage_of
 from mlx_afm.workflows.logit_change import LogitChange, logit_change
 
 PUBLIC_NOTICE = (

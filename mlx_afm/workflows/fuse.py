@@ -28,7 +28,7 @@ from mlx_afm.formats.mlx_folder import INDEX, shard_files, write_shards
 from mlx_afm.formats.tensors import OnBytes
 from mlx_afm.interop import write_shim
 from mlx_afm.model import Model
-from mlx_afm.model.quantized import Quantized
+from mlx_afm.model.projections import Quantized
 from mlx_afm.model_folder import ModelFolder
 from mlx_afm.quant import QuantizationPlan
 from mlx_afm.text.hf_chat_template import hf_chat_template

@@ -11,15 +11,27 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_afm.adapters import LoRAConfig
 from mlx_afm.adapters.store import CONFIG, WEIGHTS
-from mlx_afm.data import DataConfig, TokenTable, default_cache, read_tokens
+from mlx_afm.data import DataConfig, TokenTable, read_tokens
 from mlx_afm.data.sources import Files, find_unread, require_splits, unread_text
-from mlx_afm.errors import ConfigError, SettingError
-from mlx_afm.files import fingerprint_of_files, set_paths, to_optional_path, to_path, visible
+from mlx_afm.errors import ConfigError
+from mlx_afm.files import fingerprint_of_files, to_optional_path, to_path, visible
 from mlx_afm.folders import lock_folder
 from mlx_afm.formats.fmadapter import require_adapter_name
 from mlx_afm.model_folder import ModelFolder
+from mlx_afm.runs.folder import BEST, find_saved_run, require_no_finished_run
+from mlx_afm.runs.hooks import Run, notices, require_prompts
+from mlx_afm.runs.job import LoRAJob
+from mlx_afm.runs.lineage import BASE_SOURCE
+from mlx_afm.runs.reports import require_reports
+from mlx_afm.runs.start import start_adapter
+from mlx_afm.runs.state import (
+    RunFingerprint,
+    SavedRun,
+    fingerprint_of_data,
+    require_same_run,
+    run_fingerprint,
+)
 from mlx_afm.text.system_prompt import default_system_prompt, trained_system_prompts
 from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.training import (
@@ -38,76 +50,6 @@ from mlx_afm.training import train as run_training
 from mlx_afm.training.hooks import ignore, notes_of
 from mlx_afm.training.step import Loss, batch_loss
 from mlx_afm.workflows.estimate import as_event, layouts_of_data, machine_memory, plan_of_folder, require_memory
-from mlx_afm.workflows.lineage import BASE_SOURCE
-from mlx_afm.workflows.lora_run import Run, notices, require_prompts
-from mlx_afm.workflows.lora_start import start_adapter
-from mlx_afm.workflows.reports import require_reports
-from mlx_afm.workflows.run_folder import BEST, find_saved_run, require_no_finished_run
-from mlx_afm.workflows.run_state import (
-    RunFingerprint,
-    SavedRun,
-    fingerprint_of_data,
-    require_same_run,
-    run_fingerprint,
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoRAJob:
-    """A training run. Paths may be given as str, with `~`; they are held as `Path`.
-
-    Attributes:
-        model: MLX model folder, or the hub id of one.
-        data: a folder with train.jsonl and perhaps valid.jsonl and test.jsonl, or one file to train on.
-        adapter_path: folder for the adapter and its records.
-        lora: form of the adapter.
-        train: how long and how fast.
-        reading: how the data becomes tokens.
-        cache: folder that keeps encoded data; None keeps nothing.
-        name: name of a package to be exported later; checked before training.
-        test: the adapter will be scored on the test split afterwards, so that is checked first too.
-        overwrite: replace a finished run, or an adapter of unknown origin, in `adapter_path`.
-        resume: go on with the run in `adapter_path`; a folder without any run starts one.
-        resume_adapter_file: an adapter of any form whose values training starts from; a new run.
-        sample_prompts: answered after each evaluation.
-        sample_tokens: longest answer.
-        report_to: some of wandb, swanlab, tensorboard.
-        project_name: the project of these reports.
-        ignore_memory: train even if the estimated peak is above this machine's memory.
-
-    Raises:
-        ConfigError: settings out of range, or that exclude each other; all in one error.
-    """
-
-    model: Path
-    data: Path
-    adapter_path: Path
-    lora: LoRAConfig = field(default_factory=LoRAConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    reading: DataConfig = field(default_factory=DataConfig)
-    cache: Path | None = field(default_factory=default_cache)
-    name: str | None = None
-    test: bool = False
-    overwrite: bool = False
-    resume: bool = False
-    resume_adapter_file: Path | None = None
-    sample_prompts: tuple[str, ...] = ()
-    sample_tokens: int = 64
-    report_to: tuple[str, ...] = ()
-    project_name: str = "mlx-afm"
-    ignore_memory: bool = False
-
-    def __post_init__(self) -> None:
-        set_paths(self, "model", "data", "adapter_path", "cache", "resume_adapter_file")
-        faults = []
-        if isinstance(self.sample_tokens, bool) or not isinstance(self.sample_tokens, int) or self.sample_tokens < 1:
-            faults.append(f"sample_tokens: expected at least 1, found {self.sample_tokens!r}")
-        if not all(isinstance(prompt, str) and prompt for prompt in self.sample_prompts):
-            faults.append(f"sample_prompts: expected texts that are not empty, found {self.sample_prompts!r}")
-        if self.resume and self.overwrite:
-            faults.append("overwrite: expected without resume, which continues the run that is there")
-        if faults:
-            raise SettingError("settings of the run out of range", details=faults)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,7 +231,7 @@ def _state_memory(job: LoRAJob, folder: ModelFolder, data: TokenTable, held_byte
 def _fingerprint(
     job: LoRAJob, folder: ModelFolder, data: Mapping[str, TokenTable], objective: Objective
 ) -> RunFingerprint:
-    """What decides where the run goes; see `run_state`."""
+    """What decides where the run goes; see `state.py`."""
     read = {name: table for name, table in data.items() if name != "test"}
     sources = {**fingerprint_of_data(read), BASE_SOURCE: folder.fingerprint, **objective.sources}
     if job.resume_adapter_file is not None:

@@ -9,8 +9,8 @@ from typing import Any
 
 from mlx_afm.errors import FormatError, MissingDependencyError, SettingError
 from mlx_afm.files import atomic_file, to_optional_path, to_path, write_text
-from mlx_afm.workflows.loss_curve import NAMES, Points, loss_curve_svg, read_losses
-from mlx_afm.workflows.run_folder import METRICS
+from mlx_afm.runs.folder import METRICS
+from mlx_afm.runs.loss_curve import NAMES, Points, loss_curve_svg, read_losses
 
 PICTURES = (".png", ".pdf", ".jpg")
 MARKS = "*o+x#@%&"  # of the curves in a text plot, training and validation of each run in turn

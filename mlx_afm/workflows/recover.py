@@ -20,12 +20,13 @@ from mlx_afm.errors import ConfigError, SettingError
 from mlx_afm.files import set_paths, sha256_of
 from mlx_afm.folders import lock_folder
 from mlx_afm.model_folder import ModelFolder
+from mlx_afm.runs.folder import BEST
+from mlx_afm.runs.job import LoRAJob
 from mlx_afm.training import Callback, Ranks, join_ranks
 from mlx_afm.training.distill import distillation_from
 from mlx_afm.training.hooks import ignore, notes_of
 from mlx_afm.training.step import Loss
-from mlx_afm.workflows.lora import NEXT_TOKEN, LoRAJob, Objective, Trained, train
-from mlx_afm.workflows.run_folder import BEST
+from mlx_afm.workflows.lora import NEXT_TOKEN, Objective, Trained, train
 
 LOSSES = ("distill", "next-token")
 

@@ -27,6 +27,7 @@ from mlx_afm.errors import ConfigError, FormatError, SettingError
 from mlx_afm.files import set_paths
 from mlx_afm.folders import lock_folder
 from mlx_afm.model_folder import ModelFolder
+from mlx_afm.runs.job import LoRAJob
 from mlx_afm.training import (
     Callback,
     DataOrder,
@@ -41,7 +42,7 @@ from mlx_afm.training import (
 from mlx_afm.training.distributed import launched_size
 from mlx_afm.training.hooks import notes_of
 from mlx_afm.workflows.export import convert_adapter
-from mlx_afm.workflows.lora import LoRAJob, Trained, read_split, train
+from mlx_afm.workflows.lora import Trained, read_split, train
 
 RUN = "mlx-afm"
 FINAL = "adapter-final.pt"

@@ -21,7 +21,7 @@ from mlx_afm.generation import (
 )
 from mlx_afm.generation.prefix_cache import prefix_owner
 from mlx_afm.generation.prompt_cache import fingerprint
-from mlx_afm.model.quantized import quantize_modules
+from mlx_afm.model.projections import quantize_modules
 from mlx_afm.quant import Scheme
 from tiny import tiny_model, with_adapter
 

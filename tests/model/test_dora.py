@@ -11,7 +11,7 @@ import tolerances
 from mlx_afm.adapters import LoRAConfig, adapter_weights, add_adapter, fuse_adapter, set_adapter_weights
 from mlx_afm.errors import AdapterError
 from mlx_afm.model.dora import DoRAFusedLinear, DoRALinear
-from mlx_afm.model.layers import FusedLinear, Linear
+from mlx_afm.model.projections import FusedLinear, Linear
 from tiny import random_tokens, tiny_model
 
 TOKENS = random_tokens((2, 9))

@@ -14,8 +14,8 @@ import tolerances
 from mlx_afm.adapters import LoRAConfig, adapter_shapes, adapter_weights, add_adapter
 from mlx_afm.adapters.layers import coded_projections
 from mlx_afm.errors import AdapterError, ConfigError
+from mlx_afm.model.projections import QuantizedEmbedding, pack, quantize_modules
 from mlx_afm.model.qat import QATFusedLinear, QATLinear, in_codes, on_grid, put_codes, start_qat
-from mlx_afm.model.quantized import QuantizedEmbedding, pack, quantize_modules
 from mlx_afm.quant import Scheme, quantize_balanced, unpack_codes
 from tiny import random_tokens, tiny_config, tiny_model
 

@@ -23,9 +23,9 @@ from rank_driver import BASE, LIMIT_SECONDS, SAME, examples, free_ports, run_ran
 
 import mlx_afm
 from mlx_afm.errors import ConfigError, DistributedError
+from mlx_afm.runs.state import STATE, read_state
 from mlx_afm.training import DataOrder, Ranks, distributed, join_ranks
 from mlx_afm.training.distributed import ALONE, launched_size, shard
-from mlx_afm.workflows.run_state import STATE, read_state
 from mlx_afm.workflows.toolkit_train import train_adapter
 
 CLOSE = 1e-5

@@ -14,12 +14,13 @@ from mlx_afm.adapters import LoRAConfig, read_adapter, write_adapter_folder
 from mlx_afm.errors import AdapterError, ConfigError
 from mlx_afm.formats.fmadapter import PUBLIC_SIGNATURE, read_fmadapter
 from mlx_afm.model_folder import ModelFolder
+from mlx_afm.runs.job import LoRAJob
 from mlx_afm.training import TrainConfig
 from mlx_afm.workflows.check import CheckConfig, check_package
 from mlx_afm.workflows.export import ExportConfig, convert_adapter, export_fmadapter, export_package
 from mlx_afm.workflows.load import load
 from mlx_afm.workflows.logit_change import logit_change
-from mlx_afm.workflows.lora import LoRAJob, train
+from mlx_afm.workflows.lora import train
 from tiny import random_adapter
 
 SMALL = 0.02  # of B: an adapter of the size of a trained one

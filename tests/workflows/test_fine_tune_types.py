@@ -16,8 +16,8 @@ from mlx_afm import LoRAConfig, LoRAJob, TrainConfig
 from mlx_afm.adapters import adapter_shapes, read_adapter
 from mlx_afm.errors import AdapterError, ConfigError
 from mlx_afm.model_folder import ModelFolder
+from mlx_afm.runs.start import start_adapter
 from mlx_afm.workflows.convert import convert
-from mlx_afm.workflows.lora_start import start_adapter
 
 CONFIG = TrainConfig(iters=4, batch_size=4, learning_rate=2e-3, steps_per_eval=2, save_every=2)
 TOKENS = mx.arange(3, 40)[None]

@@ -14,7 +14,7 @@ from mlx_afm import LoRAConfig, LoRAJob, TrainConfig
 from mlx_afm.adapters import adapter_weights, read_adapter, write_adapter_folder
 from mlx_afm.errors import ConfigError
 from mlx_afm.model_folder import ModelFolder
-from mlx_afm.workflows.lora_start import start_adapter
+from mlx_afm.runs.start import start_adapter
 
 SHORT = TrainConfig(iters=6, batch_size=4, learning_rate=3e-3, steps_per_eval=2, save_every=2, steps_per_report=2)
 

@@ -15,9 +15,9 @@ from mlx_afm.adapters import read_adapter
 from mlx_afm.errors import ConfigError, FormatError
 from mlx_afm.files import read_json
 from mlx_afm.formats.safetensors_file import read_safetensors
+from mlx_afm.runs import folder as run_folder
+from mlx_afm.runs.state import STATE, read_state
 from mlx_afm.training import Notice, TrainingFinished, TrainingInterrupted, TrainingResumed
-from mlx_afm.workflows import run_folder
-from mlx_afm.workflows.run_state import STATE, read_state
 
 CONFIG = TrainConfig(
     iters=9, batch_size=3, learning_rate=3e-3, steps_per_eval=3, save_every=2, steps_per_report=2, seed=4,

@@ -19,7 +19,7 @@ from mlx_afm.errors import AdapterError, ConfigError
 from mlx_afm.formats.mlx_folder import read_shards, write_shards
 from mlx_afm.model_folder import ModelFolder
 from mlx_afm.quant import QuantConfig
-from mlx_afm.workflows.lora_start import start_adapter
+from mlx_afm.runs.start import start_adapter
 from tiny import tiny_model
 
 SIZES = {"vocab_size": 512, "hidden_dim": 64, "hidden_dim_scale_factor": 3}

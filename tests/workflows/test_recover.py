@@ -19,9 +19,9 @@ from mlx_afm.errors import ConfigError
 from mlx_afm.model_folder import ModelFolder
 from mlx_afm.quant import QuantConfig
 from mlx_afm.quant.residual import InitConfig
+from mlx_afm.runs.start import start_adapter
 from mlx_afm.training.distill import distillation_from
 from mlx_afm.workflows.convert import convert
-from mlx_afm.workflows.lora_start import start_adapter
 from mlx_afm.workflows.recover import RecoverJob, recover
 
 RANK4 = LoRAConfig(rank=4)

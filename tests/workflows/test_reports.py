@@ -11,7 +11,7 @@ import pytest
 import mlx_afm
 from mlx_afm import LoRAConfig, LoRAJob, TrainConfig
 from mlx_afm.errors import ConfigError, MissingDependencyError
-from mlx_afm.workflows.reports import open_reports, require_reports
+from mlx_afm.runs.reports import open_reports, require_reports
 
 
 class FakeRun:

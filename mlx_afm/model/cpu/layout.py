@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_afm.model import backend
-from mlx_afm.model.layers import FusedLinear, Linear
+from mlx_afm.model.projections import FusedLinear, Linear
 
 _ROWS = 64  # moved at once: what they write to stays in the processor's cache
 

@@ -7,7 +7,7 @@ import pytest
 import mlx_afm.model.cpu.layout as layout_module
 from mlx_afm.model import backend
 from mlx_afm.model.cpu.layout import lay_out_for_decoding
-from mlx_afm.model.layers import FusedLinear, Linear
+from mlx_afm.model.projections import FusedLinear, Linear
 from tiny import tiny_model, with_adapter
 
 pytestmark = pytest.mark.skipif(not backend.on_cpu(), reason="a layout of the CPU backend alone")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlx.utils import tree_flatten
 
@@ -19,16 +19,14 @@ from mlx_afm.files import require_space, sha256_of
 from mlx_afm.generation import GenerateConfig, generate, to_prompt_ids
 from mlx_afm.model import Model
 from mlx_afm.model_folder import ModelFolder
+from mlx_afm.runs.folder import RunFolder, describe_replaced, missing_bytes
+from mlx_afm.runs.job import LoRAJob
+from mlx_afm.runs.lineage import SOURCES
+from mlx_afm.runs.reports import open_reports
+from mlx_afm.runs.state import RunFingerprint, SavedRun
 from mlx_afm.text.system_prompt import SystemPrompts
 from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.training import Callback, Event, Hooks
-from mlx_afm.workflows.lineage import SOURCES
-from mlx_afm.workflows.reports import open_reports
-from mlx_afm.workflows.run_folder import RunFolder, describe_replaced, missing_bytes
-from mlx_afm.workflows.run_state import RunFingerprint, SavedRun
-
-if TYPE_CHECKING:
-    from mlx_afm.workflows.lora import LoRAJob
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Run:
         model: with the adapter to train.
         tokenizer: for samples.
         form: of the adapter.
-        fingerprint, total_steps: see `run_state`.
+        fingerprint, total_steps: see `state.py`.
         system_prompts: of the training data.
     """
 

@@ -3,7 +3,7 @@
     adapters.safetensors, adapter_config.json    the last adapter
     best/                                        the one with the lowest validation loss
     metrics.jsonl                                one event a line
-    training_state.safetensors                   see `run_state`; the only file that a resumed run reads
+    training_state.safetensors                   see `state.py`; the only file that a resumed run reads
 
 Killed at any moment the folder can be resumed, since of all files the state alone counts, and it is
 replaced as a whole: a new run writes its state before it touches anything else; `best/` is written
@@ -28,8 +28,8 @@ from mlx_afm.checkpoints.arrays import from_mlx
 from mlx_afm.errors import ConfigError, DiskFullError, FormatError
 from mlx_afm.files import DISK_FULL, disk_full, read_json, to_json, write_json
 from mlx_afm.model import Model
+from mlx_afm.runs.state import STATE, RunFingerprint, SavedRun, read_run, read_state, write_state
 from mlx_afm.training import Event, Snapshot, is_recorded, to_record
-from mlx_afm.workflows.run_state import STATE, RunFingerprint, SavedRun, read_run, read_state, write_state
 
 METRICS = "metrics.jsonl"
 STATE_TIMES = 3  # size of the state over that of the trained weights, with Adam's two moments

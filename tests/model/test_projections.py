@@ -11,10 +11,12 @@ import tolerances
 from mlx_afm.errors import AdapterError, ConfigError
 from mlx_afm.model import backend
 from mlx_afm.model.cpu import quantized as cpu_quantized
-from mlx_afm.model.layers import Embedding, FusedLinear, Linear
 from mlx_afm.model.packed import Packed
-from mlx_afm.model.quantized import (
+from mlx_afm.model.projections import (
     BalancedLinear,
+    Embedding,
+    FusedLinear,
+    Linear,
     QuantizedEmbedding,
     QuantizedFusedLinear,
     QuantizedLinear,

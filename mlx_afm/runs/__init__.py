@@ -1,0 +1,1 @@
+"""What surrounds a training run: its settings, start, folder, state to resume from, reports and origin."""
