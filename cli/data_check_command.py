@@ -12,8 +12,7 @@ import click
 
 from mlx_afm.data.config import DataConfig
 from mlx_afm.data.fix import Fixed, LineChange
-from mlx_afm.data.problems import Problem
-from mlx_afm.data.report import DataReport
+from mlx_afm.data.report import DataReport, Problem
 from mlx_afm.data.sources import unread_text
 from mlx_afm.files import to_json
 from mlx_afm.workflows.check_data import check as check_data

@@ -13,7 +13,7 @@ import click
 from mlx_afm.data.config import DataConfig
 from mlx_afm.data.sample import ExampleChoice, Sample
 from mlx_afm.files import to_json
-from mlx_afm.workflows.show_data import samples
+from mlx_afm.workflows.check_data import samples
 
 from .data_options import data_argument, reading_options
 from .output import json_option

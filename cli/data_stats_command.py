@@ -10,7 +10,7 @@ import click
 from mlx_afm.data.config import DataConfig
 from mlx_afm.data.stats import Bin, SplitStats
 from mlx_afm.files import to_json
-from mlx_afm.workflows.show_data import stats as measure
+from mlx_afm.workflows.check_data import stats as measure
 
 from .data_options import data_argument, reading_options
 from .output import json_option

@@ -52,7 +52,7 @@ def command(
     Takes the options of `lora`; those that do not change memory are only checked. Without --data every example is
     taken to be as long as --max-seq-length.
     """
-    from mlx_afm.workflows import estimate, estimate_table
+    from mlx_afm.workflows import estimate
 
     if table:
         reason = "with --table, which has lengths, batches, forms of the base and memories of its own"
@@ -64,10 +64,10 @@ def command(
     if memory is not None:
         plan = replace(plan, backend="gpu")  # a Mac is meant
     if table:
-        rows = estimate_table.settings_table(plan)
-        show({"table": rows}, True) if as_json else click.echo(estimate_table.as_markdown(rows))
+        rows = estimate.settings_table(plan)
+        show({"table": rows}, True) if as_json else click.echo(estimate.as_markdown(rows))
         return 0
-    result, limit = estimate_table.report(plan, memory or estimate.machine_memory(), mac=memory is not None)
+    result, limit = estimate.report(plan, memory or estimate.machine_memory(), mac=memory is not None)
     ways = result.pop("ways_to_fit")
     show({**result, "ways_to_fit": ways}, as_json) if as_json else show(result, False)
     if limit is not None and not as_json:

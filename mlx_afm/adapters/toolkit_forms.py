@@ -14,7 +14,8 @@ from mlx_afm.adapters.store import Adapter, adapter_entries
 from mlx_afm.checkpoints.names import DEFAULT_ADAPTER, TARGETS
 from mlx_afm.errors import AdapterError, ConfigError
 from mlx_afm.files import to_path
-from mlx_afm.formats.fmadapter import AddFiles, Geometry, Metadata, Rounding, no_files, write_fmadapter
+from mlx_afm.formats.fmadapter import AddFiles, Geometry, Metadata, no_files, write_fmadapter
+from mlx_afm.formats.fmadapter_plan import Rounding
 from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.formats.torch_file import write_torch
 

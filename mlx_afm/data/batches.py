@@ -5,15 +5,202 @@ Shape suffixes: B batch, L tokens, N targets of the row that has most.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
-from mlx_afm.data.packing import PackedRow, key_indices, pack, rounded_up
-from mlx_afm.data.tokens import Tokens
 from mlx_afm.model import KeyIndices, Packing
+
+Ints = npt.NDArray[np.int32]
+ROW_STEP = 32  # lengths are rounded up to a multiple of this
+KEY_STEP = 16  # and the number of keys to a multiple of this
+GROUPS = (16, 32, 48, 64, 96, 128, 192, 256)  # queries of a group that are tried
+KEY_COST = 32  # bringing a key to a group costs as much as this many queries that look at it
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """Arrays of a row.
+
+    Attributes:
+        ids_L: int32, tokens read; padding at the end is zero.
+        positions_L: int32, place of each token in its example.
+        subtree_end_L: int32, index of the last token that sees this one; padding sees itself alone.
+        needed_T: int32, ascending, the index whose prediction counts; twice if it has two targets.
+        targets_T: int32.
+        weights_T: float32, summed over the examples that train the same target behind the same tokens.
+
+    Example: `a b x` and `a b c y`, all targets trained: ids `a b c`, last readers `2 2 2`, needed `0 1 1 2`, targets
+    `b c x y`, weights `2 1 1 1`.
+    """
+
+    ids_L: Ints
+    positions_L: Ints
+    subtree_end_L: Ints
+    needed_T: Ints
+    targets_T: Ints
+    weights_T: npt.NDArray[np.float32]
+
+
+def common_tokens(first: Ints, second: Ints) -> int:
+    """How many ids two examples have in common at their beginnings."""
+    size = min(len(first), len(second))
+    different = np.flatnonzero(first[:size] != second[:size])
+    return int(different[0]) if len(different) else size
+
+
+def rounded_up(count: int, step: int) -> int:
+    """The next multiple of `step`."""
+    return -(-count // step) * step
+
+
+def pack(examples: Sequence[Tokens]) -> PackedRow:
+    """The row of some examples, in the order of their ids."""
+    ids, positions, needed, targets, weights = [], [], [], [], []
+    subtree_end = np.zeros(sum(map(len, examples)), np.int32)
+    path = read = np.empty(0, np.int32)
+    count = 0
+    for example in sorted(examples, key=lambda example: example.ids[:-1].tolist()):
+        before, read = read, example.ids[:-1]
+        shared = common_tokens(before, read)
+        subtree_end[path[shared:]] = count - 1
+        path = np.concatenate([path[:shared], np.arange(count, count + len(read) - shared, dtype=np.int32)])
+        count += len(read) - shared
+        ids.append(read[shared:])
+        positions.append(np.arange(shared, len(read), dtype=np.int32))
+        trained = np.flatnonzero(example.weights[1:])
+        needed.append(path[trained])
+        targets.append(example.ids[trained + 1])
+        weights.append(example.weights[trained + 1])
+    subtree_end[path] = count - 1
+    length = rounded_up(count, ROW_STEP)
+    padding = np.zeros(length - count, np.int32)
+    return PackedRow(
+        np.concatenate([*ids, padding]),
+        np.concatenate([*positions, padding]),
+        np.concatenate([subtree_end[:count], np.arange(count, length, dtype=np.int32)]),
+        *_summed(np.concatenate(needed), np.concatenate(targets), np.concatenate(weights)),
+    )
+
+
+def _summed(
+    needed: Ints, targets: Ints, weights: npt.NDArray[np.float32]
+) -> tuple[Ints, Ints, npt.NDArray[np.float32]]:
+    """Equal targets at equal places become one, with the sum of their weights."""
+    pairs, group = np.unique(np.stack([needed, targets]), axis=1, return_inverse=True)
+    summed = np.bincount(group.reshape(-1), weights, pairs.shape[1]).astype(np.float32)
+    return pairs[0], pairs[1], summed
+
+
+def key_indices(queries_M: Ints, subtree_end_L: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
+    """Keys of each group of consecutive queries, int32 (G, S), and which of them each query sees, bool (G, Q, S).
+
+    The size of the groups is the one that costs least. Keys are filled up with key 0, which then nobody sees.
+    """
+    count, places = len(queries_M), np.arange(len(subtree_end_L))
+    visible_ML = (queries_M[:, None] >= places) & (queries_M[:, None] <= subtree_end_L)
+    choices = [size for size in GROUPS if size < count and count % size == 0] + [count]
+    seen = {size: visible_ML.reshape(-1, size, len(places)).any(axis=1) for size in choices}
+    keys = {size: rounded_up(int(seen[size].sum(axis=1).max()), KEY_STEP) for size in choices}
+    best = min(choices, key=lambda size: count // size * keys[size] * (size + KEY_COST))
+    keys_GS = np.zeros((count // best, keys[best]), np.int32)
+    mask_GQS = np.zeros((count // best, best, keys[best]), np.bool_)
+    for group, seen_L in enumerate(seen[best].reshape(count // best, -1)):
+        columns = np.flatnonzero(seen_L)
+        keys_GS[group, : len(columns)] = columns
+        mask_GQS[group, :, : len(columns)] = visible_ML[group * best : (group + 1) * best, columns]
+    return keys_GS, mask_GQS
+
+
+Weights = npt.NDArray[np.bool_] | npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One encoded example.
+
+    Attributes:
+        ids: int32 (L,).
+        weights: float32 (L,), weight of each token *as a target*; 0 for tokens that are only read.
+            weights[t] belongs to ids[t]; the shift by one happens in `make_batch` and nowhere else.
+        where: file and line it came from.
+
+    Example: ids `</s> hi <turn_end>`, weights `0 1 1` trains the prediction of `hi` after `</s>` and
+    of `<turn_end>` after `hi`.
+    """
+
+    ids: npt.NDArray[np.int32]
+    weights: npt.NDArray[np.float32]
+    where: str
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def trained_tokens(self) -> int:
+        """Number of tokens that are targets."""
+        return int(np.count_nonzero(self.weights))
+
+
+@dataclass(frozen=True)
+class TokenTable(Sequence[Tokens]):
+    """All examples of a split in four arrays, which may lie on disk; items are `Tokens`.
+
+    Attributes:
+        files: names of the files they came from.
+        ids: int32 (N,), the ids of all examples, one after the other.
+        weights: of each as a target; bool (N,) if every weight is 0 or 1, else float32 (N,).
+        starts: int64 (examples + 1,), where each example starts; the last is N.
+        places: int64 (examples, 2), file (index into `files`) and line of each.
+        removed_tokens: how many tokens overflow took away.
+        dropped: examples that overflow left out.
+    """
+
+    files: tuple[str, ...]
+    ids: npt.NDArray[np.int32]
+    weights: Weights
+    starts: npt.NDArray[np.int64]
+    places: npt.NDArray[np.int64]
+    removed_tokens: int = 0
+    dropped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Tokens: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tokens]: ...
+    def __getitem__(self, index: int | slice) -> Tokens | list[Tokens]:
+        """One example, or a list of them."""
+        if isinstance(index, slice):
+            return [self[item] for item in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        piece = slice(self.starts[index], self.starts[index + 1])
+        file, line = self.places[index]
+        return Tokens(
+            np.asarray(self.ids[piece]), self.weights[piece].astype(np.float32), f"{self.files[file]} line {line}"
+        )
+
+    def __iter__(self) -> Iterator[Tokens]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def trained(self) -> npt.NDArray[np.bool_]:
+        """Which ids are targets, bool (N,)."""
+        return self.weights > 0
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each example."""
+        return np.diff(self.starts)
+
 
 WORTH_PACKING = 0.97  # of the tokens of padded rows
 TARGET_STEP = 16  # the number of targets of a packed row is rounded up to a multiple of this

@@ -16,9 +16,8 @@ from pathlib import Path
 
 from mlx_afm.data.config import DataConfig
 from mlx_afm.data.prepare import EXAMPLE, LINE, TOKENS, TRAINED, Block, Prepared, examples_array, iter_blocks
-from mlx_afm.data.problems import Problem, to_problems
 from mlx_afm.data.repeats import Fingerprints, find_duplicates, find_overlap
-from mlx_afm.data.report import CheckedFile, DataReport, ProblemList
+from mlx_afm.data.report import CheckedFile, DataReport, Problem, ProblemList, to_problems
 from mlx_afm.data.sources import SPLITS, Files, file_faults
 from mlx_afm.data.workers import prepare_all, to_tokenizer
 from mlx_afm.errors import FormatError

@@ -16,9 +16,8 @@ from typing import Any, TextIO
 from mlx_afm.data.config import DataConfig
 from mlx_afm.data.dialect_writer import cannot_say, write_record
 from mlx_afm.data.dialects import DIALECTS
-from mlx_afm.data.encode import render_example
-from mlx_afm.data.problems import Problem, to_problems
-from mlx_afm.data.records import Example, RecordReader
+from mlx_afm.data.records import Example, RecordReader, render_example
+from mlx_afm.data.report import Problem, to_problems
 from mlx_afm.data.rows import DataRow
 from mlx_afm.data.sources import Files, iter_rows
 from mlx_afm.data.split import require_other_files

@@ -6,8 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from mlx_afm.data.problems import Problem
 from mlx_afm.data.records import Example
+from mlx_afm.data.report import Problem
 from mlx_afm.data.rows import DataRow
 from mlx_afm.text.template import NEWLINE
 from mlx_afm.text.tokenizer import AFMTokenizer

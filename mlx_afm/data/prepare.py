@@ -13,18 +13,16 @@ from hashlib import blake2b
 import numpy as np
 import numpy.typing as npt
 
+from mlx_afm.data.batches import Weights
+from mlx_afm.data.blocks import ROLES, BlockRenderer, RenderedBlock, encode_block
+from mlx_afm.data.blocks import Block as Block
 from mlx_afm.data.config import DataConfig
-from mlx_afm.data.encode import encode_spans
-from mlx_afm.data.encode_block import ROLES, encode_block
 from mlx_afm.data.oddities import unknown_tokens
 from mlx_afm.data.overflow import fit
-from mlx_afm.data.problems import Problem, to_problems
-from mlx_afm.data.records import MARKS
-from mlx_afm.data.render_block import Block as Block
-from mlx_afm.data.render_block import BlockRenderer, RenderedBlock
+from mlx_afm.data.records import MARKS, encode_spans
+from mlx_afm.data.report import Problem, to_problems
 from mlx_afm.data.rows import DataRow
 from mlx_afm.data.sources import Files, iter_rows
-from mlx_afm.data.tokens import Weights
 from mlx_afm.errors import DataError
 from mlx_afm.text.template import NEWLINE, TURN_END, TURN_START, Encoded
 from mlx_afm.text.tokenizer import AFMTokenizer

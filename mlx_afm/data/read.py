@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from mlx_afm._version import __version__
+from mlx_afm.data.batches import TokenTable
 from mlx_afm.data.config import DataConfig
 from mlx_afm.data.prepare import Prepared, examples_array, iter_blocks
-from mlx_afm.data.problems import Problem, to_problems
 from mlx_afm.data.records import MARKS, Example, RecordReader, transform_source
+from mlx_afm.data.report import Problem, to_problems
 from mlx_afm.data.sources import Files, file_faults, iter_rows
-from mlx_afm.data.tokens import TokenTable
 from mlx_afm.data.workers import prepare_all, to_tokenizer
 from mlx_afm.errors import DataError, FormatError
 from mlx_afm.files import atomic_folder, read_json, sha256_of, to_optional_path, to_path, write_json

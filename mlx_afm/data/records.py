@@ -17,7 +17,19 @@ from mlx_afm.data.rows import DataRow, not_utf8
 from mlx_afm.errors import DataError, SettingError
 from mlx_afm.files import to_json
 from mlx_afm.text.messages import Message, parse_messages, parse_tools, refuse_special, require_trainable
-from mlx_afm.text.template import EXECUTABLE_END, EXECUTABLE_START, TURN_END, TURN_START
+from mlx_afm.text.template import (
+    DEFAULT_SYSTEM,
+    EXECUTABLE_END,
+    EXECUTABLE_START,
+    TURN_END,
+    TURN_START,
+    Encoded,
+    Span,
+    encode,
+    encode_text,
+    render,
+)
+from mlx_afm.text.tokenizer import AFMTokenizer
 
 MARKS = (TURN_START, TURN_END, EXECUTABLE_START, EXECUTABLE_END)  # what is special in every tokenizer
 
@@ -147,3 +159,22 @@ def _parse_row(raw: bytes) -> Any:
         advice = "Files put together? Take it off"
         raise DataError("a byte order mark within the file", kind="byte-order-mark", column=1, advice=advice)
     return parse_json(text)
+
+
+def render_example(example: Example, system: str | None = DEFAULT_SYSTEM) -> tuple[Span, ...]:
+    """The spans of an example; plain text is one span."""
+    if example.text is not None:
+        return (Span(example.text, 1.0, "text"),)
+    return render(example.messages, system=system, tools=example.tools)
+
+
+def encode_spans(spans: Sequence[Span], tokenizer: AFMTokenizer) -> Encoded:
+    """Ids of a rendered example and their loss weights: above 0 for assistant tokens and their `<turn_end>`."""
+    if spans[0].role == "text":
+        return encode_text(spans[0].text, tokenizer)
+    return encode(spans, tokenizer)
+
+
+def encode_example(example: Example, tokenizer: AFMTokenizer, system: str | None = DEFAULT_SYSTEM) -> Encoded:
+    """Both at once."""
+    return encode_spans(render_example(example, system), tokenizer)

@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from mlx_afm.data.config import DataConfig
 from mlx_afm.data.near import THRESHOLD, group_near, normalise
-from mlx_afm.data.problems import Problem, to_problems
 from mlx_afm.data.records import Example, RecordReader, as_json_line
+from mlx_afm.data.report import Problem, to_problems
 from mlx_afm.data.rows import DataRow
 from mlx_afm.data.sources import SPLITS, Files, iter_rows
 from mlx_afm.errors import ConfigError, DataError, SettingError

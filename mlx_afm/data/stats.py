@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mlx_afm.data.blocks import ROLES
 from mlx_afm.data.config import DataConfig
-from mlx_afm.data.encode_block import ROLES
 from mlx_afm.data.plan import plan_batches
 from mlx_afm.data.prepare import (
     LINE,

@@ -22,9 +22,9 @@ from queue import SimpleQueue
 from threading import get_ident
 from typing import Any
 
+from mlx_afm.data.blocks import Block
 from mlx_afm.data.config import DataConfig
 from mlx_afm.data.prepare import Prepared, Preparer
-from mlx_afm.data.render_block import Block
 from mlx_afm.errors import AFMError, ConfigError
 from mlx_afm.files import to_path
 from mlx_afm.text.tokenizer import AFMTokenizer

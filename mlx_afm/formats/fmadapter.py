@@ -28,12 +28,12 @@ from mlx_afm.formats.fmadapter_plan import (
     APPLE_GEOMETRY,
     Geometry,
     Record,
+    Rounding,
     loaded_values,
     plan_records,
     stored_values,
     tensor_fault,
 )
-from mlx_afm.formats.fmadapter_rounding import Rounding
 from mlx_afm.formats.tensors import LazyTensor
 
 __all__ = [

@@ -1,8 +1,8 @@
 """torch checkpoints (`.pt`): state dicts read through a memory map and written in one pass, without torch.
 
-Byte layout: the zip form (`torch_zip`), written by torch since 1.6, or the legacy form (`torch_legacy`), told apart by
+Byte layout: the zip form, written by torch since 1.6, or the legacy form (`torch_legacy`), told apart by
 their first bytes. Either holds the state dict (`torch_pickle`), alone or under one key of a larger checkpoint
-(`torch_contents`), and the storages that its tensors are views of.
+(`torch_pickle`), and the storages that its tensors are views of.
 
 Limits: those of the modules above. A storage must be exactly as large as the pickle says. A tensor larger than its
 storage (strides of 0) may have up to `MAX_EXPANDED_BYTES`. Reading allocates less than 64 MB, whatever the file holds.
@@ -11,15 +11,29 @@ Versions: both forms are read; the zip form is written. What is written equals `
 contiguous tensors byte for byte, except for the 40 digits of `.data/serialization_id`, which torch derives from its
 hash of the member names; see also `pickle_state_dict`. For that the file name must be ASCII and no storage that begins
 beyond 4 GiB may itself have 4 GiB (torch leaves one redundant field of its local header 0).
+
+The zip form of torch's checkpoints: versions, pickle and places of the storages.
+
+Byte layout: an uncompressed zip archive (`zip_reader`) of one folder, named after the file (`base-model/`) or
+`archive/`, in torch's order:
+
+    data.pkl                what was saved (`torch_opcodes`); tensors name their storage by key
+    .format_version "1"     .storage_alignment "64"     byteorder "little"
+    data/0, data/1, ...     raw little-endian elements of each storage, at a multiple of 64
+    version "3\\n"          .data/serialization_id, 40 digits that identify the contents
+
+Limits: those of `zip_reader` and `torch_opcodes`. Needed are `data.pkl` and the `data/` members it names; a
+`byteorder` other than little is refused, other members are ignored.
+Versions: `version` 1 to `MAX_VERSION`, or none. TorchScript archives are recognised and refused.
 """
 
 from __future__ import annotations
 
 import hashlib
-import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from mmap import mmap
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -30,21 +44,76 @@ import numpy.typing as npt
 from mlx_afm.errors import FormatError, TensorsError
 from mlx_afm.files import WriteOut, atomic_file, map_file, require_not_lfs_pointer
 from mlx_afm.formats.tensors import STORAGE_DTYPES, LazyTensor, OnBytes, ignore_bytes, told
-from mlx_afm.formats.torch_contents import unwrap
 from mlx_afm.formats.torch_legacy import read_legacy
 from mlx_afm.formats.torch_names import MAX_DIMENSIONS, short
-from mlx_afm.formats.torch_opcodes import MAX_TEXT_BYTES
+from mlx_afm.formats.torch_opcodes import MAX_PICKLE_BYTES, MAX_TEXT_BYTES, parse_pickle
 from mlx_afm.formats.torch_pickle import (
     MAX_TENSORS,
+    Contents,
     TensorSpec,
     contiguous_strides,
     pickle_state_dict,
     shown,
     specs_of,
+    unwrap,
 )
-from mlx_afm.formats.torch_zip import read_zip
-from mlx_afm.formats.zip_reader import Member, is_plain_name
+from mlx_afm.formats.zip_reader import Member, is_plain_name, read_members
 from mlx_afm.formats.zip_writer import ZipWriter
+
+MAX_VERSION = 10
+
+
+def read_zip(data: mmap, path: Path) -> Contents:
+    """A mapped checkpoint of the zip form, taken apart.
+
+    Raises:
+        FormatError: one that breaks the module's rules.
+    """
+    members = _members_of_folder(data, path)
+    _check_versions(data, members, path)
+    pickled, where = members["data.pkl"], f"{path}, data.pkl"
+    if pickled.size > MAX_PICKLE_BYTES:
+        limit = f"<= {MAX_PICKLE_BYTES} bytes"
+        raise FormatError("data.pkl is too large", where=path, expected=limit, found=pickled.size)
+    value, end = parse_pickle(data[pickled.offset : pickled.offset + pickled.size], where)
+    if end != pickled.size:
+        raise FormatError("bytes after the end of the pickle", where=f"{where}, pickle byte {end}")
+    storages = {name[5:]: member for name, member in members.items() if name.startswith("data/")}
+    return Contents(value, where, storages)
+
+
+def _members_of_folder(data: mmap, path: Path) -> dict[str, Member]:
+    """Members by their name inside the archive's one folder."""
+    members = read_members(data, path)
+    folders = {name.partition("/")[0] for name in members}
+    if len(folders) != 1:
+        raise FormatError("zip archive is not a torch checkpoint", where=path, expected="1 folder", found=len(folders))
+    # Long names would be held twice otherwise.
+    inside = {name.partition("/")[2]: members.pop(name) for name in list(members)}
+    if "constants.pkl" in inside:
+        advice = "Save the weights alone: torch.save(module.state_dict(), path)"
+        raise FormatError("a TorchScript archive, which is a program", where=path, advice=advice)
+    if "data.pkl" not in inside:
+        raise FormatError("zip archive is not a torch checkpoint", where=path, expected="data.pkl in its folder")
+    return inside
+
+
+def _check_versions(data: mmap, members: dict[str, Member], path: Path) -> None:
+    order = _small_text(data, members.get("byteorder"), "little")
+    if order != "little":
+        advice = "Re-save it on a little-endian machine"
+        raise FormatError("byte order", where=f"{path}, byteorder", expected="little", found=order, advice=advice)
+    version = _small_text(data, members.get("version"), "3")
+    if version not in map(str, range(1, MAX_VERSION + 1)):
+        raise FormatError("unknown version", where=f"{path}, version", expected=f"1 to {MAX_VERSION}", found=version)
+
+
+def _small_text(data: mmap, member: Member | None, default: str) -> str:
+    if member is None:
+        return default
+    text = data[member.offset : member.offset + min(member.size, 32)].decode("ascii", errors="backslashreplace")
+    return ascii(text.rstrip("\n"))[1:-1]
+
 
 MAX_EXPANDED_BYTES = 64 << 20
 _ZIP_START = b"PK\3\4"
@@ -99,7 +168,7 @@ def read_torch_checkpoint(path: Path) -> TorchFile:
     return TorchFile(_tensors(data, specs, contents.storages, path), wrapper_key, form)
 
 
-def _map(path: Path) -> mmap.mmap:
+def _map(path: Path) -> mmap:
     try:
         if not path.is_file():
             raise FormatError("no such file", where=path)
@@ -113,7 +182,7 @@ def _map(path: Path) -> mmap.mmap:
 
 
 def _tensors(
-    data: mmap.mmap, specs: dict[str, TensorSpec], storages: Mapping[str, Member], path: Path
+    data: mmap, specs: dict[str, TensorSpec], storages: Mapping[str, Member], path: Path
 ) -> dict[str, LazyTensor]:
     faults = [f"{short(name)}: {fault}" for name, spec in specs.items() if (fault := _storage_fault(spec, storages))]
     if faults:
@@ -136,7 +205,7 @@ def _storage_fault(spec: TensorSpec, storages: Mapping[str, Member]) -> str | No
     return None
 
 
-def _view(data: mmap.mmap, place: Member, spec: TensorSpec) -> npt.NDArray[Any]:
+def _view(data: mmap, place: Member, spec: TensorSpec) -> npt.NDArray[Any]:
     dtype = STORAGE_DTYPES[spec.dtype]
     if not spec.size:
         return np.empty(spec.shape, dtype)

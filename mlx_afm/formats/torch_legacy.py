@@ -27,9 +27,9 @@ from pathlib import Path
 
 from mlx_afm.errors import FormatError
 from mlx_afm.formats.tensors import STORAGE_DTYPES
-from mlx_afm.formats.torch_contents import Contents
 from mlx_afm.formats.torch_names import RawStorage, kind_of, short
 from mlx_afm.formats.torch_opcodes import Limits, parse_pickle
+from mlx_afm.formats.torch_pickle import Contents
 from mlx_afm.formats.zip_reader import Member
 
 MAGIC = 0x1950A86A20F9469CFC6C

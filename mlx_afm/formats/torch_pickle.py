@@ -13,6 +13,11 @@ Offsets and strides count elements. Tensors with one key share one storage.
 Limits: those of `torch_opcodes` and `torch_names`; `MAX_TENSORS` tensors; `MAX_ELEMENTS` in a tensor. No tensor
 reaches outside its storage; no stride is negative.
 Versions: what is written is protocol 2, an OrderedDict without `_metadata`, memoised as CPython's pickler does it.
+
+Contents: `torch_file` and `torch_legacy` find the parts of a checkpoint; which dictionary in it is the state dict is
+decided here. Limits: one wrapper deep. A dictionary of tensors only is the state dict itself. Otherwise exactly one of
+`WRAPPER_KEYS` must hold a dictionary with tensors; what stands beside it (epoch, optimizer, ...) has been parsed by
+the rules of `torch_opcodes` and is let go.
 """
 
 from __future__ import annotations
@@ -20,10 +25,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from mlx_afm.errors import FormatError
 from mlx_afm.formats.tensors import STORAGE_DTYPES
 from mlx_afm.formats.torch_names import STORAGE_TYPES, RawTensor, kind_of, short
+from mlx_afm.formats.zip_reader import Member
 
 MAX_TENSORS = 10_000
 MAX_ELEMENTS = 1 << 48
@@ -247,3 +254,46 @@ class _Pickler:
             self.text(name)
             self.tensor(spec)
         self.out += b"u" if len(items) > 1 else b"s"
+
+
+WRAPPER_KEYS = ("state_dict", "model", "model_state_dict", "module", "weights")
+
+
+class Contents(NamedTuple):
+    """A checkpoint taken apart.
+
+    Attributes:
+        value: what was saved, as `torch_opcodes` describes it.
+        where: the place of its pickle, for messages.
+        storages: place of each storage's bytes, by key.
+    """
+
+    value: object
+    where: str
+    storages: Mapping[str, Member]
+
+
+def unwrap(value: object, where: object) -> tuple[object, str | None]:
+    """The state dict in a saved value, and the key it was under; None if it is the value itself.
+
+    A value in which none is found is given back as it is: `torch_pickle.specs_of` says what is wrong with it.
+
+    Raises:
+        FormatError: several keys hold tensors.
+    """
+    if type(value) is not dict or all(type(entry) is RawTensor for entry in value.values()):
+        return value, None
+    candidates = [key for key in WRAPPER_KEYS if _holds_tensors(value.get(key))]
+    if len(candidates) > 1:
+        raise FormatError(
+            "several state dicts in one checkpoint",
+            where=where,
+            expected="one of them",
+            found=", ".join(map(repr, candidates)),
+            advice=f"Save the one that is meant: torch.save(checkpoint[{candidates[0]!r}], path)",
+        )
+    return (value[candidates[0]], candidates[0]) if candidates else (value, None)
+
+
+def _holds_tensors(value: object) -> bool:
+    return type(value) is dict and any(type(entry) is RawTensor for entry in value.values())

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from mlx_afm.model import KVCache, Model
-from mlx_afm.model.cache_int8 import Int8KVCache
+from mlx_afm.model.cache import Int8KVCache
 
 ROOM_TOKENS = 256  # the smallest room; it doubles
 ROW_BUCKETS = (1, 2, 4, 8, 16)

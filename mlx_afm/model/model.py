@@ -18,8 +18,7 @@ import mlx.nn as nn
 from mlx_afm.errors import ConfigError
 from mlx_afm.model.attention import Attention, KVReuseAttention
 from mlx_afm.model.attention_context import AttentionContext, Packing, full_context, packed_context
-from mlx_afm.model.cache import KVCache
-from mlx_afm.model.cache_int8 import Int8KVCache
+from mlx_afm.model.cache import Int8KVCache, KVCache
 from mlx_afm.model.config import AFMConfig
 from mlx_afm.model.layers import FeedForward, RMSNorm
 from mlx_afm.model.projections import Embedding

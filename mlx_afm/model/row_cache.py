@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_afm.model.cache_int8 import from_int8, to_int8
+from mlx_afm.model.cache import from_int8, to_int8
 
 
 class RowKVCache:

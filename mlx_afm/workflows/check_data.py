@@ -1,4 +1,4 @@
-"""Check training data before training, and write a copy without its problems."""
+"""Training data: checked before training, copied without its problems, in numbers, and as the model sees it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from mlx_afm.data.check import OnProgress, check_data
 from mlx_afm.data.config import DataConfig
 from mlx_afm.data.fix import Fixed, fix_data
 from mlx_afm.data.report import DataReport
+from mlx_afm.data.sample import ExampleChoice, Sample, sample_examples
 from mlx_afm.data.sources import find_unread, require_splits
+from mlx_afm.data.stats import SplitStats, measure_split
 from mlx_afm.errors import ConfigError, FormatError
 from mlx_afm.files import to_optional_path, to_path
 from mlx_afm.folders import OnNote, ignore_note, lock_folder, require_replaceable
@@ -68,3 +70,39 @@ def tokenizer_of(model: str | Path) -> AFMTokenizer:
         advice = "Choose one with tokenizer.model; without --model lengths are not checked."
         raise ConfigError("the model folder has no tokenizer", where=folder.path, advice=advice)
     return AFMTokenizer.from_file(folder.tokenizer_file)
+
+
+def stats(
+    data: str | Path, model: str | Path, reading: DataConfig | None = None, *, on_progress: OnProgress | None = None
+) -> dict[str, SplitStats]:
+    """Each split in numbers; see `measure_split`.
+
+    Args:
+        data: a folder with train, valid and test files, or one file.
+        model: model folder, or the hub id of one, for its tokenizer.
+        reading: how the data becomes tokens.
+        on_progress: told of bytes read and in all, for each split.
+    """
+    data = to_path(data)
+    model = to_path(model)
+    splits, tokenizer = require_splits(data), tokenizer_of(model)
+    return {name: measure_split(files, tokenizer, reading, on_progress=on_progress) for name, files in splits.items()}
+
+
+def samples(
+    data: str | Path,
+    model: str | Path,
+    choice: ExampleChoice,
+    reading: DataConfig | None = None,
+    split: str | None = None,
+) -> list[Sample]:
+    """Some examples of a split as the model sees them; see `sample_examples`.
+
+    Raises:
+        FormatError: no such split; the first there is if None.
+    """
+    data = to_path(data)
+    model = to_path(model)
+    splits = require_splits(data, *([] if split is None else [split]))
+    name = next(iter(splits)) if split is None else split
+    return sample_examples(splits[name], tokenizer_of(model), choice, reading)

@@ -28,7 +28,6 @@ from mlx_afm.formats.torch_file import write_torch
 from mlx_afm.generation import generate
 from mlx_afm.model import Model, parse_toolkit_config
 from mlx_afm.runs.job import LoRAJob
-from mlx_afm.runs.loss_curve import loss_curve_svg
 from mlx_afm.text.template import render
 from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.training import EventHandler, TrainConfig
@@ -37,7 +36,7 @@ from mlx_afm.workflows.export import export_fmadapter
 from mlx_afm.workflows.fuse import fuse
 from mlx_afm.workflows.load import load
 from mlx_afm.workflows.lora import train
-from mlx_afm.workflows.plot import read_runs
+from mlx_afm.workflows.plot import loss_curve_svg, read_runs
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "demo"
 TRAINING = TrainConfig(

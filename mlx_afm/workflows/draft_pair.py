@@ -8,8 +8,7 @@ from typing import Any
 from mlx_afm.checkpoints.arrays import cast
 from mlx_afm.errors import FormatError
 from mlx_afm.files import read_json, to_path
-from mlx_afm.formats.draft_names import spec_tensors
-from mlx_afm.formats.draft_pair import PROGRAM_FILE, DraftPair
+from mlx_afm.formats.draft_pair import PROGRAM_FILE, DraftPair, spec_tensors
 from mlx_afm.formats.draft_spec import parse_spec
 from mlx_afm.formats.torch_file import read_torch
 from mlx_afm.model import parse_toolkit_config

@@ -27,12 +27,12 @@ from mlx_afm.formats.fmadapter import (
     SUFFIX,
     AddFiles,
     Metadata,
-    Rounding,
     no_files,
     read_fmadapter,
     require_adapter_name,
 )
 from mlx_afm.formats.fmadapter_check import check_fmadapter
+from mlx_afm.formats.fmadapter_plan import Rounding
 from mlx_afm.formats.fmadapter_report import PackageReport
 from mlx_afm.model_folder import ModelFolder
 from mlx_afm.runs.lineage import base_differs, lineage_of

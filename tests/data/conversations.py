@@ -3,8 +3,7 @@
 import json
 
 from mlx_afm.data.config import DataConfig
-from mlx_afm.data.encode import render_example
-from mlx_afm.data.records import RecordReader
+from mlx_afm.data.records import RecordReader, render_example
 from mlx_afm.data.rows import DataRow
 
 SYSTEM = {"role": "system", "content": "Be brief."}

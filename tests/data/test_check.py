@@ -13,8 +13,8 @@ from planted import FAULTS, MAX_TOKENS, plant
 
 from mlx_afm.data import DataConfig, find_splits, read_tokens
 from mlx_afm.data.check import check_data
-from mlx_afm.data.problems import WARNINGS
 from mlx_afm.data.repeats import Fingerprints, find_duplicates, find_overlap
+from mlx_afm.data.report import WARNINGS
 from mlx_afm.errors import ConfigError, DataError, FormatError
 
 GOOD = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]

@@ -8,7 +8,7 @@ from planted import MAX_TOKENS, plant
 from mlx_afm.data import DataConfig, find_splits, read_tokens
 from mlx_afm.data.check import check_data
 from mlx_afm.data.fix import fix_data
-from mlx_afm.data.problems import WARNINGS
+from mlx_afm.data.report import WARNINGS
 from mlx_afm.errors import ConfigError, DataError, FormatError
 
 

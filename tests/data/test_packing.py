@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mlx_afm.data import Tokens
-from mlx_afm.data.packing import key_indices, pack
+from mlx_afm.data.batches import key_indices, pack
 
 
 def tokens(ids: str, weights: str | None = None) -> Tokens:

@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 from text.sentencepiece_models import TRAINED
 
 from mlx_afm.data import read_tokens
+from mlx_afm.data.blocks import BlockRenderer
 from mlx_afm.data.config import DataConfig
-from mlx_afm.data.encode import encode_example, render_example
 from mlx_afm.data.plain import PlainReader
 from mlx_afm.data.prepare import Block, Preparer, iter_blocks
-from mlx_afm.data.records import RecordReader
-from mlx_afm.data.render_block import BlockRenderer
+from mlx_afm.data.records import RecordReader, encode_example, render_example
 from mlx_afm.data.rows import DataRow
 from mlx_afm.text.messages import Message
 from mlx_afm.text.tokenizer import AFMTokenizer

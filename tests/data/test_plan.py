@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mlx_afm.data import Tokens, find_prefixes, plan_packed, require_fitting
-from mlx_afm.data.packing import pack
+from mlx_afm.data.batches import pack
 from mlx_afm.errors import ConfigError, DataError
 
 

@@ -23,10 +23,8 @@ from draft_fixtures import (
 )  # fmt: skip
 from mlx_afm.errors import FormatError
 from mlx_afm.formats.blob import read_blobs, walk_blobs
-from mlx_afm.formats.draft_names import halves_of_pairs, spec_tensors
-from mlx_afm.formats.draft_pair import DraftPair
-from mlx_afm.formats.draft_spec import parse_spec
-from mlx_afm.formats.draft_values import LEAST_SCALE, encode, pack_nibbles
+from mlx_afm.formats.draft_pair import DraftPair, halves_of_pairs, spec_tensors
+from mlx_afm.formats.draft_spec import LEAST_SCALE, encode, pack_nibbles, parse_spec
 from mlx_afm.formats.tensors import LazyTensor
 from mlx_afm.formats.torch_file import read_torch
 

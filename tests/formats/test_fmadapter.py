@@ -14,12 +14,12 @@ from mlx_afm.formats.fmadapter import (
     APPLE_GEOMETRY,
     Geometry,
     Metadata,
-    Rounding,
     plan_records,
     read_fmadapter,
     stored_values,
     write_fmadapter,
 )
+from mlx_afm.formats.fmadapter_plan import Rounding
 from mlx_afm.formats.tensors import LazyTensor
 
 TINY = Geometry(ordinary_layers=2, reuse_layers=1, hidden=16, heads=2, kv_heads=1, feed_forward=24, rank=2)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from damaged_packages import DAMAGES
-from mlx_afm.formats import fmadapter_check, fmadapter_check_metadata
+from mlx_afm.formats import fmadapter_check
 from mlx_afm.formats.blob import read_blobs
 from mlx_afm.formats.fmadapter import (
     APPLE_GEOMETRY,
@@ -64,7 +64,7 @@ def patch_record(package, record, offset, content):
 @pytest.fixture
 def apples_are_tiny(monkeypatch):
     """Lets the small geometry stand for Apple's, so that a small package need not state it."""
-    for module in (fmadapter_check, fmadapter_check_metadata):
+    for module in (fmadapter_check, fmadapter_check):
         monkeypatch.setattr(module, "APPLE_GEOMETRY", TINY)
 
 

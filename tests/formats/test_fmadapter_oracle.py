@@ -14,7 +14,7 @@ import pytest
 
 from check_oracle import CheckOracle
 from damaged_packages import DAMAGES
-from mlx_afm.formats import fmadapter_check, fmadapter_check_metadata
+from mlx_afm.formats import fmadapter_check
 from mlx_afm.formats.fmadapter import APPLE_GEOMETRY, Geometry, Metadata, plan_records, write_fmadapter
 from mlx_afm.formats.fmadapter_check import check_fmadapter
 from mutated_packages import KNOWN_GAPS, mutate
@@ -63,7 +63,7 @@ def small_judges(tmp_path_factory):
 @pytest.fixture
 def small(small_judges, monkeypatch):
     """Judges of small packages: their geometry stands for Apple's."""
-    for module in (fmadapter_check, fmadapter_check_metadata):
+    for module in (fmadapter_check, fmadapter_check):
         monkeypatch.setattr(module, "APPLE_GEOMETRY", TINY)
     return small_judges
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlx_afm.formats.fmadapter_rounding import PIECE, Rounding
+from mlx_afm.formats.fmadapter_plan import PIECE, Rounding
 
 
 def test_errors_are_those_of_plain_arithmetic():

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from mlx_afm.errors import FormatError
-from mlx_afm.formats.torch_contents import WRAPPER_KEYS, unwrap
 from mlx_afm.formats.torch_file import read_torch, read_torch_checkpoint
 from mlx_afm.formats.torch_names import RawStorage, RawTensor
+from mlx_afm.formats.torch_pickle import WRAPPER_KEYS, unwrap
 from torch_builders import dictionary, plain, tensor, whole, zip_checkpoint
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from mlx_afm.errors import ConfigError
-from mlx_afm.model.cache import KVCache
-from mlx_afm.model.cache_int8 import Int8KVCache, from_int8, to_int8
+from mlx_afm.model.cache import Int8KVCache, KVCache, from_int8, to_int8
 from mlx_afm.model.layers import fake_quantize
 from tiny import random_tokens, tiny_model
 

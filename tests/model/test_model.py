@@ -223,8 +223,7 @@ def test_documents_read_the_ones_they_begin_with():
 
 def test_placements_that_exclude_each_other_are_refused():
     from mlx_afm.data import Tokens
-    from mlx_afm.data.batches import packed_batch
-    from mlx_afm.data.packing import pack
+    from mlx_afm.data.batches import pack, packed_batch
 
     model, ones = tiny_model(), mx.ones((1, 32), mx.int32)
     row = packed_batch(pack([Tokens(np.arange(3, dtype=np.int32), np.ones(3, np.float32), "x")]), read_tokens=2)

@@ -9,8 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_afm.data import Batch, Tokens, make_batch, padded_batch
-from mlx_afm.data.batches import packed_batch
-from mlx_afm.data.packing import pack
+from mlx_afm.data.batches import pack, packed_batch
 from mlx_afm.training.step import batch_loss
 from tiny import tiny_model, with_adapter
 

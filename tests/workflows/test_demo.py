@@ -12,8 +12,8 @@ import pytest
 
 from mlx_afm import LoRAJob, TrainConfig, check_fmadapter, generate, load, score, train
 from mlx_afm.errors import ConfigError
-from mlx_afm.runs.loss_curve import loss_curve_svg, read_losses
 from mlx_afm.workflows.demo import ASSETS, run_demo
+from mlx_afm.workflows.plot import loss_curve_svg, read_losses
 
 DATA = Path(os.environ.get("MLX_AFM_SHARED", Path(__file__).parents[3] / "shared")) / "data"
 

@@ -37,13 +37,11 @@ with tempfile.TemporaryDirectory() as folder:
 opened = Counter({name: count for name, count in opened.items() if not name.endswith(".jsonl")})
 """,
     "serve": """
-from pathlib import Path
-from mlx_afm.serving.config import ServeConfig
-from mlx_afm.serving.metrics import Metrics
-from mlx_afm.serving.model_thread import ModelThread
+from mlx_afm.serving import ServeConfig, running
 model, adapter = json.loads(sys.argv[1])
-thread = ModelThread(model, {"a": Path(adapter)}, ServeConfig(port=0), Metrics(), lambda *_: None)
-thread.stop(0)
+with running(model, {"a": adapter}, ServeConfig(port=0)):
+    started = dict(opened)
+opened = started
 """,
 }
 
