@@ -88,7 +88,7 @@ def seconds(action: Callable[[], None]) -> float:
 
 def prefill(model: Model, prompt: mx.array) -> None:
     last = mx.array([[prompt.shape[1] - 1]])
-    mx.eval(model.logits(model.hidden(prompt, cache=model.make_cache(), needed=last)))
+    mx.eval(model.logits(model.hidden(prompt, cache=model.make_cache(), output_positions=last)))
 
 
 def decode(model: Model, cache: list, prompt: mx.array) -> None:

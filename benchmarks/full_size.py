@@ -43,7 +43,7 @@ model, _ = mlx_afm.load(sys.argv[1])
 with np.load(Path(sys.argv[2]) / "logits.npz") as arrays:
     tokens, wanted = mx.array(arrays["input_ids"].astype(np.int32)), arrays["logits_base"]
 needed = mx.array([[tokens.shape[1] - 1]])
-found = np.array(model.logits(model.hidden(tokens, needed=needed))[:, 0])
+found = np.array(model.logits(model.hidden(tokens, output_positions=needed))[:, 0])
 print(json.dumps({"max_difference": float(np.abs(found - wanted).max()), "mean_logit": float(np.abs(wanted).mean()),
                   "same_argmax": bool((found.argmax(-1) == wanted.argmax(-1)).all())}))
 """

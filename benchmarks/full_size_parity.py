@@ -32,7 +32,7 @@ adapter = Path(source, "adapter-final.pt") if name == "adapter" else None
 model, _ = mlx_afm.load(folder, adapter_path=adapter)
 arrays = np.load(Path(source, "logits.npz"))
 ids = arrays["input_ids"][0].tolist()
-logits = np.array(model.logits(model.hidden(mx.array([ids]), needed=mx.array([[len(ids) - 1]])))[:, 0])
+logits = np.array(model.logits(model.hidden(mx.array([ids]), output_positions=mx.array([[len(ids) - 1]])))[:, 0])
 wanted, margins = arrays[f"greedy_{name}"][0].tolist(), arrays[f"greedy_{name}_margin"][0]
 held = decoder_of(model)
 engine = Engine(held.decoder, routes=held.routes)

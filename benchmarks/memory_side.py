@@ -59,9 +59,13 @@ def batch_of(spec: dict, vocabulary: int) -> Batch:
 
 def layout(batch: Batch) -> dict:
     """What the estimate needs to know of a batch."""
-    found = {"rows": batch.inputs_BL.shape[0], "tokens": batch.inputs_BL.shape[1], "needed": batch.needed_BN.shape[1]}
+    found = {
+        "rows": batch.inputs_BL.shape[0],
+        "tokens": batch.inputs_BL.shape[1],
+        "output_positions": batch.output_positions_BN.shape[1],
+    }
     if batch.packing is not None:
-        for name, reach in (("reach", batch.packing.everyone), ("needed_reach", batch.packing.needed)):
+        for name, reach in (("reach", batch.packing.everyone), ("output_reach", batch.packing.output_positions)):
             found[name] = list(reach.mask_GQS.shape)
     return found
 

@@ -67,22 +67,22 @@ class Layout:
 
     Attributes:
         rows, tokens: of the inputs, padding included.
-        needed: indices a row whose outputs are read.
+        output_positions: indices a row whose outputs are read.
         reach: (groups, queries, keys) of a packed row, see `mlx_afm.model.KeyIndices`; None for whole rows.
-        needed_reach: the same of the tokens that are read.
+        output_reach: the same of the tokens that are read.
     """
 
     rows: int
     tokens: int
-    needed: int
+    output_positions: int
     reach: tuple[int, int, int] | None = None
-    needed_reach: tuple[int, int, int] | None = None
+    output_reach: tuple[int, int, int] | None = None
 
     @property
     def scores(self) -> tuple[int, int]:
         """Scores of one head, of all queries and of those that are read."""
-        plain = self.rows * self.tokens * self.tokens, self.rows * self.needed * self.tokens
-        reaches = self.reach, self.needed_reach
+        plain = self.rows * self.tokens * self.tokens, self.rows * self.output_positions * self.tokens
+        reaches = self.reach, self.output_reach
         return tuple(math.prod(reach) if reach else count for reach, count in zip(reaches, plain))  # type: ignore[return-value]
 
 
@@ -113,11 +113,11 @@ class MemoryEstimate:
 
 def layout_of(batch: Batch) -> Layout:
     """The shape of a micro-batch."""
-    (rows, tokens), needed = batch.inputs_BL.shape, batch.needed_BN.shape[1]
+    (rows, tokens), outputs = batch.inputs_BL.shape, batch.output_positions_BN.shape[1]
     if batch.packing is None:
-        return Layout(rows=rows, tokens=tokens, needed=needed)
-    reaches: Any = [reach.mask_GQS.shape for reach in (batch.packing.everyone, batch.packing.needed)]
-    return Layout(rows=rows, tokens=tokens, needed=needed, reach=reaches[0], needed_reach=reaches[1])
+        return Layout(rows=rows, tokens=tokens, output_positions=outputs)
+    reaches: Any = [reach.mask_GQS.shape for reach in (batch.packing.everyone, batch.packing.output_positions)]
+    return Layout(rows=rows, tokens=tokens, output_positions=outputs, reach=reaches[0], output_reach=reaches[1])
 
 
 def estimate_training(
@@ -215,7 +215,7 @@ class _Step:
 
     @property
     def read_tokens(self) -> int:
-        return self.layout.rows * self.layout.needed
+        return self.layout.rows * self.layout.output_positions
 
     def layers(self) -> tuple[int, bool, int]:
         """How many layers, from the first trained one on: ordinary ones without the last, the last, reusing ones."""

@@ -13,7 +13,7 @@ from mlx_afm.model import AFMConfig
 from mlx_afm.quant import Scheme
 
 REAL, SMALL = AFMConfig(), AFMConfig(vocab_size=4096, hidden_dim=128, num_layers=6, num_kv_reuse_layers=2, num_heads=4)
-LAYOUT = Layout(rows=2, tokens=128, needed=32)
+LAYOUT = Layout(rows=2, tokens=128, output_positions=32)
 SIDE = Path(__file__).parents[1] / "benchmarks" / "memory_side.py"
 STEPS = 35 * 2 * 4  # of the key and value quantisers, float32
 
@@ -65,7 +65,7 @@ def test_what_a_plain_layer_keeps_is_counted(backend, wide):
     [
         {"layout": replace(LAYOUT, rows=1)},
         {"layout": replace(LAYOUT, tokens=96)},
-        {"layout": replace(LAYOUT, needed=16)},
+        {"layout": replace(LAYOUT, output_positions=16)},
         {"lora": LoRAConfig(rank=8)},
         {"lora": LoRAConfig(layers="reuse")},
         {"base": Base(dtype="bfloat16")},
@@ -88,8 +88,8 @@ def test_summed_gradients_are_held_between_micro_batches():
 
 def test_packed_rows_keep_what_plain_ones_do():
     """The keys of each group of queries are brought again in the backward pass; scores are fewer."""
-    plain = Layout(rows=1, tokens=512, needed=128)
-    packed = replace(plain, reach=(8, 64, 176), needed_reach=(2, 64, 176))
+    plain = Layout(rows=1, tokens=512, output_positions=128)
+    packed = replace(plain, reach=(8, 64, 176), output_reach=(2, 64, 176))
     assert estimate(layout=packed).activations_bytes == estimate(layout=plain).activations_bytes
     assert math.prod(packed.reach) == packed.scores[0] < plain.scores[0]
 

@@ -78,7 +78,7 @@ def exact_match(folder: Path, adapter: Path | None, file: Path) -> float:
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     for start in range(0, len(rows), BATCH):
         batch = padded_batch([rows[index] for index in order[start : start + BATCH]])
-        hidden = model.hidden(batch.inputs_BL, needed=batch.needed_BN)
+        hidden = model.hidden(batch.inputs_BL, output_positions=batch.output_positions_BN)
         hits = (mx.argmax(model.logits(hidden), axis=-1) == batch.targets_BN) | (batch.weights_BN == 0)
         right += int(mx.all(hits, axis=1).sum().item())
     return 100 * right / len(rows)

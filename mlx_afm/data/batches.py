@@ -30,18 +30,18 @@ class PackedRow:
         ids_L: int32, tokens read; padding at the end is zero.
         positions_L: int32, place of each token in its example.
         subtree_end_L: int32, index of the last token that sees this one; padding sees itself alone.
-        needed_T: int32, ascending, the index whose prediction counts; twice if it has two targets.
+        output_positions_T: int32, ascending, the index whose prediction counts; twice if it has two targets.
         targets_T: int32.
         weights_T: float32, summed over the examples that train the same target behind the same tokens.
 
-    Example: `a b x` and `a b c y`, all targets trained: ids `a b c`, last readers `2 2 2`, needed `0 1 1 2`, targets
-    `b c x y`, weights `2 1 1 1`.
+    Example: `a b x` and `a b c y`, all targets trained: ids `a b c`, subtree ends `2 2 2`, output positions
+    `0 1 1 2`, targets `b c x y`, weights `2 1 1 1`.
     """
 
     ids_L: Ints
     positions_L: Ints
     subtree_end_L: Ints
-    needed_T: Ints
+    output_positions_T: Ints
     targets_T: Ints
     weights_T: npt.NDArray[np.float32]
 
@@ -60,7 +60,7 @@ def rounded_up(count: int, step: int) -> int:
 
 def pack(examples: Sequence[Tokens]) -> PackedRow:
     """The row of some examples, in the order of their ids."""
-    ids, positions, needed, targets, weights = [], [], [], [], []
+    ids, positions, outputs, targets, weights = [], [], [], [], []
     subtree_end = np.zeros(sum(map(len, examples)), np.int32)
     path = read = np.empty(0, np.int32)
     count = 0
@@ -73,7 +73,7 @@ def pack(examples: Sequence[Tokens]) -> PackedRow:
         ids.append(read[shared:])
         positions.append(np.arange(shared, len(read), dtype=np.int32))
         trained = np.flatnonzero(example.weights[1:])
-        needed.append(path[trained])
+        outputs.append(path[trained])
         targets.append(example.ids[trained + 1])
         weights.append(example.weights[trained + 1])
     subtree_end[path] = count - 1
@@ -83,15 +83,15 @@ def pack(examples: Sequence[Tokens]) -> PackedRow:
         np.concatenate([*ids, padding]),
         np.concatenate([*positions, padding]),
         np.concatenate([subtree_end[:count], np.arange(count, length, dtype=np.int32)]),
-        *_summed(np.concatenate(needed), np.concatenate(targets), np.concatenate(weights)),
+        *_summed(np.concatenate(outputs), np.concatenate(targets), np.concatenate(weights)),
     )
 
 
 def _summed(
-    needed: Ints, targets: Ints, weights: npt.NDArray[np.float32]
+    outputs: Ints, targets: Ints, weights: npt.NDArray[np.float32]
 ) -> tuple[Ints, Ints, npt.NDArray[np.float32]]:
     """Equal targets at equal places become one, with the sum of their weights."""
-    pairs, group = np.unique(np.stack([needed, targets]), axis=1, return_inverse=True)
+    pairs, group = np.unique(np.stack([outputs, targets]), axis=1, return_inverse=True)
     summed = np.bincount(group.reshape(-1), weights, pairs.shape[1]).astype(np.float32)
     return pairs[0], pairs[1], summed
 
@@ -212,7 +212,7 @@ class Batch:
 
     Attributes:
         inputs_BL: int32, tokens read, padded on the right.
-        needed_BN: int32, the indices whose predictions count.
+        output_positions_BN: int32, the indices whose predictions count.
         targets_BN: int32, what should be predicted there.
         weights_BN: float32, weight of each target; 0 is padding.
         read_tokens: how many tokens the examples read, those in common counted for each.
@@ -220,11 +220,11 @@ class Batch:
 
     A padded input changes nothing before it, since a token sees no later token.
 
-    Example: ids `a b c d`, weights `0 0 1 1` becomes inputs `a b c`, needed `1 2`, targets `c d`.
+    Example: ids `a b c d`, weights `0 0 1 1` becomes inputs `a b c`, output positions `1 2`, targets `c d`.
     """
 
     inputs_BL: mx.array
-    needed_BN: mx.array
+    output_positions_BN: mx.array
     targets_BN: mx.array
     weights_BN: mx.array
     read_tokens: int = 0
@@ -247,32 +247,32 @@ def padded_batch(rows: Sequence[Tokens]) -> Batch:
     length = max(len(row) for row in rows) - 1
     width = max(1, max(int(np.count_nonzero(row.weights[1:])) for row in rows))
     inputs = np.zeros((len(rows), length), np.int32)
-    needed = np.zeros((len(rows), width), np.int32)
+    outputs = np.zeros((len(rows), width), np.int32)
     targets = np.zeros((len(rows), width), np.int32)
     weights = np.zeros((len(rows), width), np.float32)
     for index, row in enumerate(rows):
         inputs[index, : len(row) - 1] = row.ids[:-1]
         trained = np.flatnonzero(row.weights[1:])
-        needed[index, : len(trained)] = trained
+        outputs[index, : len(trained)] = trained
         targets[index, : len(trained)] = row.ids[trained + 1]
         weights[index, : len(trained)] = row.weights[trained + 1]
-    return Batch(mx.array(inputs), mx.array(needed), mx.array(targets), mx.array(weights), _read_tokens(rows))
+    return Batch(mx.array(inputs), mx.array(outputs), mx.array(targets), mx.array(weights), _read_tokens(rows))
 
 
 def packed_batch(row: PackedRow, *, read_tokens: int) -> Batch:
     """The arrays of a packed row, a batch of one."""
-    count = len(row.needed_T)
+    count = len(row.output_positions_T)
     fill = rounded_up(max(1, count), TARGET_STEP) - count
-    needed = np.pad(row.needed_T, (0, fill), mode="edge" if count else "constant")
+    outputs = np.pad(row.output_positions_T, (0, fill), mode="edge" if count else "constant")
     everyone = key_indices(np.arange(len(row.ids_L), dtype=np.int32), row.subtree_end_L)
     packing = Packing(
         mx.array(row.positions_L[None]),
         KeyIndices(*map(mx.array, everyone)),
-        KeyIndices(*map(mx.array, key_indices(needed, row.subtree_end_L))),
+        KeyIndices(*map(mx.array, key_indices(outputs, row.subtree_end_L))),
     )
     return Batch(
         inputs_BL=mx.array(row.ids_L[None]),
-        needed_BN=mx.array(needed[None]),
+        output_positions_BN=mx.array(outputs[None]),
         targets_BN=mx.array(np.pad(row.targets_T, (0, fill))[None]),
         weights_BN=mx.array(np.pad(row.weights_T, (0, fill))[None]),
         read_tokens=read_tokens,

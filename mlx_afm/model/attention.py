@@ -67,19 +67,21 @@ class Attention(nn.Module):
         norm: RMSNorm,
         context: AttentionContext,
         cache: Any = None,
-        needed_BN: mx.array | None = None,
+        output_positions_BN: mx.array | None = None,
     ) -> tuple[mx.array, mx.array, mx.array]:
         """x + output, and the keys and values it attended to (the cache's older ones included).
 
         Order: norm, project, rotate q and k, norm q and k per head, fake-quantise k and v, cache, attend.
-        With `needed_BN` queries and output are computed at those indices only.
+        With `output_positions_BN` queries and output are computed at those indices only.
 
         Shapes: x and output (B, L or N, D), or (B, D) of one token; keys and values (B, K, S, E).
         """
 
         def project(x_BLD: mx.array) -> tuple[mx.array, mx.array, mx.array]:
             normed = norm(x_BLD)
-            return self.qkv_proj(normed, None if needed_BN is None else take_rows(normed, needed_BN))
+            return self.qkv_proj(
+                normed, None if output_positions_BN is None else take_rows(normed, output_positions_BN)
+            )
 
         q, k, v = recomputed([norm, self.qkv_proj], project, x_BLD)
         batch, width = x_BLD.shape[0], self.config.head_dim
@@ -93,9 +95,9 @@ class Attention(nn.Module):
             v = fake_quantize(v, self.quant_value_scale, training=self.training)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
-        if needed_BN is not None:
-            context = context.at(needed_BN, x_BLD.shape[1], k.shape[2])
-        residual = x_BLD if needed_BN is None else take_rows(x_BLD, needed_BN)
+        if output_positions_BN is not None:
+            context = context.at(output_positions_BN, x_BLD.shape[1], k.shape[2])
+        residual = x_BLD if output_positions_BN is None else take_rows(x_BLD, output_positions_BN)
         return self.out_proj.plus(_attend(self.q_norm, q, k, v, context), residual), k, v
 
 

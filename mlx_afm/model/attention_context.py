@@ -40,12 +40,12 @@ class Packing:
     Attributes:
         positions_BL: int32, place of each token in its example.
         everyone: what each token sees.
-        needed: what each token that is read sees, in the order of `needed`.
+        output_positions: what each token that is read sees, in the order of `output_positions`.
     """
 
     positions_BL: mx.array
     everyone: KeyIndices
-    needed: KeyIndices
+    output_positions: KeyIndices
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ class AttentionContext:
         cos, sin: rotary tables, (B or 1, L, 1, P, 2), see `layers.rotary_tables`.
         mask: None (all keys), "causal", or bool (B or 1, 1, L, S); with `keys_GS` bool (G, 1, Q, S).
         keys_GS: the keys of each group of queries, see `KeyIndices`; None for all of the row's.
-        needed: what the needed tokens see, if it was given.
+        output_positions: what the tokens at output positions see, if it was given.
     """
 
     cos: mx.array
     sin: mx.array
     mask: Mask
     keys_GS: mx.array | None = None
-    needed: KeyIndices | None = None
+    output_positions: KeyIndices | None = None
 
     def of(self, x_BKSE: mx.array) -> mx.array:
         """Those keys or values that are seen: (B, K, S, E), or (G, K, S, E)."""
@@ -73,12 +73,12 @@ class AttentionContext:
         flat = x_BKSE.transpose(1, 0, 2, 3).reshape(heads, -1, width)
         return flat[:, self.keys_GS].transpose(1, 0, 2, 3)
 
-    def at(self, needed_BN: mx.array, length: int, keys: int) -> AttentionContext:
-        """The context of the tokens at indices `needed_BN` only; `keys` is how many keys there are."""
-        cos, sin = take_rows(self.cos, needed_BN), take_rows(self.sin, needed_BN)
-        if self.needed is not None:
-            return AttentionContext(cos, sin, self.needed.mask_GQS[:, None], self.needed.keys_GS)
-        return AttentionContext(cos, sin, _mask_rows(self.mask, needed_BN, length, keys))
+    def at(self, output_positions_BN: mx.array, length: int, keys: int) -> AttentionContext:
+        """The context of the tokens at indices `output_positions_BN` only; `keys` is how many keys there are."""
+        cos, sin = take_rows(self.cos, output_positions_BN), take_rows(self.sin, output_positions_BN)
+        if self.output_positions is not None:
+            return AttentionContext(cos, sin, self.output_positions.mask_GQS[:, None], self.output_positions.keys_GS)
+        return AttentionContext(cos, sin, _mask_rows(self.mask, output_positions_BN, length, keys))
 
 
 def visible_mask(
@@ -140,22 +140,22 @@ def packed_context(config: AFMConfig, dtype: mx.Dtype, packing: Packing) -> Atte
     """The context of all tokens of packed rows."""
     everyone = packing.everyone
     tables = rotary_tables(packing.positions_BL, config, dtype)
-    return AttentionContext(*tables, everyone.mask_GQS[:, None], everyone.keys_GS, packing.needed)
+    return AttentionContext(*tables, everyone.mask_GQS[:, None], everyone.keys_GS, packing.output_positions)
 
 
-def take_rows(array: mx.array, needed_BN: mx.array) -> mx.array:
-    """Rows `needed_BN` of axis 1, (B or 1, L, ...) to (B, N, ...)."""
-    if array.shape[0] != needed_BN.shape[0]:
-        array = mx.broadcast_to(array, (needed_BN.shape[0], *array.shape[1:]))
-    index = needed_BN.reshape(*needed_BN.shape, *(1,) * (array.ndim - 2))
+def take_rows(array: mx.array, output_positions_BN: mx.array) -> mx.array:
+    """Rows `output_positions_BN` of axis 1, (B or 1, L, ...) to (B, N, ...)."""
+    if array.shape[0] != output_positions_BN.shape[0]:
+        array = mx.broadcast_to(array, (output_positions_BN.shape[0], *array.shape[1:]))
+    index = output_positions_BN.reshape(*output_positions_BN.shape, *(1,) * (array.ndim - 2))
     return mx.take_along_axis(array, index, axis=1)
 
 
-def _mask_rows(mask: Mask, needed_BN: mx.array, length: int, keys: int) -> Mask:
+def _mask_rows(mask: Mask, output_positions_BN: mx.array, length: int, keys: int) -> Mask:
     if mask is None:
         return None
     if isinstance(mask, str):
         columns = mx.arange(keys) - (keys - length)  # index within this call; negative for cached keys
-        return columns <= needed_BN[:, None, :, None]
+        return columns <= output_positions_BN[:, None, :, None]
     mask = mask.reshape(*(1,) * (4 - mask.ndim), *mask.shape)
-    return mx.expand_dims(take_rows(mx.squeeze(mask, 1), needed_BN), 1)
+    return mx.expand_dims(take_rows(mx.squeeze(mask, 1), output_positions_BN), 1)

@@ -36,10 +36,10 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_dim, config.rms_norm_eps)
 
     def __call__(
-        self, x_BLD: mx.array, context: AttentionContext, cache: Any = None, needed_BN: mx.array | None = None
+        self, x_BLD: mx.array, context: AttentionContext, cache: Any = None, output_positions_BN: mx.array | None = None
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """Output at all tokens, or at the needed ones only; and the keys and values."""
-        x, k, v = self.self_attn(x_BLD, self.input_layernorm, context, cache, needed_BN)
+        """Output at all tokens, or at the output positions only; and the keys and values."""
+        x, k, v = self.self_attn(x_BLD, self.input_layernorm, context, cache, output_positions_BN)
         return self.mlp(x, self.post_attention_layernorm), k, v
 
 
@@ -68,7 +68,7 @@ class Call:
     documents_BL: mx.array | None = None
     subtree_end_BL: mx.array | None = None
     packing: Packing | None = None
-    needed_BN: mx.array | None = None
+    output_positions_BN: mx.array | None = None
     grad_checkpoint: bool = False
 
 
@@ -85,9 +85,9 @@ class AFMModel(nn.Module):
 
     def __call__(self, tokens_BL: mx.array, call: Call) -> mx.array:
         """Final hidden states; see `Model.hidden`."""
-        one_token = call.cache is not None and call.needed_BN is None and tokens_BL.shape[1] == 1
+        one_token = call.cache is not None and call.output_positions_BN is None and tokens_BL.shape[1] == 1
         x = self.embedding(tokens_BL[:, 0] if one_token else tokens_BL)
-        length, needed_BN = tokens_BL.shape[1], call.needed_BN
+        length, output_positions_BN = tokens_BL.shape[1], call.output_positions_BN
         caches = [None] * len(self.layers) if call.cache is None else list(call.cache)
         if len(caches) != len(self.layers):
             raise ConfigError("wrong number of caches", expected=len(self.layers), found=len(caches))
@@ -99,8 +99,8 @@ class AFMModel(nn.Module):
 
         for layer, cache in zip(self.layers[:-1], caches):
             x = run(layer, lambda x, layer=layer, cache=cache: layer(x, context, cache)[0], x)
-        x, k, v = run(self.layers[-1], lambda x: self.layers[-1](x, context, caches[-1], needed_BN), x)
-        read = context if needed_BN is None else context.at(needed_BN, length, k.shape[2])
+        x, k, v = run(self.layers[-1], lambda x: self.layers[-1](x, context, caches[-1], output_positions_BN), x)
+        read = context if output_positions_BN is None else context.at(output_positions_BN, length, k.shape[2])
         for layer in self.kv_reuse_layers:
             x = run(layer, lambda x, k, v, layer=layer: layer(x, read, k, v), x, k, v)
         x = self.output_norm(x)
@@ -146,7 +146,7 @@ class Model(nn.Module):
         documents: mx.array | None = None,
         subtree_end: mx.array | None = None,
         packing: Packing | None = None,
-        needed: mx.array | None = None,
+        output_positions: mx.array | None = None,
         grad_checkpoint: bool = False,
     ) -> mx.array:
         """Hidden states after the final norm.
@@ -162,12 +162,12 @@ class Model(nn.Module):
             subtree_end: int (B, L), for documents that begin with others: the last document that reads
                 this token, documents being numbered in preorder of the tree of prefixes. Needs positions.
             packing: the same in the form that costs least, see `Packing`; instead of the three above.
-            needed: int (B, N), indices into L whose outputs anyone will read; the rest of the last
+            output_positions: int (B, N), indices into L whose outputs anyone will read; the rest of the last
                 ordinary layer and of all later layers is then not computed. Exact.
             grad_checkpoint: keep one array per layer for the backward pass, and K and V of the last ordinary
                 layer, and compute everything else again: about a third more time.
 
-        Returns: (B, L, D), or (B, N, D) with `needed`.
+        Returns: (B, L, D), or (B, N, D) with `output_positions`.
         Raises: ConfigError for a wrong number of caches, or arguments that exclude each other.
         """
         placed = [array is not None for array in (positions, documents, subtree_end)]
@@ -185,7 +185,7 @@ class Model(nn.Module):
             documents_BL=documents,
             subtree_end_BL=subtree_end,
             packing=packing,
-            needed_BN=needed,
+            output_positions_BN=output_positions,
             grad_checkpoint=grad_checkpoint,
         )
         return self.model(tokens_BL, call)
@@ -193,8 +193,8 @@ class Model(nn.Module):
     def next_logits(self, tokens_BL: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
         """Logits (B, V) of the token after the last one; what they do not depend on is not computed."""
         batch, length = tokens_BL.shape
-        needed = None if length == 1 else mx.full((batch, 1), length - 1)
-        return self.logits(self.hidden(tokens_BL, cache=cache, needed=needed)[:, -1])
+        last = None if length == 1 else mx.full((batch, 1), length - 1)
+        return self.logits(self.hidden(tokens_BL, cache=cache, output_positions=last)[:, -1])
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Logits (..., V) of hidden states (..., D): the product with the embedding."""

@@ -102,10 +102,13 @@ def distillation_from(teacher: Model) -> Loss:
     teacher.eval()
 
     def loss_of(model: Model, batch: Batch, grad_checkpoint: bool = False) -> mx.array:
-        wanted_BND = teacher.hidden(batch.inputs_BL, packing=batch.packing, needed=batch.needed_BN)
+        wanted_BND = teacher.hidden(batch.inputs_BL, packing=batch.packing, output_positions=batch.output_positions_BN)
         mx.eval(wanted_BND)  # before the student's pass, so that the two never stand in memory together
         hidden_BND = model.hidden(
-            batch.inputs_BL, packing=batch.packing, needed=batch.needed_BN, grad_checkpoint=grad_checkpoint
+            batch.inputs_BL,
+            packing=batch.packing,
+            output_positions=batch.output_positions_BN,
+            grad_checkpoint=grad_checkpoint,
         )
         hidden_TD, wanted_TD = (array.reshape(-1, array.shape[-1]) for array in (hidden_BND, wanted_BND))
         weights_T = batch.weights_BN.reshape(-1)

@@ -64,7 +64,10 @@ def batch_loss(model: Model, batch: Batch, grad_checkpoint: bool = False) -> mx.
     chunked loss has no gradient for the head.
     """
     hidden_BND = model.hidden(
-        batch.inputs_BL, packing=batch.packing, needed=batch.needed_BN, grad_checkpoint=grad_checkpoint
+        batch.inputs_BL,
+        packing=batch.packing,
+        output_positions=batch.output_positions_BN,
+        grad_checkpoint=grad_checkpoint,
     )
     hidden_TD = hidden_BND.reshape(-1, hidden_BND.shape[-1])
     targets_T, weights_T = batch.targets_BN.reshape(-1), batch.weights_BN.reshape(-1)
@@ -139,7 +142,7 @@ def evaluate(model: Model, batches: Iterable[Batch]) -> tuple[float, float]:
     model.eval()
     loss = tokens = 0.0
     for batch in batches:
-        hidden_BND = model.hidden(batch.inputs_BL, packing=batch.packing, needed=batch.needed_BN)
+        hidden_BND = model.hidden(batch.inputs_BL, packing=batch.packing, output_positions=batch.output_positions_BN)
         hidden_TD = hidden_BND.reshape(-1, hidden_BND.shape[-1])
         targets_T, weights_T = batch.targets_BN.reshape(-1), batch.weights_BN.reshape(-1)
         loss += _number(summed_loss(hidden_TD, model.logits, targets_T, weights_T))

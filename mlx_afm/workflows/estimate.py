@@ -154,10 +154,10 @@ def layout_by_settings(train: TrainConfig, tokens: int, share: float = TRAINED_S
     if not 0 <= share <= 1:
         raise SettingError("trained_share out of range", expected="0 to 1", found=share)
     if train.batch_tokens is None:
-        return Layout(rows=train.batch_size, tokens=tokens, needed=max(1, round(tokens * share)))
-    size, needed = train.batch_tokens, max(1, round(train.batch_tokens * share))
-    reaches = [(math.ceil(count / PACKED_QUERIES), PACKED_QUERIES, PACKED_KEYS) for count in (size, needed)]
-    return Layout(rows=1, tokens=size, needed=needed, reach=reaches[0], needed_reach=reaches[1])
+        return Layout(rows=train.batch_size, tokens=tokens, output_positions=max(1, round(tokens * share)))
+    size, outputs = train.batch_tokens, max(1, round(train.batch_tokens * share))
+    reaches = [(math.ceil(count / PACKED_QUERIES), PACKED_QUERIES, PACKED_KEYS) for count in (size, outputs)]
+    return Layout(rows=1, tokens=size, output_positions=outputs, reach=reaches[0], output_reach=reaches[1])
 
 
 def largest_rows(plan: RunPlan, limit_bytes: float) -> int:
@@ -204,7 +204,7 @@ def _variants(plan: RunPlan) -> Iterator[tuple[list[str], RunPlan]]:
 
 def with_rows(plan: RunPlan, rows: int) -> RunPlan:
     """The plan with micro-batches of so many examples of the first layout's length."""
-    return replace(plan, layouts=(replace(plan.layouts[0], rows=rows, reach=None, needed_reach=None),))
+    return replace(plan, layouts=(replace(plan.layouts[0], rows=rows, reach=None, output_reach=None),))
 
 
 def require_memory(plan: RunPlan, memory_bytes: int | None) -> None:
@@ -252,7 +252,12 @@ def report(plan: RunPlan, memory_bytes: int | None, *, mac: bool) -> tuple[dict[
     """
     estimate = plan.estimate()
     layout = max(plan.layouts, key=lambda layout: layout.rows * layout.tokens)
-    found: dict[str, Any] = {**asdict(estimate), "rows": layout.rows, "tokens": layout.tokens, "needed": layout.needed}
+    found: dict[str, Any] = {
+        **asdict(estimate),
+        "rows": layout.rows,
+        "tokens": layout.tokens,
+        "needed": layout.output_positions,
+    }
     if memory_bytes is None:
         return {**found, "ways_to_fit": {}}, None
     limit = memory_bytes * (USABLE_SHARE if mac or plan.backend == "gpu" else 1.0)
@@ -268,7 +273,7 @@ def settings_table(plan: RunPlan, macs_gb: Sequence[int] = MACS_GB) -> list[dict
 
     0 means that not even one fits. Full settings are those of `plan`; its layouts and base are replaced.
     """
-    layout = Layout(rows=1, tokens=ROW_TOKENS, needed=round(TRAINED_SHARE * ROW_TOKENS))
+    layout = Layout(rows=1, tokens=ROW_TOKENS, output_positions=round(TRAINED_SHARE * ROW_TOKENS))
     rows = []
     for name in TABLE_BASES:
         assert name in BASES

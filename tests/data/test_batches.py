@@ -16,7 +16,7 @@ def tokens_of(*weights: float) -> Tokens:
 def test_a_batch_shifts_by_one_and_keeps_what_is_needed():
     batch = padded_batch([tokens_of(0, 0, 1, 1), tokens_of(0, 0.5, 0, 0, 0, 1), tokens_of(1, 0)])
     assert batch.inputs_BL.tolist() == [[10, 11, 12, 0, 0], [10, 11, 12, 13, 14], [10, 0, 0, 0, 0]]
-    assert batch.needed_BN.tolist() == [[1, 2], [0, 4], [0, 0]]
+    assert batch.output_positions_BN.tolist() == [[1, 2], [0, 4], [0, 0]]
     assert batch.targets_BN.tolist() == [[12, 13], [11, 15], [0, 0]]
     # The first token is nobody's target, whatever its weight.
     assert batch.weights_BN.tolist() == [[1, 1], [0.5, 1], [0, 0]]

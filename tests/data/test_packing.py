@@ -24,7 +24,7 @@ def test_the_example_of_the_docstring():
     assert len(row.ids_L) == 32
     assert row.positions_L[:4].tolist() == [0, 1, 2, 0]
     assert row.subtree_end_L[:5].tolist() == [2, 2, 2, 3, 4]
-    assert row.needed_T.tolist() == [0, 1, 1, 2]
+    assert row.output_positions_T.tolist() == [0, 1, 1, 2]
     assert letters(row.targets_T) == "bcxy"
     assert row.weights_T.tolist() == [2, 1, 1, 1]
 
@@ -34,7 +34,7 @@ def test_branches_end_where_the_next_one_begins():
     assert letters(row.ids_L[:8]) == "abcdeaff"
     assert row.positions_L[:8].tolist() == [0, 1, 2, 2, 1, 2, 0, 1]
     assert row.subtree_end_L[:8].tolist() == [5, 3, 2, 3, 5, 5, 7, 7]
-    assert row.needed_T.tolist() == [2, 3, 5, 7]
+    assert row.output_positions_T.tolist() == [2, 3, 5, 7]
 
 
 def test_reach_is_the_mask_and_no_more():
@@ -45,7 +45,7 @@ def test_reach_is_the_mask_and_no_more():
     ]
     rows = [Tokens(row.ids, np.ones(len(row), np.float32), "x") for row in rows]
     row = pack(rows)
-    for queries in (np.arange(len(row.ids_L), dtype=np.int32), row.needed_T):
+    for queries in (np.arange(len(row.ids_L), dtype=np.int32), row.output_positions_T):
         keys, mask = key_indices(queries, row.subtree_end_L)
         groups, size, _ = mask.shape
         assert groups * size == len(queries)

@@ -48,7 +48,7 @@ def test_needed_positions_in_a_padded_batch():
     rows, tokens, padding = padded_batch()
     whole = model.hidden(tokens, cache=model.make_cache(padding))
     last = mx.full((len(rows), 1), tokens.shape[1] - 1)
-    only = model.hidden(tokens, cache=model.make_cache(padding), needed=last)
+    only = model.hidden(tokens, cache=model.make_cache(padding), output_positions=last)
     assert mx.abs(only - whole[:, -1:]).max().item() <= tolerances.SAME_ARITHMETIC
 
 

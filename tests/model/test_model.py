@@ -60,10 +60,10 @@ def test_needed_positions_are_exact(with_cache):
     if with_cache:
         cache = model.make_cache()
         model.hidden(tokens[:, :4], cache=cache)
-        some = model.hidden(tokens[:, 4:], cache=cache, needed=mx.array([[5, 0], [1, 2]]))
+        some = model.hidden(tokens[:, 4:], cache=cache, output_positions=mx.array([[5, 0], [1, 2]]))
         expected = mx.take_along_axis(whole, mx.array([[9, 4], [5, 6]])[..., None], axis=1)
     else:
-        some = model.hidden(tokens, needed=needed)
+        some = model.hidden(tokens, output_positions=needed)
         expected = mx.take_along_axis(whole, needed[..., None], axis=1)
     assert most(some, expected) <= tolerances.SAME_ARITHMETIC
 
@@ -73,7 +73,7 @@ def test_needed_positions_give_the_same_gradients():
     needed = mx.array([[9, 3], [1, 9]])
 
     def only_needed(model):
-        return model.hidden(tokens, needed=needed).square().sum()
+        return model.hidden(tokens, output_positions=needed).square().sum()
 
     def everything(model):
         return mx.take_along_axis(model.hidden(tokens), needed[..., None], axis=1).square().sum()
@@ -91,7 +91,7 @@ def test_documents_of_a_packed_row_do_not_see_each_other():
     packed = model.logits(model.hidden(row, documents=documents))
     assert most(packed[:, :5], model(first)) <= tolerances.SAME_ARITHMETIC
     assert most(packed[:, 5:9], model(second)) <= tolerances.SAME_ARITHMETIC
-    needed = model.logits(model.hidden(row, documents=documents, needed=mx.array([[8, 4]])))
+    needed = model.logits(model.hidden(row, documents=documents, output_positions=mx.array([[8, 4]])))
     assert most(needed, packed[:, [8, 4]]) <= tolerances.SAME_ARITHMETIC
 
 
@@ -217,7 +217,7 @@ def test_documents_read_the_ones_they_begin_with():
     assert most(packed[:, :4], model.hidden(tokens[:, :4])) <= tolerances.SAME_ARITHMETIC
     alone = model.hidden(tokens[:, [0, 1, 4]])
     assert most(packed[:, 4:], alone[:, 2:]) <= tolerances.SAME_ARITHMETIC
-    needed = model.hidden(tokens, needed=mx.array([[4, 1]]), **placed)
+    needed = model.hidden(tokens, output_positions=mx.array([[4, 1]]), **placed)
     assert most(needed, packed[:, [4, 1]]) <= tolerances.SAME_ARITHMETIC
 
 

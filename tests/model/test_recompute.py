@@ -38,15 +38,15 @@ def kept(monkeypatch):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["plain", "dropout"])
-@pytest.mark.parametrize("needed", [None, [[9, 3, 5], [1, 2, 9]]], ids=["all", "needed"])
-def test_gradients_are_those_of_keeping_everything(monkeypatch, needed, dropout):
+@pytest.mark.parametrize("positions", [None, [[9, 3, 5], [1, 2, 9]]], ids=["all", "some"])
+def test_gradients_are_those_of_keeping_everything(monkeypatch, positions, dropout):
     model, tokens = with_adapter(tiny_model(), LoRAConfig(rank=4, dropout=dropout)), random_tokens((2, 10))
     model.train()
-    needed = None if needed is None else mx.array(needed)
-    own = gradients(model, tokens, needed=needed)
-    checkpointed = gradients(model, tokens, needed=needed, grad_checkpoint=True)
+    positions = None if positions is None else mx.array(positions)
+    own = gradients(model, tokens, output_positions=positions)
+    checkpointed = gradients(model, tokens, output_positions=positions, grad_checkpoint=True)
     kept(monkeypatch)
-    expected = gradients(model, tokens, needed=needed)
+    expected = gradients(model, tokens, output_positions=positions)
     assert_same(own, expected)
     assert_same(checkpointed, expected)
 

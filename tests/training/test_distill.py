@@ -86,8 +86,11 @@ def examples(count=8):
 def test_of_two_models_it_is_the_divergence_of_their_outputs_at_trained_positions():
     student, teacher, batch = with_adapter(tiny_model(0)), tiny_model(1), make_batch(examples())
     found = distillation_from(teacher)(student, batch, False).item()
-    logits = [model.logits(model.hidden(batch.inputs_BL, packing=batch.packing, needed=batch.needed_BN))
-              for model in (student, teacher)]  # fmt: skip
+    positions = batch.output_positions_BN
+    hidden = [
+        model.hidden(batch.inputs_BL, packing=batch.packing, output_positions=positions) for model in (student, teacher)
+    ]
+    logits = [model.logits(state) for model, state in zip((student, teacher), hidden, strict=True)]
     flat = [array.reshape(-1, array.shape[-1]) for array in logits]
     assert found == pytest.approx(divergence(*flat, batch.weights_BN.reshape(-1)).item(), rel=1e-5)
     assert found > 1
