@@ -96,9 +96,6 @@ class QATFusedLinear(nn.Module):
         return q, k, v
 
 
-QAT_LAYERS = (QATLinear, QATFusedLinear)
-
-
 def start_qat(model: Model, paths: Iterable[str]) -> None:
     """Makes some projections trainable in codes; all else is frozen and in float32, the embedding in 4 bits.
 

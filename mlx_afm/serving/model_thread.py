@@ -132,11 +132,6 @@ class ModelThread:
             self._wake.notify()
         return future
 
-    def refuse_new(self) -> None:
-        """Takes no more requests; those under way go on."""
-        with self._wake:
-            self._accepting = False
-
     def stop(self, grace_seconds: float) -> None:
         """Lets requests under way finish within some time, ends the rest, and the thread."""
         with self._wake:
