@@ -166,10 +166,10 @@ def parity_page(cases: dict, machine: dict) -> str:
 Written by `benchmarks/acceptance.py`: our model against Apple's MIT-licensed `tamm` on torch, same random weights,
 float32. Largest absolute differences; for gradients |difference| / |reference| by norm, the worst of
 all adapter tensors and of the key and value ones (mlx-lm has zeros there). Greedy: tokens equal, of those
-whose first choice leads by more than 1e-3. `-plain` is without the key and value quantisers, whose rounding boundaries
+whose first choice leads by more than 1e-3. `-plain` is without the key and value quantizers, whose rounding boundaries
 turn 1e-7 into a visible step; that is why those limits are wider.
 
-Limits, held by `tests/parity`: logits 2e-5 plain, 1e-2 quantised, gradients 1e-3. `default`: 3 + 2 layers, 4 query and
+Limits, held by `tests/parity`: logits 2e-5 plain, 1e-2 quantized, gradients 1e-3. `default`: 3 + 2 layers, 4 query and
 2 key heads, width 64; `heads` 2 + 3 layers, 8 and 1 heads, width 96; `uniform` 4 layers, no reuse.
 
 | case | {" | ".join(name.replace("_", " ") for name in COLUMNS)} |
@@ -180,7 +180,7 @@ Limits, held by `tests/parity`: logits 2e-5 plain, 1e-2 quantised, gradients 1e-
 
 ## At the real size
 
-35 + 21 layers, width 2048, 3,178,001,792 random float32 weights, without the key and value quantisers. Written by
+35 + 21 layers, width 2048, 3,178,001,792 random float32 weights, without the key and value quantizers. Written by
 `benchmarks/full_size_parity.py`, which says how the checkpoint is made; tokens by the decode engine. Limit: 2e-5.
 
 | case | logits of the last token | greedy tokens equal | smallest lead of a first choice |

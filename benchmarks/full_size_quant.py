@@ -1,4 +1,4 @@
-"""The promises about quantising a full-size checkpoint, measured: size of the folder, memory of `convert -q`.
+"""The promises about quantizing a full-size checkpoint, measured: size of the folder, memory of `convert -q`.
 
     python benchmarks/full_size_quant.py --source FOLDER [--forms apple,affine-4] [--json FILE]
 
@@ -54,7 +54,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
     found: dict[str, dict[str, object]] = {}
-    out = Path(tempfile.mkdtemp(prefix=".quantised.", dir=options.source.resolve().parent))
+    out = Path(tempfile.mkdtemp(prefix=".quantized.", dir=options.source.resolve().parent))
     try:
         for form in options.forms.split(","):
             found[form] = measure(options.source, out / form, form)

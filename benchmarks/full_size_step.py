@@ -2,7 +2,7 @@
 
     python benchmarks/full_size_step.py --model FOLDER [--tokens 512] [--json FILE]
 
-FOLDER is a quantised or dense MLX folder of the real model; its weights may be random. One example of random tokens, a
+FOLDER is a quantized or dense MLX folder of the real model; its weights may be random. One example of random tokens, a
 quarter of them trained, every layer checkpointed, rank 32 on all projections, AdamW.
 """
 

@@ -2,7 +2,7 @@
 
 A dense folder loads in stock mlx-lm as it is. `register` goes further: in this process, mlx-lm's
 `load`, `generate`, `server` and the rest then build our model for `model_type: afm7`, which loads our
-adapters, is right in padded batches and takes quantised folders. These hold a shim, two lines that
+adapters, is right in padded batches and takes quantized folders. These hold a shim, two lines that
 mlx-lm runs with `--trust-remote-code`, so it loads them without `register` too.
 
 Known gaps of mlx-lm's own `afm7` (0.32.2), each held by a test of ours:
@@ -10,7 +10,7 @@ Known gaps of mlx-lm's own `afm7` (0.32.2), each held by a test of ours:
   - key and value adapters never train: rounding keys and values has gradient zero;
   - batches with left padding are wrong: reuse layers ignore the padding's offset;
   - rope_theta defaults to 50000, the model's is 500000;
-  - it cannot be quantised: its fused projection takes no mode, which mlx-lm always passes.
+  - it cannot be quantized: its fused projection takes no mode, which mlx-lm always passes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mlx_afm.model import Model, ModelArgs
 MODULE = "mlx_lm.models.afm7"
 SHIM = "mlx_afm_model.py"
 SHIM_TEXT = "from mlx_afm.interop import MlxLmModel as Model\nfrom mlx_afm.interop import ModelArgs\n"
-NORM = "model.output_norm.weight"  # never quantised: its dtype is the model's
+NORM = "model.output_norm.weight"  # never quantized: its dtype is the model's
 
 
 def register() -> None:
@@ -49,7 +49,7 @@ def write_shim(folder: Path) -> dict[str, str]:
 
 
 def _pass_over_shims() -> None:
-    """Lets mlx-lm load our quantised folders without trust in their code: what is registered is that code."""
+    """Lets mlx-lm load our quantized folders without trust in their code: what is registered is that code."""
     from mlx_lm import utils
 
     read_config = utils.load_config

@@ -55,7 +55,7 @@ DENSE_VALUES = 1 << 24  # of a piece, see model/packed.py
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """How the base model's weights are held: the matrices in codes by module path, all else in `dtype`."""
+    """How the base model's weights are held: the quantized matrices by module path, all else in `dtype`."""
 
     dtype: str = "bfloat16"
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
@@ -91,7 +91,7 @@ class MemoryEstimate:
     """Bytes of a training step.
 
     Attributes:
-        weights_bytes: of the base, in its dtype or in codes; of full fine-tuning all weights, in float32.
+        weights_bytes: of the base, in its dtype or quantized; of full fine-tuning all weights, in float32.
         adapter_bytes, gradients_bytes, optimizer_bytes: float32.
         activations_bytes: kept for the backward pass.
         working_bytes: of the largest block in its backward pass, beyond those.

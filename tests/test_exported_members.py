@@ -43,8 +43,8 @@ def test_the_lists_of_names_agree():
 
 
 def test_an_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match=r"module 'mlx_afm' has no attribute 'quantise'"):
-        _ = mlx_afm.quantise
+    with pytest.raises(AttributeError, match=r"module 'mlx_afm' has no attribute 'quantize'"):
+        _ = mlx_afm.quantize
 
 
 def test_the_installed_version_is_the_packages():

@@ -1,4 +1,4 @@
-"""mlx-lm driving quantised folders, through both doors: the shim in the folder, and `register`."""
+"""mlx-lm driving quantized folders, through both doors: the shim in the folder, and `register`."""
 
 from __future__ import annotations
 

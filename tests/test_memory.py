@@ -15,7 +15,7 @@ from mlx_afm.quant import Scheme
 REAL, SMALL = AFMConfig(), AFMConfig(vocab_size=4096, hidden_dim=128, num_layers=6, num_kv_reuse_layers=2, num_heads=4)
 LAYOUT = Layout(rows=2, tokens=128, output_positions=32)
 SIDE = Path(__file__).parents[1] / "benchmarks" / "memory_side.py"
-STEPS = 35 * 2 * 4  # of the key and value quantisers, float32
+STEPS = 35 * 2 * 4  # of the key and value quantizers, float32
 
 
 def estimate(model=SMALL, base=None, lora=None, layout=LAYOUT, **others):
@@ -107,7 +107,7 @@ def test_the_peak_is_within_15_percent_of_the_measured_one(setting):
     spec = {"config": config, "rows": 2, "tokens": 128, "share": 0.25, **setting}
     done = subprocess.run([sys.executable, SIDE, json.dumps(spec)], capture_output=True, text=True, check=True)
     measured = json.loads(done.stdout)
-    assert measured["layout"] == {"rows": 2, "tokens": 128, "needed": 32}
+    assert measured["layout"] == {"rows": 2, "tokens": 128, "output_positions": 32}
     others = {name: setting[name] for name in ("grad_checkpoint", "optimizer") if name in setting}
     found = estimate(lora=LoRAConfig(**setting["lora"]), **others)
     assert found.peak_bytes == pytest.approx(measured["mlx_peak_bytes"], rel=0.15)

@@ -25,7 +25,7 @@ def tiny_config(**sizes) -> AFMConfig:
 
 
 def tiny_model(seed: int = 0, **sizes) -> Model:
-    """Random weights; norms away from one, quantiser steps fine enough to matter but not to dominate."""
+    """Random weights; norms away from one, quantizer steps fine enough to matter but not to dominate."""
     mx.random.seed(seed)
     model = Model(tiny_config(**sizes))
     rng = np.random.default_rng(seed)

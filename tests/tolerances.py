@@ -2,7 +2,7 @@
 
 # Two float32 backends summing in other orders, a few layers deep.
 LOGITS = 2e-5
-# With the 8-bit fake quantisers on, a value near a rounding boundary may fall the other way.
+# With the 8-bit fake quantizers on, a value near a rounding boundary may fall the other way.
 LOGITS_QUANTIZED = 1e-2
 # Greedy tokens are compared where the first choice leads the second by this much.
 GREEDY_MARGIN = 1e-3

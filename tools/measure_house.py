@@ -26,7 +26,8 @@ root = sys.argv[1]
 
 def note(frame, event, argument):
     code = frame.f_code
-    if event == "call" and code.co_filename.startswith(root) and code.co_name != "<module>":
+    inside = code.co_filename.startswith((root + "/mlx_afm/", root + "/cli/"))
+    if event == "call" and inside and code.co_name != "<module>":
         files.add(code.co_filename[len(root) + 1:])
         owner = frame.f_locals.get("self")
         if type(owner).__module__.startswith("mlx_afm") and not type(owner).__name__.startswith("_"):

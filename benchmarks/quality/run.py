@@ -1,4 +1,4 @@
-"""What quantisation costs a small model and what wins it back, over several seeds; see docs/quality.md.
+"""What quantization costs a small model and what wins it back, over several seeds; see docs/quality.md.
 
     python benchmarks/quality/run.py --data DIR [--seeds 3] [--json FILE] [--work DIR]
 

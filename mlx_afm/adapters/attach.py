@@ -1,7 +1,7 @@
 """Adapters on a model: put on, taken off, read out, merged. One adapter at a time.
 
 Full fine-tuning has no layers of its own: its weights are the model's, held in float32 while they are trained. What
-quantisation-aware training leaves are the weights and scales that codes are made of.
+quantization-aware training leaves are the weights and scales that codes are made of.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mlx_afm.tree import require_same_tensors
 LORA_LAYERS = (LoRALinear, LoRAFusedLinear, DoRALinear, DoRAFusedLinear)
 ARRAYS = ("lora_a", "lora_b", "m")  # of an adapted layer, the last of DoRA's alone
 ENDINGS = tuple(f".{name}" for name in ARRAYS)
-QUANTISER_STEPS = ("quant_key_scale", "quant_value_scale")  # measured, not learnt
+QUANTIZER_STEPS = ("quant_key_scale", "quant_value_scale")  # measured, not learnt
 
 
 def add_adapter(model: Model, config: LoRAConfig, *, seed: int = 0) -> None:
@@ -80,8 +80,8 @@ def add_adapter(model: Model, config: LoRAConfig, *, seed: int = 0) -> None:
 def _require_dense(model: Model, kind: str) -> None:
     if is_quantized(model):
         advice = "Make it dense first (mlx-afm convert -d), or use a low-rank adapter."
-        what = {"full": "full fine-tuning", "qat": "quantisation-aware training"}[kind]
-        raise AdapterError(f"{what} of a quantised model", expected="dense weights", advice=advice)
+        what = {"full": "full fine-tuning", "qat": "quantization-aware training"}[kind]
+        raise AdapterError(f"{what} of a quantized model", expected="dense weights", advice=advice)
 
 
 def _adapted(module: nn.Module, projection: Projection, config: LoRAConfig, key: mx.array) -> nn.Module:
@@ -101,7 +101,7 @@ def _train_whole_layers(model: Model, layers: frozenset[int], *, everything: boo
     for number, layer in enumerate(model.layers):
         if number in layers:
             layer.unfreeze()
-    model.freeze(keys=list(QUANTISER_STEPS))
+    model.freeze(keys=list(QUANTIZER_STEPS))
 
 
 def train_only(model: Model, targets: tuple[str, ...], layers: str = ALL) -> None:
@@ -206,10 +206,10 @@ def set_full_weights(model: Model, weights: Mapping[str, mx.array]) -> None:
 
 
 def set_coded_weights(model: Model, weights: Mapping[str, mx.array]) -> None:
-    """Puts what quantisation-aware training left in place, in codes, and the embedding in 4 bits.
+    """Puts what quantization-aware training left in place, quantized, and the embedding in 4 bits.
 
     Raises:
-        AdapterError: the model is in codes already.
+        AdapterError: the model is quantized already.
     """
     _require_dense(model, "qat")
     put_codes(model, weights)

@@ -29,7 +29,7 @@ def require_lora(adapter: Adapter, what: str) -> None:
     kind = adapter.config.fine_tune_type
     if kind != "lora":
         weights = "it holds low-rank updates, not weights"
-        reasons = {"dora": "row lengths have no place in it", "full": weights, "qat": weights}
+        reasons = {"dora": "magnitudes have no place in it", "full": weights, "qat": weights}
         advice = "Fuse it into a model folder instead (mlx-afm fuse), or train with --fine-tune-type lora."
         raise AdapterError(f"{what} cannot hold this: {reasons[kind]}", expected="lora", found=kind, advice=advice)
 

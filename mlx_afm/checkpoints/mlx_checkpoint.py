@@ -2,9 +2,9 @@
 
 config.json, model*.safetensors, model.safetensors.index.json    as mlx-lm has them
 tokenizer.model and what transformers' AutoTokenizer needs       if the source had a tokenizer
-mlx_afm_model.py                    of a quantised folder: where mlx-lm finds our model, see `interop`
+mlx_afm_model.py                    of a quantized folder: where mlx-lm finds our model, see `interop`
 toolkit/base-model-config.json      the toolkit's JSON, byte for byte
-toolkit/observers.safetensors       ranges and counters of the K/V quantisers, by the toolkit's names
+toolkit/observers.safetensors       ranges and counters of the K/V quantizers, by the toolkit's names
 base_adapter/                       the adapter tensors of base-model.pt, an adapter folder
 """
 
@@ -39,7 +39,7 @@ OBSERVERS = Path("toolkit", "observers.safetensors")
 BASE_ADAPTER = "base_adapter"
 TOKENIZER = "tokenizer.model"
 SMALL = (".scales", ".biases")  # of quantized matrices
-NORM = "model.output_norm.weight"  # never quantised: its dtype is the model's
+NORM = "model.output_norm.weight"  # never quantized: its dtype is the model's
 # What goes along when a folder is fused or cast: the tokenizer, and settings other programs read.
 KEPT_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 QUANTIZATION_KEYS = (KEY, "quantization_config")
@@ -116,7 +116,7 @@ def load_weights(
 
 
 def model_tensors(checkpoint: ToolkitCheckpoint, dtype: str | None) -> dict[str, LazyTensor]:
-    """The model's tensors by our names, cast when they are read; quantiser steps stay float32."""
+    """The model's tensors by our names, cast when they are read; quantizer steps stay float32."""
     tensors = {}
     for entry in plan_names(checkpoint.config):
         source = checkpoint.tensors[entry.toolkit]

@@ -1,4 +1,4 @@
-"""Quantised tensors of a model folder: made a block of rows at a time, and made dense again.
+"""Quantized tensors of a model folder: made a block of rows at a time, and made dense again.
 
 A matrix `X.weight` becomes `X.weight` (codes), `X.scales` and, of affine, `X.biases`, written in this order;
 the small ones are ready when the codes have been. MLX computes them, in the thread that writes: such
@@ -37,13 +37,13 @@ from mlx_afm.quant.balanced import grid_scales
 from mlx_afm.quant.scheme import BALANCED, GROUP_SIZES
 
 Tensors = Mapping[str, LazyTensor]
-STEPS = (".quant_key_scale", ".quant_value_scale")  # of the key and value quantisers: never cast
+STEPS = (".quant_key_scale", ".quant_value_scale")  # of the key and value quantizers: never cast
 KEY = "quantization"
 BLOCK_BYTES = 1 << 24  # of rows in float32: MLX holds some twenty times that to make small floats
 
 
 def matrices(tensors: Tensors) -> dict[str, tuple[int, int]]:
-    """Module path and shape of everything that can be quantised: projections and the embedding."""
+    """Module path and shape of everything that can be quantized: projections and the embedding."""
     found = {}
     for name, tensor in tensors.items():
         path, _, last = name.rpartition(".")
@@ -54,7 +54,7 @@ def matrices(tensors: Tensors) -> dict[str, tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Quantization:
-    """A model's tensors with some in codes, still to be computed.
+    """A model's tensors with some quantized, still to be computed.
 
     Attributes:
         plan: which matrix takes which form.
@@ -75,7 +75,7 @@ class Quantization:
 def quantize_tensors(
     tensors: Tensors, config: QuantConfig, dtype: str | None, *, where: object = "the model to quantize"
 ) -> Quantization:
-    """The tensors with matrices in codes; nothing but the first rows of each matrix is read yet.
+    """The tensors with matrices quantized; nothing but the first rows of each matrix is read yet.
 
     A matrix on the balanced 2-bit grid is packed as it is, whatever the configuration says: any other
     form would move its values and take more room.
@@ -89,7 +89,7 @@ def quantize_tensors(
     Reading a matrix that holds NaN or infinite values raises `TensorsError`, which names all such tensors.
 
     Raises:
-        ConfigError: nothing can be quantised, or column weights for no matrix.
+        ConfigError: nothing can be quantized, or column weights for no matrix.
     """
     shapes = matrices(tensors)
     unknown = sorted(set(config.column_weights) - set(shapes))
@@ -257,20 +257,20 @@ def _readable(tensor: LazyTensor) -> Any:
 
 
 def schemes_of(values: Mapping[str, Any], names: Any, *, where: object) -> dict[str, Scheme]:
-    """Which modules of a folder are in codes, by `config.json` and the names of its tensors.
+    """Which modules of a folder are quantized, by `config.json` and the names of its tensors.
 
     Raises:
-        ConfigError: tensors in codes that `config.json` does not explain, or none although it speaks of them.
+        ConfigError: quantized tensors that `config.json` does not explain, or none although it speaks of them.
     """
     paths = [name.removesuffix(".scales") for name in names if name.endswith(".scales")]
     entry = values.get(KEY, values.get("quantization_config"))
     if not paths and entry is not None:
         advice = f"If the weights are dense, remove {KEY} from config.json."
-        raise ConfigError("quantised, it says, and no tensor is in codes", where=where, found=KEY, advice=advice)
+        raise ConfigError("quantized, it says, and no tensor is quantized", where=where, found=KEY, advice=advice)
     if not paths:
         return {}
     if not isinstance(entry, Mapping):
-        raise ConfigError("tensors in codes without a quantization entry", where=where, found=f"{paths[0]}.scales")
+        raise ConfigError("quantized tensors without a quantization entry", where=where, found=f"{paths[0]}.scales")
     schemes = {}
     for path in paths:
         own = entry.get(path)

@@ -124,7 +124,7 @@ def _require_same_values(embedding: LazyTensor, head: LazyTensor, name: str, whe
 
 
 def quantizer_scale(observer_range: npt.NDArray[Any], *, where: object = None) -> np.float32:
-    """Step of the fake quantiser that an observer's (min, max) implies, float32.
+    """Step of the fake quantizer that an observer's (min, max) implies, float32.
 
     Shapes: observer_range (2,), numbers and never bit patterns: see `LazyTensor.read_values`.
 

@@ -71,7 +71,7 @@ class Attention(nn.Module):
     ) -> tuple[mx.array, mx.array, mx.array]:
         """x + output, and the keys and values it attended to (the cache's older ones included).
 
-        Order: norm, project, rotate q and k, norm q and k per head, fake-quantise k and v, cache, attend.
+        Order: norm, project, rotate q and k, norm q and k per head, fake-quantize k and v, cache, attend.
         With `output_positions_BN` queries and output are computed at those indices only.
 
         Shapes: x and output (B, L or N, D), or (B, D) of one token; keys and values (B, K, S, E).

@@ -10,7 +10,7 @@ The cache in int8 keeps what the model's own quantizers round keys and values to
 Attention passes keys and values that lie on the grid step * n, n from -128 to 127, rounded to the dtype of
 the computation. Dividing by the step and rounding gives n back: that value is off by at most half a unit in
 the last place, which is below a quarter of a step in bfloat16, whose 8 bits are the fewest. Multiplying again
-is what the fake quantiser did, so attention sees the same bits.
+is what the fake quantizer did, so attention sees the same bits.
 
 Exact for every float32 and bfloat16 step in range; for float16 from 1.2e-7 up, where 128 steps still have a
 spacing below half a step.
@@ -246,7 +246,7 @@ class Int8KVCache(KVCache):
     """Cache of one layer that holds int8.
 
     Args:
-        key_step, value_step: steps of the layer's quantisers, float32 scalars.
+        key_step, value_step: steps of the layer's quantizers, float32 scalars.
         left_padding: how many padding tokens each row of the batch begins with; None for none.
 
     Cost: a quarter of a float32 cache, half of a 16-bit one; each call makes one layer's keys and values
@@ -273,5 +273,5 @@ def to_int8(x: mx.array, step: mx.array) -> mx.array:
 
 
 def from_int8(numbers: mx.array, step: mx.array, dtype: mx.Dtype) -> mx.array:
-    """The values of these numbers, multiplied in float32 and rounded once, as the fake quantiser does."""
+    """The values of these numbers, multiplied in float32 and rounded once, as the fake quantizer does."""
     return (numbers.astype(mx.float32) * step).astype(dtype)

@@ -38,7 +38,7 @@ class AFMConfig:
         hidden_dim_scale_factor: feed-forward width as a multiple of hidden_dim.
         rope_theta: base of the rotary frequencies.
         rms_norm_eps: epsilon of every norm.
-        kv_quant: whether keys and values pass an 8-bit fake quantiser (the draft model's do not).
+        kv_quant: whether keys and values pass an 8-bit fake quantizer (the draft model's do not).
 
     Raises:
         ConfigError: sizes that do not fit each other; all of them in one error.

@@ -64,7 +64,7 @@ def fused_rows(weight: mx.array, lora_a: mx.array, lora_b: mx.array, m: mx.array
 
 
 class DoRALinear(nn.Module):
-    """A linear layer, its low-rank update and its row lengths."""
+    """A linear layer, its low-rank update and its magnitudes."""
 
     def __init__(
         self, linear: nn.Module, rank: int, *, scale: float, dropout: float = 0.0, key: mx.array | None = None
@@ -98,7 +98,7 @@ class DoRALinear(nn.Module):
 
 
 class LengthLowRank(LowRank):
-    """The pair of matrices and the row lengths of one part of the fused projection."""
+    """The pair of matrices and the magnitudes of one part of the fused projection."""
 
     def __init__(self, rows: mx.array, rank: int, key: mx.array | None = None) -> None:
         super().__init__(rows.shape[1], rows.shape[0], rank, key)
@@ -107,7 +107,7 @@ class LengthLowRank(LowRank):
 
 
 class DoRAFusedLinear(nn.Module):
-    """The fused projection with up to three updates, `q`, `k` and `v`, each with its own row lengths."""
+    """The fused projection with up to three updates, `q`, `k` and `v`, each with its own magnitudes."""
 
     def __init__(
         self,

@@ -79,14 +79,14 @@ def weight_to_merge(linear: Any, dequantize: bool) -> mx.array:
     """The weight (out, in) that an update may be added to.
 
     Raises:
-        AdapterError: the weight is in codes and is to stay so: every value would be rounded anew.
+        AdapterError: the weight is quantized and is to stay so: every value would be rounded anew.
     """
     if "scales" not in linear:
         weight: mx.array = linear.weight
         return weight
     if not dequantize:
-        advice = "Dequantise it (fuse --dequantize), or keep the adapter beside the codes."
-        raise AdapterError("an adapter cannot be merged into quantised weights without moving them", advice=advice)
+        advice = "Dequantize it (fuse --dequantize), or keep the adapter beside the codes."
+        raise AdapterError("an adapter cannot be merged into quantized weights without moving them", advice=advice)
     return linear.dense_weight()  # type: ignore[no-any-return]
 
 

@@ -218,7 +218,7 @@ class Model(nn.Module):
         if not quantized:
             return [KVCache(left_padding) for _ in self.model.layers]
         if not self.args.kv_quant:
-            raise ConfigError("a model without key and value quantisers has no 8-bit cache")
+            raise ConfigError("a model without key and value quantizers has no 8-bit cache")
         attentions = [layer.self_attn for layer in self.model.layers]
         return [Int8KVCache(at.quant_key_scale, at.quant_value_scale, left_padding) for at in attentions]
 

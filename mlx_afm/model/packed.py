@@ -1,4 +1,4 @@
-"""A quantised matrix and its two uses: a product, and the values themselves.
+"""A quantized matrix and its two uses: a product, and the values themselves.
 
 Shape suffixes: O rows (outputs), N columns (inputs), W words of packed codes, G groups of columns.
 """
@@ -22,7 +22,7 @@ HALF_UNIT = 1 / 32  # keeps sums of balanced codes in float16's range until s ma
 
 @dataclass(frozen=True)
 class Packed:
-    """A matrix (O, N) in codes.
+    """A quantized matrix (O, N).
 
     Attributes:
         scheme: what the codes mean.

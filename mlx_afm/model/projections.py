@@ -44,7 +44,7 @@ class Linear(nn.Linear):
     def to_quantized(
         self, group_size: int | None = None, bits: int | None = None, mode: str = "affine", **others: Any
     ) -> nn.Module:
-        """This layer over quantised weights (argument names are mlx-lm's)."""
+        """This layer over quantized weights (argument names are mlx-lm's)."""
         return quantize_module(self, group_size, bits, mode, **others)
 
     def with_weight(self, weight: mx.array) -> Linear:
@@ -111,7 +111,7 @@ class FusedLinear(nn.Module):
     def to_quantized(
         self, group_size: int | None = None, bits: int | None = None, mode: str = "affine", **others: Any
     ) -> nn.Module:
-        """This layer over quantised weights (argument names are mlx-lm's)."""
+        """This layer over quantized weights (argument names are mlx-lm's)."""
         return quantize_module(self, group_size, bits, mode, **others)
 
     def with_weight(self, weight: mx.array) -> FusedLinear:
@@ -122,12 +122,12 @@ class FusedLinear(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """The embedding, which is also the head, that knows its quantised form."""
+    """The embedding, which is also the head, that knows its quantized form."""
 
     def to_quantized(
         self, group_size: int | None = None, bits: int | None = None, mode: str = "affine", **others: Any
     ) -> nn.Module:
-        """This table over quantised weights (argument names are mlx-lm's)."""
+        """This table over quantized weights (argument names are mlx-lm's)."""
         return quantize_module(self, group_size, bits, mode, **others)
 
     def with_weight(self, weight: mx.array) -> Embedding:
@@ -195,7 +195,7 @@ class Quantized(nn.Module):
 
 
 class QuantizedLinear(Quantized):
-    """A linear layer over quantised weights."""
+    """A linear layer over quantized weights."""
 
     def __call__(self, x: mx.array) -> mx.array:
         """The projection of x (..., N), in its dtype."""
@@ -219,7 +219,7 @@ class BalancedLinear(QuantizedLinear):
 
 
 class QuantizedFusedLinear(Quantized):
-    """The projection to queries, keys and values over quantised weights; see `FusedLinear`."""
+    """The projection to queries, keys and values over quantized weights; see `FusedLinear`."""
 
     def __init__(self, packed: Packed, dtype: mx.Dtype, q_dims: int, kv_dims: int) -> None:
         super().__init__(packed, dtype)
@@ -251,7 +251,7 @@ class QuantizedFusedLinear(Quantized):
 
 
 class QuantizedEmbedding(Quantized):
-    """The embedding over quantised weights, which is also the head."""
+    """The embedding over quantized weights, which is also the head."""
 
     def __call__(self, tokens: mx.array) -> mx.array:
         """Rows of the table (..., D), in the model's dtype."""
@@ -270,7 +270,7 @@ Dense = Linear | FusedLinear | Embedding
 
 
 def quantized(module: Dense, packed: Packed, dtype: mx.Dtype) -> Quantized:
-    """The quantised form of a dense module, over given codes."""
+    """The quantized form of a dense module, over given codes."""
     if isinstance(module, Embedding):
         return QuantizedEmbedding(packed, dtype)
     if isinstance(module, FusedLinear):
@@ -279,16 +279,16 @@ def quantized(module: Dense, packed: Packed, dtype: mx.Dtype) -> Quantized:
 
 
 def quantize_module(module: Dense, group_size: int | None, bits: int | None, mode: str, **others: Any) -> Quantized:
-    """The quantised form of a dense module: what `to_quantized` does.
+    """The quantized form of a dense module: what `to_quantized` does.
 
-    Nothing is computed until it is needed: mlx-lm's loader quantises random weights first and then puts
+    Nothing is computed until it is needed: mlx-lm's loader quantizes random weights first and then puts
     those of the file in their place.
 
     Raises:
         ConfigError: a scheme MLX does not have, or a width that its groups do not divide.
     """
     if others.get("quantize_input"):
-        raise ConfigError("quantised activations are not supported", advice="Quantise the weights alone.")
+        raise ConfigError("quantized activations are not supported", advice="Quantize the weights alone.")
     scheme = Scheme(mode=mode, bits=bits, group_size=group_size)  # type: ignore[arg-type]
     weight = module.weight
     if not scheme.fits(weight.shape[1]):
@@ -298,7 +298,7 @@ def quantize_module(module: Dense, group_size: int | None, bits: int | None, mod
 
 
 def pack(weight: mx.array, scheme: Scheme) -> Packed:
-    """A dense matrix (O, N) in codes; see `quant.balanced` for what balanced does, here in float32 and lazily."""
+    """A dense matrix (O, N), quantized; see `quant.balanced` for what balanced does, here in float32 and lazily."""
     if scheme.mode != BALANCED:
         return Packed(scheme, *mx.quantize(weight, **scheme.to_dict()))
     magnitudes = mx.abs(weight.astype(mx.float32))
@@ -324,16 +324,16 @@ def _balanced_scales(magnitudes_ON: mx.array, dtype: mx.Dtype) -> mx.array:
 
 
 def quantize_modules(model: nn.Module, schemes: Mapping[str, Scheme], dtype: mx.Dtype) -> None:
-    """Puts quantised modules of zeros in place of dense ones, for weights to be loaded into.
+    """Puts quantized modules of zeros in place of dense ones, for weights to be loaded into.
 
     Raises:
-        ConfigError: a path where there is nothing to quantise, or widths that do not fit.
+        ConfigError: a path where there is nothing to quantize, or widths that do not fit.
     """
     modules, replaced = dict(model.named_modules()), []
     for path, scheme in schemes.items():
         module = modules.get(path)
         if not isinstance(module, (Linear, FusedLinear, Embedding)):
-            raise ConfigError("nothing to quantise there", where=path)
+            raise ConfigError("nothing to quantize there", where=path)
         rows, columns = module.weight.shape
         if not scheme.fits(columns):
             expected = f"a multiple of the group size {scheme.group_size}"
@@ -350,7 +350,7 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def dequantize_modules(model: nn.Module) -> None:
-    """Puts dense modules in place of all quantised ones."""
+    """Puts dense modules in place of all quantized ones."""
     dense = [(path, module.dequantized()) for path, module in model.named_modules() if isinstance(module, Quantized)]
     if dense:
         model.update_modules(tree_unflatten(dense))

@@ -1,4 +1,4 @@
-"""Projections that learn to be in codes: quantisation-aware training of balanced 2-bit weights.
+"""Projections that learn to be quantized: quantization-aware training of balanced 2-bit weights.
 
 Forward, a weight is the nearest of {-1.5, -0.5, 0.5, 1.5} * s, with a scale s per row. Backward, the gradient
 passes straight through to every weight within 2 s, where the cell of the outermost level ends; beyond it a
@@ -97,7 +97,7 @@ class QATFusedLinear(nn.Module):
 
 
 def start_qat(model: Model, paths: Iterable[str]) -> None:
-    """Makes some projections trainable in codes; all else is frozen and in float32, the embedding in 4 bits.
+    """Makes some projections trainable as quantized weights; all else is frozen, in float32, the embedding in 4 bits.
 
     Args:
         model: dense; changed in place. Its codes are then those that `convert -q --q-recipe apple` makes of
@@ -116,7 +116,7 @@ def start_qat(model: Model, paths: Iterable[str]) -> None:
 
 
 def put_codes(model: Model, weights: Mapping[str, mx.array]) -> None:
-    """Puts what was trained into a dense model, in codes; the embedding takes 4 bits.
+    """Puts what was trained into a dense model, quantized; the embedding takes 4 bits.
 
     Args:
         model: dense; changed in place. Everything else keeps its dtype.

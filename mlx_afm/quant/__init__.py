@@ -1,4 +1,4 @@
-"""Quantised weights as numbers: the forms there are, which tensor takes which, and the balanced 2-bit set."""
+"""Quantized weights as numbers: the forms there are, which tensor takes which, and the balanced 2-bit set."""
 
 from mlx_afm.quant.balanced import (
     Balanced,

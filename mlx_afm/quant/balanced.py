@@ -2,7 +2,7 @@
 
 Code q in 0..3 stands for q - 1.5. Sixteen codes make a uint32, lowest bits first, which is MLX's affine
 2-bit packing; with scale 1 and bias -1.5 its product is exact, and s multiplies the output. MLX's own
-quantiser is never used: it moves weights that lie on this grid by up to 0.75 s.
+quantizer is never used: it moves weights that lie on this grid by up to 0.75 s.
 
 Shape suffixes: O rows (outputs), N columns (inputs), W words of sixteen codes.
 """
@@ -29,7 +29,7 @@ FRACTION_BITS = {"float32": 23, "bfloat16": 7, "float16": 10}
 
 @dataclass(frozen=True)
 class Balanced:
-    """A matrix in codes.
+    """A quantized matrix.
 
     Attributes:
         codes_ON: uint8, 0 to 3.
@@ -64,7 +64,7 @@ def quantize_balanced(
     Example: a row `3 -1 1 -3` has s = 2 and codes `3 1 2 0`.
     """
     if not np.isfinite(weight_ON).all():
-        raise ConfigError("weights that are not finite cannot be quantised")
+        raise ConfigError("weights that are not finite cannot be quantized")
     scales_O, exact_O = grid_scales(weight_ON, dtype)
     loose_O = ~exact_O
     if loose_O.any():

@@ -1,7 +1,7 @@
 """Which matrix takes which form: one scheme for all, a named mixture, or a function of the caller's.
 
-Names are module paths (`model.layers.0.mlp.up_proj`). Only matrices are ever quantised: projections and the
-embedding, which is also the head. Norms and the steps of the key and value quantisers stay as they are.
+Names are module paths (`model.layers.0.mlp.up_proj`). Only matrices are ever quantized: projections and the
+embedding, which is also the head. Norms and the steps of the key and value quantizers stay as they are.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ RECIPES: dict[str, Recipe] = {
 
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
-    """How a model is to be quantised.
+    """How a model is to be quantized.
 
     Attributes:
         mode, bits, group_size: one scheme for all matrices, see `Scheme`. Below 4 bits, and with balanced, the
@@ -123,14 +123,14 @@ def plan_schemes(config: QuantConfig, shapes: Shapes) -> QuantizationPlan:
     """The form of each matrix.
 
     Raises:
-        ConfigError: nothing can be quantised.
+        ConfigError: nothing can be quantized.
     """
     wanted = _wanted(config, shapes)
     fitted = {path: _fitted(scheme, shapes[path][1], config.group_size is None) for path, scheme in wanted.items()}
     schemes = {path: scheme for path, scheme in fitted.items() if scheme is not None}
     if not schemes:
         advice = "Choose a group size that divides the widths of the model."
-        raise ConfigError("no matrix can be quantised like that", advice=advice, details=_widths(shapes))
+        raise ConfigError("no matrix can be quantized like that", advice=advice, details=_widths(shapes))
     left_dense = tuple(path for path in wanted if path not in schemes)
     if config.recipe is None:
         return QuantizationPlan(config.scheme, schemes, left_dense)

@@ -1,9 +1,9 @@
-"""Low-rank start values for what quantisation loses: W = Q + (A B)^T with Q in codes, A (N, R), B (R, O).
+"""Low-rank start values for what quantization loses: W = Q + (A B)^T with Q quantized, A (N, R), B (R, O).
 
 residual   Q = Q(W), and A B from the first R singular directions of W - Q
 weight     A B from the first R directions of W itself, Q = Q(W - (A B)^T), then A B again from W - Q
 
-Each further round quantises W less the last A B and takes A B anew from what is then left; the round with the
+Each further round quantizes W less the last A B and takes A B anew from what is then left; the round with the
 least error is kept. With column weights the error is that of the outputs: columns are multiplied by the
 root of the mean square of their inputs before directions are taken, and A is divided by it.
 
@@ -33,7 +33,7 @@ LEAST_WEIGHT = 1e-6  # of a column, as a share of the mean: an input that is alw
 
 @dataclass(frozen=True, kw_only=True)
 class InitConfig:
-    """How an adapter's start value is made when a model is quantised.
+    """How an adapter's start value is made when a model is quantized.
 
     Attributes:
         init: residual-svd (directions of the rounding error) or weight-svd (of the weight, before it is rounded).
@@ -83,7 +83,7 @@ class ResidualSplit:
     error_after: float
 
     def rounded_from(self, weight_ON: Floats) -> Floats:
-        """What is to be put in codes."""
+        """What is to be quantized."""
         return less(weight_ON, self.taken_a_NR, self.taken_b_RO)
 
 
@@ -102,7 +102,7 @@ def split(
 
     Args:
         weight_ON: the matrix.
-        rounding: what putting it in codes makes of a matrix.
+        rounding: what quantizing makes of a matrix.
         config: rank and rounds; its scale is not used here.
         column_weights_N: how much an error in each column counts.
 

@@ -1,4 +1,4 @@
-"""The forms a matrix can be quantised to, and what they take on disk.
+"""The forms a matrix can be quantized to, and what they take on disk.
 
 affine      codes of 2 to 8 bits; per group of columns a scale and a bias: w = code * scale + bias
 mxfp4, nvfp4, mxfp8     small floats with a shared exponent or scale per group
@@ -30,7 +30,7 @@ BYTES = {"uint32": 4, "uint8": 1, "float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """How one matrix is quantised; the names are mlx-lm's.
+    """How one matrix is quantized; the names are mlx-lm's.
 
     Attributes:
         mode: affine, balanced, mxfp4, nvfp4 or mxfp8.
@@ -47,7 +47,7 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if self.mode not in DEFAULTS:
-            raise SettingError("unknown quantisation mode", expected=" or ".join(MODES), found=self.mode)
+            raise SettingError("unknown quantization mode", expected=" or ".join(MODES), found=self.mode)
         group_size, bits = DEFAULTS[self.mode]
         object.__setattr__(self, "bits", bits if self.bits is None else self.bits)
         object.__setattr__(self, "group_size", group_size if self.group_size is None else self.group_size)
@@ -60,7 +60,7 @@ class Scheme:
             if isinstance(value, bool) or value not in choices
         ]
         if faults:
-            raise SettingError("quantisation settings out of range", details=faults)
+            raise SettingError("quantization settings out of range", details=faults)
 
     def fits(self, columns: int) -> bool:
         """Whether a row of that many columns can be cut into groups."""
@@ -95,7 +95,7 @@ def parse_scheme(values: Any, *, where: object) -> Scheme:
         ConfigError: not an entry, or settings that MLX does not have.
     """
     if not isinstance(values, Mapping) or "bits" not in values or "group_size" not in values:
-        raise ConfigError("not a quantisation", where=where, expected="an object with group_size and bits")
+        raise ConfigError("not a quantization", where=where, expected="an object with group_size and bits")
     try:
         return Scheme(mode=values.get("mode", "affine"), bits=values["bits"], group_size=values["group_size"])
     except ConfigError as error:

@@ -144,7 +144,7 @@ class AFMTokenizer:
         The first piece carries the space that SentencePiece puts before every text.
 
         Raises:
-            DataError: half of a surrogate pair, which is no text.
+            DataError: a lone surrogate, which is no text.
         """
         try:
             ids: list[int] = self._processor.encode(text.replace("\n", template.NEWLINE))
@@ -321,7 +321,7 @@ def _require_symbols(processor: sentencepiece.SentencePieceProcessor, model: Sen
 def _require_text(text: str) -> None:
     for index, character in enumerate(text):
         if "\ud800" <= character <= "\udfff":
-            raise DataError("not text: half of a surrogate pair", where=f"column {index + 1}", found=repr(character))
+            raise DataError("not text: a lone surrogate", where=f"column {index + 1}", found=repr(character))
 
 
 def _special_pieces(model: SentencePieceModel) -> tuple[str, ...]:

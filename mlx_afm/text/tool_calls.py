@@ -173,7 +173,7 @@ def _parse_block(text: str) -> list[dict[str, str]] | None:
         value = json.loads(inner, parse_constant=_refuse)
         items = value if isinstance(value, list) else [value]
         functions = [_function(item) for item in items]
-    except (ValueError, RecursionError):  # ValueError: also half of a surrogate pair, which is no text
+    except (ValueError, RecursionError):  # ValueError: also a lone surrogate, which is no text
         return None
     return functions or None
 

@@ -77,14 +77,14 @@ def is_good_text(text: str, special_pieces: Sequence[str]) -> bool:
 
 
 def _require_writable(text: str, field: str, where: object) -> None:
-    """Raises DataError for what only an escape can bring into a text: NUL, or half of a surrogate pair."""
+    """Raises DataError for what only an escape can bring into a text: NUL, or a lone surrogate."""
     if (nul := text.find("\0")) >= 0:
         place = at(where, f"{field} column {nul + 1}")
         raise DataError("a text holds a NUL character", kind="nul", where=place, advice="Remove it")
     if not text.isascii() and (half := _HALF.search(text)):
         place = at(where, f"{field} column {half.start() + 1}")
         advice = "An emoji was cut in two where the data was made; remove the half"
-        raise DataError("not text: half of a surrogate pair", kind="half-surrogate", where=place, advice=advice)
+        raise DataError("not text: a lone surrogate", kind="half-surrogate", where=place, advice=advice)
 
 
 _HALF = re.compile("[\ud800-\udfff]")

@@ -56,7 +56,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Source:
-    """A dense model that is about to be quantised: tensors by our names, sizes, its tokenizer and its own adapter."""
+    """A dense model that is about to be quantized: tensors by our names, sizes, its tokenizer and its own adapter."""
 
     tensors: Mapping[str, LazyTensor]
     base: AFMConfig
@@ -67,10 +67,10 @@ class Source:
 def calibrated(
     config: QuantConfig, source: Source, calibration: Calibration, on_event: Callback = ignore, *, weighs_start: bool
 ) -> QuantConfig:
-    """The same way of quantising, with column weights measured on examples.
+    """The same way of quantizing, with column weights measured on examples.
 
     Args:
-        config: how the model is to be quantised.
+        config: how the model is to be quantized.
         source: the model.
         calibration: the examples.
         on_event: is given the progress, in examples.
@@ -83,7 +83,7 @@ def calibrated(
     """
     plan = plan_schemes(config, matrices(source.tensors))
     if not weighs_start and not any(scheme.mode == BALANCED for scheme in plan.schemes.values()):
-        advice = "Quantise with --q-mode balanced or --q-recipe apple, or leave the calibration data out."
+        advice = "Quantize with --q-mode balanced or --q-recipe apple, or leave the calibration data out."
         raise ConfigError("calibration data changes nothing here: only balanced scales are fitted", advice=advice)
     if source.tokenizer is None:
         raise ConfigError("calibration data without a tokenizer", advice="Put tokenizer.model beside the model.")

@@ -1,4 +1,4 @@
-"""Toolkit folder -> MLX folder, and back; MLX folder -> MLX folder of another dtype, in codes or dense again.
+"""Toolkit folder -> MLX folder, and back; MLX folder -> MLX folder of another dtype, quantized or dense again.
 
 Each direction is the same walk: open and check the source, plan the target, see that it fits on the
 disk, stream tensor by tensor into a temporary folder, verify if asked, rename.
@@ -63,9 +63,9 @@ class Converted:
         verified: whether every value was read back and compared.
         wrapper_key: the key of a larger `.pt` that the state dict was found under, or None.
         bits_per_weight: of all tensors, the adapter's aside; None for a torch checkpoint.
-        quantized: how many matrices are in codes, by form.
+        quantized: how many matrices are quantized, by form.
         on_grid: how many of them lay on the balanced grid already and kept every bit.
-        left_dense: matrices that were to be quantised and whose width the groups do not divide.
+        left_dense: matrices that were to be quantized and whose width the groups do not divide.
         init_errors: of an adapter made now, by kind of projection: the squared error of the codes alone, and of codes
             and adapter, as a share of the squared weights.
     """
@@ -118,17 +118,17 @@ def convert(
         target: the folder to write; it must not exist yet, or be empty.
         to: "mlx" or "torch".
         dtype: float32, bfloat16 or float16 for the weights; None keeps the source's. Adapters and
-            quantiser steps stay float32.
+            quantizer steps stay float32.
         config: the JSON of a lone `.pt`, if it does not lie beside it.
         no_tokenizer: convert a folder that lacks `tokenizer.model`.
         verify: before the target appears, read everything back and compare it with the source: every value to the last
             bit, and balanced matrices, made dense again, with the weights they stand for. The steps of the key and
             value quantizers are always compared with what the observers' ranges imply.
-        quantization: put projections and embedding in codes. Matrices on the balanced grid are packed as they
-            are. A base adapter that does nothing is left out of a quantised folder, which cannot go back to torch.
-        dequantize: make the weights of a quantised folder dense.
-        init_adapter: when quantising, write a `base_adapter` that holds part of what rounding loses.
-        calibration: when quantising, fit balanced scales, and that adapter, to what the projections read in examples.
+        quantization: quantize projections and embedding. Matrices on the balanced grid are packed as they
+            are. A base adapter that does nothing is left out of a quantized folder, which cannot go back to torch.
+        dequantize: make the weights of a quantized folder dense.
+        init_adapter: when quantizing, write a `base_adapter` that holds part of what rounding loses.
+        calibration: when quantizing, fit balanced scales, and that adapter, to what the projections read in examples.
         on_progress: told of bytes written, and of all there are.
         on_event: is given notices, and the progress of what is computed before anything is written.
 
@@ -138,7 +138,7 @@ def convert(
         TensorsError: tensors of another model, NaN or infinite weights, quantizer steps that the ranges do not imply,
             or a difference that `verify` found.
 
-    Cost: some 64 MB blocks in memory, whatever the model's size; when quantising about ten. `init_adapter`: see
+    Cost: some 64 MB blocks in memory, whatever the model's size; when quantizing about ten. `init_adapter`: see
     `start_values`; `calibration`: the dense model.
 
     The target appears when it is complete, or not at all.
@@ -183,11 +183,11 @@ def _require_sensible(to: str, change: WeightChange) -> None:
     if to not in ("mlx", "torch"):
         raise SettingError("unknown form", where="to", expected="mlx or torch", found=to)
     if to == "torch" and (change.quantization is not None or change.dequantize):
-        raise SettingError("a torch checkpoint has no codes", advice="Quantise or dequantise to an MLX folder.")
+        raise SettingError("a torch checkpoint has no codes", advice="Quantize or dequantize to an MLX folder.")
     if change.quantization is not None and change.dequantize:
-        raise SettingError("either quantise or dequantise")
+        raise SettingError("either quantize or dequantize")
     if change.quantization is None and (change.init is not None or change.calibration is not None):
-        raise SettingError("init_adapter and calibration belong to quantising", advice="Add -q, or leave them out.")
+        raise SettingError("init_adapter and calibration belong to quantizing", advice="Add -q, or leave them out.")
 
 
 def _torch_to_mlx(source: Path, target: Path, options: _Options) -> Converted:

@@ -1,4 +1,4 @@
-"""The weights of a conversion to an MLX folder: as they are, cast, in codes, or dense again."""
+"""The weights of a conversion to an MLX folder: as they are, cast, quantized, or dense again."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Weights:
 
     Attributes:
         tensors: in order.
-        schemes: the matrices in codes.
+        schemes: the quantized matrices.
         made: how they came about, if they are made now.
         computed: by MLX while they are written, so not in another thread.
         start: the adapter that goes with the codes, if one is made now.
@@ -74,11 +74,11 @@ def change_weights(
     if change.quantization is not None:
         if schemes:
             advice = "Make it dense first (convert -d); every further rounding loses."
-            raise ConfigError("the model is quantised already", where=where, advice=advice)
+            raise ConfigError("the model is quantized already", where=where, advice=advice)
         return _in_codes(source, change.quantization, change, on_event, where=where)
     if change.dequantize:
         if not schemes:
-            raise ConfigError("nothing to dequantise", where=where, expected="a quantised MLX folder")
+            raise ConfigError("nothing to dequantize", where=where, expected="a quantized MLX folder")
         dense = dequantize_tensors(tensors, schemes, change.dtype or tensors[NORM].dtype)
         return Weights(dense, {}, computed=True)
     return Weights(cast_tensors(tensors, schemes, change.dtype), schemes)
@@ -157,7 +157,7 @@ def write_weights(
 
 
 def worth_keeping(adapter: Adapter | None, weights: Weights) -> Adapter | None:
-    """The base adapter, or the one made now; none in a quantised folder if it does nothing and has the usual scale."""
+    """The base adapter, or the one made now; none in a quantized folder if it does nothing and has the usual scale."""
     if weights.start is not None:
         return weights.start.adapter
     if adapter is None or not weights.schemes or adapter.config.scale != DEFAULT_SCALE or not is_zero(adapter):

@@ -1,7 +1,7 @@
 """Merge an adapter into the weights: a plain model folder that needs no adapter.
 
-Codes are never rounded anew. Of a quantised model either everything becomes dense, or the codes stay as
-they are, bit for bit, and the adapter goes into the folder beside them, where it is active. What quantisation-aware
+Codes are never rounded anew. Of a quantized model either everything becomes dense, or the codes stay as
+they are, bit for bit, and the adapter goes into the folder beside them, where it is active. What quantization-aware
 training left becomes the codes it was trained with.
 """
 
@@ -47,7 +47,7 @@ class Fused:
 
     Attributes:
         folder: where the result is.
-        form: "dense", "codes" with the adapter beside them, or "trained codes" of quantisation-aware training.
+        form: "dense", "codes" with the adapter beside them, or "trained codes" of quantization-aware training.
         difference: the largest change of a logit against the live adapter, on a fixed prompt, of the
             folder as it loads.
         effect: the largest change of a logit that the adapter makes there, to compare with.
@@ -101,7 +101,7 @@ def _fuse(
     keeps_codes, made_codes = in_codes and not dequantize, adapter.config.fine_tune_type == "qat" and not dequantize
     if keeps_codes and adapter_path is None:
         advice = "It is active already. To merge it, make the model dense: fuse --dequantize."
-        raise AdapterError("the base adapter of a quantised model stays beside its codes", where=source, advice=advice)
+        raise AdapterError("the base adapter of a quantized model stays beside its codes", where=source, advice=advice)
     model = source.load_model()
     plain = _logits(model)
     attach_adapter(model, adapter, where=adapter_path or source / BASE_ADAPTER)

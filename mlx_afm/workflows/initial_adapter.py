@@ -1,4 +1,4 @@
-"""Quantising a model with an adapter that already holds part of what the rounding loses; see `quant.residual`."""
+"""Quantizing a model with an adapter that already holds part of what the rounding loses; see `quant.residual`."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ STAGE = "computing the initial adapter"
 
 @dataclass(frozen=True)
 class Start:
-    """What quantising begins with.
+    """What quantizing begins with.
 
     Attributes:
-        tensors: matrices to be put in codes instead of the model's own, by tensor name.
+        tensors: matrices to be quantized instead of the model's own, by tensor name.
         adapter: the start value.
         errors: by kind of projection, the squared error of the outputs' weights before and after, see `ResidualSplit`.
     """
@@ -58,10 +58,10 @@ def start_values(
 
     Args:
         tensors: a dense model.
-        schemes: which matrices are put in codes, and how.
+        schemes: which matrices are quantized, and how.
         base: sizes of the model.
         config: see `InitConfig`.
-        dtype: of the quantised model; None keeps the dense one's.
+        dtype: of the quantized model; None keeps the dense one's.
         column_weights: by module path, see `QuantConfig`.
         on_event: is given the progress, in matrices.
 
@@ -69,7 +69,7 @@ def start_values(
         ConfigError: every matrix lies on a grid already, so that nothing is lost.
 
     Cost: one matrix in float32 some six times over, and the low-rank parts, twice with more than one round or
-        weight-svd. About as long as quantising for each round, and the directions: some seconds for each matrix of
+        weight-svd. About as long as quantizing for each round, and the directions: some seconds for each matrix of
         the real model.
     """
     form = LoRAConfig(rank=config.rank, scale=config.scale)
@@ -145,7 +145,7 @@ def _arrays(part: str, piece: ResidualSplit, scale: float) -> dict[str, LazyTens
 
 
 def _rest(source: LazyTensor, pieces: list[ResidualSplit]) -> LazyTensor:
-    """The matrix without what was taken out, computed when it is put in codes."""
+    """The matrix without what was taken out, computed when it is quantized."""
 
     def read() -> Floats:
         weight_ON, rows, first = _whole(source), [], 0

@@ -1,6 +1,6 @@
-"""Win back what quantisation lost: an adapter trained on the quantised model against the unquantised one.
+"""Win back what quantization lost: an adapter trained on the quantized model against the unquantized one.
 
-The result is an ordinary adapter. Kept as the quantised folder's `base_adapter` it is part of the model: feature
+The result is an ordinary adapter. Kept as the quantized folder's `base_adapter` it is part of the model: feature
 adapters of the same rank and scale start from it, as those of the shipped model do from its own.
 """
 
@@ -36,9 +36,9 @@ class RecoverJob:
     """A recovery run.
 
     Attributes:
-        run: model (in codes), data, adapter and how it is trained; see `LoRAJob`.
+        run: model (quantized), data, adapter and how it is trained; see `LoRAJob`.
         loss: distill, the divergence from the teacher's distributions at the trained positions; or next-token.
-        teacher: folder of the unquantised model, or the hub id of one; for distill alone.
+        teacher: folder of the unquantized model, or the hub id of one; for distill alone.
         into_base: keep the adapter as the model folder's `base_adapter` when the run has ended: of distill the last
             one, since the best is told by the next token's loss; of next-token the best if there is validation data.
 
@@ -58,7 +58,7 @@ class RecoverJob:
             faults.append(f"loss: expected {' or '.join(LOSSES)}, found {self.loss}")
         if (self.teacher is None) == (self.loss == "distill"):
             wanted = (
-                "the unquantised model's folder"
+                "the unquantized model's folder"
                 if self.loss == "distill"
                 else "none: with loss next-token no teacher is used"
             )
@@ -90,7 +90,7 @@ def recover(job: RecoverJob, on_event: Callback = ignore, should_stop: Callable[
     With validation data the loss told is the next token's, whatever is trained, so that it can be compared.
 
     Raises:
-        ConfigError: a model that is not in codes, a teacher of another vocabulary, and see `train`.
+        ConfigError: a model that is not quantized, a teacher of another vocabulary, and see `train`.
 
     Cost: for distill the teacher's weights and one forward pass of it besides what QLoRA takes.
     """
@@ -100,8 +100,8 @@ def recover(job: RecoverJob, on_event: Callback = ignore, should_stop: Callable[
     folder = ModelFolder(job.run.model)
     run = replace(job.run, model=folder.path)
     if not folder.schemes:
-        advice = "Quantise it first (mlx-afm convert -q), or train with mlx-afm lora."
-        raise ConfigError("nothing to recover: the model is not in codes", where=run.model, advice=advice)
+        advice = "Quantize it first (mlx-afm convert -q), or train with mlx-afm lora."
+        raise ConfigError("nothing to recover: the model is not quantized", where=run.model, advice=advice)
     ranks = join_ranks(run.train.rank_timeout_seconds)
     with ExitStack() as stack:
         if job.into_base and ranks.is_main_process:

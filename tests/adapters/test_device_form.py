@@ -27,7 +27,7 @@ from mlx_afm.formats.fmadapter import Metadata
 from mlx_afm.formats.tensors import LazyTensor
 from tiny import random_tokens, tiny_config, tiny_model, with_adapter
 
-BASE = tiny_config(kv_quant=False)  # a value on the edge of a quantiser step may fall the other way
+BASE = tiny_config(kv_quant=False)  # a value on the edge of a quantizer step may fall the other way
 
 
 def new_adapter(config: LoRAConfig, seed: int = 1) -> Adapter:
@@ -206,7 +206,7 @@ def test_without_the_base_models_tensors_zeros_must_be_asked_for(config):
 WEIGHTS = "low-rank updates, not weights"
 
 
-@pytest.mark.parametrize(("kind", "reason"), [("dora", "row lengths"), ("full", WEIGHTS), ("qat", WEIGHTS)])
+@pytest.mark.parametrize(("kind", "reason"), [("dora", "magnitudes"), ("full", WEIGHTS), ("qat", WEIGHTS)])
 def test_what_has_no_low_rank_form_is_refused_with_the_reason(kind, reason):
     config = LoRAConfig(rank=4, fine_tune_type=kind)
     weights = {name: LazyTensor.of(np.ones(shape, np.float32)) for name, shape in adapter_shapes(BASE, config).items()}

@@ -36,7 +36,7 @@ def test_what_a_form_cannot_hold_is_refused(form, tmp_path):
         "expected every projection, found it without k,v,o,gate,up,down",
         "expected scale 0.5, which it implies, found 2",
     )
-    for kind, reason in (("dora", "row lengths"), ("full", "not weights"), ("qat", "not weights")):
+    for kind, reason in (("dora", "magnitudes"), ("full", "not weights"), ("qat", "not weights")):
         with pytest.raises(AdapterError, match=reason):
             write(form, tmp_path, new_adapter(LoRAConfig(rank=4, fine_tune_type=kind)))
     assert list(tmp_path.iterdir()) == [], "half a file was left"

@@ -39,7 +39,7 @@ def test_there_and_back_is_bit_identical(name, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_cast_rounds_to_nearest_even_and_spares_quantisers_and_adapters(dtype, tmp_path):
+def test_a_cast_rounds_to_nearest_even_and_spares_quantizers_and_adapters(dtype, tmp_path):
     convert(ORACLES / "default", tmp_path / "mlx", dtype=dtype, no_tokenizer=True)
     model, tokenizer = load(tmp_path / "mlx")
     assert tokenizer is None
@@ -214,7 +214,7 @@ def test_a_lone_checkpoint_with_its_json_elsewhere(tmp_path):
 
 
 def test_a_draft_model_folder(tmp_path):
-    """The toolkit's draft model lies beside the base model, without quantisers and without adapters."""
+    """The toolkit's draft model lies beside the base model, without quantizers and without adapters."""
     from mlx_afm.checkpoints.names import plan_names
     from mlx_afm.formats.tensors import LazyTensor
     from mlx_afm.model import parse_toolkit_config

@@ -202,7 +202,7 @@ def test_a_run_needs_a_folder(name, model_folder, data_folder, tmp_path, expect_
         ({"num_heads": None, "num_head": 4}, ["num_heads (is it 'num_head'?)"]),
         ({"hidden_dim": "wide"}, ["config.json: ", "hidden_dim: expected a number, found 'wide'"]),
         ({"num_layers": 7}, ["the tensors are not those of the model", "missing: model.layers.4.self_attn.qkv_proj"]),
-        ({"quantization": {"bits": 4}}, ["config.json: quantised, it says, and no tensor is in codes"]),
+        ({"quantization": {"bits": 4}}, ["config.json: quantized, it says, and no tensor is quantized"]),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
 )
@@ -325,7 +325,7 @@ def test_examples_that_are_too_long(expect_data_refusal):
 
 
 def test_half_a_surrogate_pair(expect_data_refusal):
-    says = ["1 faulty line(s)", "train.jsonl line 2: message 0, content column 1: not text: half of a surrogate pair"]
+    says = ["1 faulty line(s)", "train.jsonl line 2: message 0, content column 1: not text: a lone surrogate"]
     expect_data_refusal(
         [line("a", "b"), '[{"role": "user", "content": "\\ud83d"}, {"role": "assistant", "content": "b"}]'], says
     )
@@ -500,7 +500,7 @@ def test_an_adapter_configuration_that_cannot_be_used(changes, says, adapter_for
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
-        ("dora", ["row lengths have no place in it", "found dora", "mlx-afm fuse"]),
+        ("dora", ["magnitudes have no place in it", "found dora", "mlx-afm fuse"]),
         ("full", ["low-rank updates, not weights", "found full", "mlx-afm fuse"]),
     ],
 )

@@ -89,7 +89,7 @@ def test_back_to_torch_is_bit_for_bit(option, toolkit_folder, model_folder, tmp_
     assert {name: bits(tensor) for name, tensor in before.items()} == {n: bits(t) for n, t in after.items()}
 
 
-def test_dtype_casts_weights_but_no_quantiser_step_and_no_adapter(toolkit_folder, tmp_path, cli):
+def test_dtype_casts_weights_but_no_quantizer_step_and_no_adapter(toolkit_folder, tmp_path, cli):
     assert cli("convert", "--hf-path", toolkit_folder, "--mlx-path", tmp_path / "out", "--dtype", "bfloat16").code == 0
     tensors = read_safetensors(tmp_path / "out" / "model.safetensors")
     dtypes = {name.endswith("_scale"): set() for name in tensors}

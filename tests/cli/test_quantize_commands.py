@@ -1,4 +1,4 @@
-"""Quantised folders from the command line: convert -q and -d, inspect, generate, lora, fuse."""
+"""Quantized folders from the command line: convert -q and -d, inspect, generate, lora, fuse."""
 
 import json
 import re
@@ -31,7 +31,7 @@ def convert(cli, source, target, *options):
         (["-q", "--q-mode", "mxfp8", "--dtype", "bfloat16"], {"mxfp8 8-bit": 25}),
     ],
 )
-def test_quantise_inspect_generate_and_make_dense(options, forms, toolkit_folder, tmp_path, cli, say):
+def test_quantize_inspect_generate_and_make_dense(options, forms, toolkit_folder, tmp_path, cli, say):
     ran = convert(cli, toolkit_folder, tmp_path / "q", *options)
     told = ran.json
     assert told["quantized"] == forms
@@ -72,10 +72,10 @@ def test_options_of_q_need_it(toolkit_folder, tmp_path, cli):
     [
         (["-q", "--q-bits", 7], ["bits: mode affine has", "found 7"], 2),
         (["-q", "--q-recipe", "apple", "--q-bits", 2], ["recipe apple already sets bits"], 2),
-        (["-q", "--q-group-size", 128], ["no matrix can be quantised", "96 columns"], 1),
-        (["-q", "-d"], ["either quantise or dequantise"], 2),
+        (["-q", "--q-group-size", 128], ["no matrix can be quantized", "96 columns"], 1),
+        (["-q", "-d"], ["either quantize or dequantize"], 2),
         (["-q", "--to", "torch"], ["a torch checkpoint has no codes"], 2),
-        (["-d"], ["nothing to dequantise"], 1),
+        (["-d"], ["nothing to dequantize"], 1),
     ],
 )
 def test_what_cannot_be_is_refused(options, says, code, model_folder, tmp_path, expect_refusal):

@@ -49,7 +49,7 @@ def test_next_token_needs_no_teacher(cli, model_folder, data_folder, tmp_path):
 
 def test_refusals(model_folder, data_folder, tmp_path, expect_refusal):
     run = ("recover", "--model", model_folder, "--data", data_folder, "--adapter-path", tmp_path / "r")
-    expect_refusal(*run, says=["teacher: expected the unquantised model's folder, found None"], code=2)
+    expect_refusal(*run, says=["teacher: expected the unquantized model's folder, found None"], code=2)
     expect_refusal(*run, "--teacher", model_folder, says=["nothing to recover", "convert -q"])
     expect_refusal(*run, "--loss", "next-token", "--teacher", model_folder, says=["expected none"], code=2)
 

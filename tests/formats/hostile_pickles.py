@@ -118,7 +118,7 @@ TENSORS = {
     "key of 21 digits": ({"key": "0" * 21}, "not one of torch's storages"),
     "key with NUL": ({"key": "0\0"}, "not one of torch's storages"),
     "key of another member": ({"key": "1"}, "storage 1 is not in the file"),
-    "quantised dtype": ({"kind": "QInt8Storage"}, "dtype qint8 is not supported"),
+    "quantized dtype": ({"kind": "QInt8Storage"}, "dtype qint8 is not supported"),
 }
 
 SHARED = {

@@ -151,7 +151,7 @@ def test_both_agree_on_random_mutations(small, tmp_path):
 
 @pytest.mark.parametrize("gap", KNOWN_GAPS)
 def test_where_they_differ_the_other_one_is_wrong(gap, small, tmp_path):
-    """What it is known to get wrong: NaN in JSON passes, half a surrogate pair and a folder for a file stop it."""
+    """What it is known to get wrong: NaN in JSON passes, a lone surrogate and a folder for a file stop it."""
     for seed in range(GAP_MUTATIONS):
         package = tmp_path / "plain.fmadapter"
         shutil.copytree(small.package, package)

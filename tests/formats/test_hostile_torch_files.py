@@ -84,7 +84,7 @@ LEGACY = {
         ),
         "reaches outside the file",
     ),
-    "storage of a quantised dtype": (
+    "storage of a quantized dtype": (
         lambda: legacy(dictionary(w=tensor("QInt8Storage", legacy=True))),
         "dtype qint8 are not supported",
     ),

@@ -1,4 +1,4 @@
-"""The int8 cache against the fake quantiser: the same bits, a quarter of the memory."""
+"""The int8 cache against the fake quantizer: the same bits, a quarter of the memory."""
 
 import mlx.core as mx
 import numpy as np

@@ -140,7 +140,7 @@ def test_a_row_of_zeros_stays_zero():
     assert mx.array_equal(layer.fuse().weight, mx.zeros((3, 4)))
 
 
-def test_over_quantised_weights():
+def test_over_quantized_weights():
     """The base is what the codes say; merging them needs the dense form."""
     mx.random.seed(3)
     plain, fused = Linear(64, 32).to_quantized(32, 4), FusedLinear(64, 64, 32).to_quantized(32, 4)
@@ -151,7 +151,7 @@ def test_over_quantised_weights():
     expected = loop(x, plain.dense_weight(), layer.lora_a, layer.lora_b, layer.m, 1.0)
     assert np.abs(np.array(layer(x)) - expected).max() < 1e-4
     assert mx.allclose(layer.fuse(dequantize=True)(x), layer(x), atol=1e-4)
-    with pytest.raises(AdapterError, match="quantised"):
+    with pytest.raises(AdapterError, match="quantized"):
         layer.fuse()
     parts = DoRAFusedLinear(fused, 4, scale=1.0)
     assert all(mx.array_equal(ours, theirs) for ours, theirs in zip(parts(x), fused(x)))
@@ -163,5 +163,5 @@ def test_full_fine_tuning_wants_a_dense_base():
     model = tiny_model()
     layer = model.model.layers[0].mlp
     layer.up_proj = layer.up_proj.to_quantized(32, 4)
-    with pytest.raises(AdapterError, match=r"full fine-tuning of a quantised model .*convert -d"):
+    with pytest.raises(AdapterError, match=r"full fine-tuning of a quantized model .*convert -d"):
         add_adapter(model, LoRAConfig(fine_tune_type="full"))

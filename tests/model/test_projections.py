@@ -34,7 +34,7 @@ SCHEMES = [
     *(Scheme(mode="balanced", group_size=size) for size in GROUP_SIZES["balanced"]),
     *(Scheme(mode=mode) for mode in ("mxfp4", "nvfp4", "mxfp8")),
 ]
-ROWS = (1, 3, 40)  # inputs: the quantised product, and the dense one
+ROWS = (1, 3, 40)  # inputs: the quantized product, and the dense one
 COLUMNS, OUTPUTS = 128, 48
 
 
@@ -200,7 +200,7 @@ def test_modules_are_frozen_and_named_as_mlx_lm_names_them():
 
 
 def test_nothing_is_computed_before_it_is_needed():
-    """mlx-lm's loader quantises random weights that it then throws away."""
+    """mlx-lm's loader quantizes random weights that it then throws away."""
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     quantized(Linear(1 << 14, 1 << 14), Scheme(mode="balanced"))
@@ -255,7 +255,7 @@ def test_adapters_on_codes_get_the_gradients_of_the_dense_base(scheme):
         ), name
 
 
-def test_a_model_is_quantised_by_mlx_and_made_dense_again():
+def test_a_model_is_quantized_by_mlx_and_made_dense_again():
     model = tiny_model(hidden_dim=64, hidden_dim_scale_factor=3)
     nn.quantize(model, 32, 4)
     assert isinstance(model.model.layers[0].self_attn.qkv_proj, QuantizedFusedLinear)
@@ -278,5 +278,5 @@ def test_full_fine_tuning_of_codes_is_refused():
 
     model = tiny_model(hidden_dim=64, hidden_dim_scale_factor=3)
     nn.quantize(model, 32, 4)
-    with pytest.raises(AdapterError, match="full fine-tuning of a quantised model"):
+    with pytest.raises(AdapterError, match="full fine-tuning of a quantized model"):
         add_adapter(model, LoRAConfig(fine_tune_type="full"))

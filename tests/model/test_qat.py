@@ -174,7 +174,7 @@ def test_what_cannot_be_in_codes_is_refused(sizes, form, says):
 def test_codes_are_not_trained_again():
     model = wide_model()
     quantize_modules(model, {PATH: Scheme(mode="balanced", group_size=32)}, mx.float32)
-    with pytest.raises(AdapterError, match=r"quantisation-aware training of a quantised model.*convert -d"):
+    with pytest.raises(AdapterError, match=r"quantization-aware training of a quantized model.*convert -d"):
         add_adapter(model, LoRAConfig(fine_tune_type="qat"))
 
 

@@ -27,7 +27,7 @@ from mlx_afm.training.step import batch_loss
 COMMITTED = Path(__file__).parent.parent / "fixtures" / "oracle"
 SHARED = Path(os.environ.get("MLX_AFM_SHARED", Path(__file__).parents[3] / "shared"))
 SCRIPT = SHARED / "reference" / "make_tamm_checkpoint.py"
-# The script's default sizes; other head counts; a uniform stack. With and without quantisers.
+# The script's default sizes; other head counts; a uniform stack. With and without quantizers.
 HEADS = ["--heads", "8", "--kv-heads", "1", "--hidden", "96", "--layers", "2", "--reuse-layers", "3", "--seed", "3"]
 UNIFORM = ["--layers", "4", "--reuse-layers", "0", "--seed", "5"]
 FRESH = {

@@ -38,7 +38,7 @@ def test_reused_keys_and_values(oracle):
         pytest.skip("a uniform stack reuses nothing")
     _, keys, values = hidden_of_every_layer(oracle.base, oracle.tokens)
     for ours, name in ((keys, "reused_key"), (values, "reused_value")):
-        # One step of the quantiser where a boundary was crossed, which is rare; else float32 noise.
+        # One step of the quantizer where a boundary was crossed, which is rare; else float32 noise.
         assert difference(ours, oracle.outputs[name]) <= (0.03 if oracle.quantized else tolerances.LOGITS)
         assert np.mean(np.abs(np.array(ours) - oracle.outputs[name]) > tolerances.LOGITS) <= 1e-3
 

@@ -82,7 +82,7 @@ def test_a_predicate_chooses():
     assert schemes["model.layers.0.mlp.up_proj"] == Scheme(bits=8)
 
 
-def test_nothing_to_quantise_is_an_error():
+def test_nothing_to_quantize_is_an_error():
     with pytest.raises(ConfigError, match="no matrix"):
         plan_schemes(QuantConfig(predicate=lambda path, shape: False), SHAPES)
 
@@ -90,7 +90,7 @@ def test_nothing_to_quantise_is_an_error():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"mode": "int4"}, "unknown quantisation mode"),
+        ({"mode": "int4"}, "unknown quantization mode"),
         ({"bits": 7}, "bits: mode affine has"),
         ({"mode": "balanced", "bits": 4}, "bits: mode balanced has 2"),
         ({"group_size": 16}, "group_size"),

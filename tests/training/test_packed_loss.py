@@ -88,7 +88,7 @@ def test_a_packed_row_is_the_sum_of_its_examples(model, name):
     assert packed.weights_BN.sum().item() == sum(row.weights[1:].sum() for row in rows)
 
 
-def test_order_is_indifferent_and_the_quantisers_change_nothing():
+def test_order_is_indifferent_and_the_quantizers_change_nothing():
     """The row is laid out in the order of the ids, so any order gives the same arrays."""
     model, rows = with_adapter(tiny_model()), random_tree(np.random.default_rng(5), 3)
     turned = [rows[index] for index in np.random.default_rng(0).permutation(len(rows))]

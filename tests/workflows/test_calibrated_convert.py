@@ -177,8 +177,8 @@ def test_calibrated_directions_are_others(model_folder, data_folder, tmp_path):
     ("arguments", "says"),
     [
         ({"quantization": QuantConfig(bits=4)}, r"changes nothing here.*--q-recipe apple"),
-        ({}, "belong to quantising"),
-        ({"dequantize": True}, "belong to quantising"),
+        ({}, "belong to quantizing"),
+        ({"dequantize": True}, "belong to quantizing"),
     ],
 )
 def test_calibration_that_would_do_nothing_is_refused(arguments, says, model_folder, data_folder, tmp_path):

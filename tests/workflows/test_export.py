@@ -61,7 +61,7 @@ def test_a_padded_and_folded_adapter_gives_the_same_logits_imported(config, new_
     folder = new_folder(config, SMALL)
     result = exported(folder, tmp_path, model=model_folder)
     assert read_fmadapter(result.package)[0].rank == 32
-    # Of logits up to 18; a key or value on the edge of a quantiser step may fall the other way.
+    # Of logits up to 18; a key or value on the edge of a quantizer step may fall the other way.
     assert result.logits.max_change < tolerances.ADAPTER_FP16 * result.logits.largest_logit
     assert result.logits.mean_change < tolerances.ADAPTER_FP16
     assert result.logits.same_choice == 1

@@ -71,7 +71,7 @@ def test_resumed(run, model_folder, data_folder, tmp_path):
 def test_apples_forms_cannot_hold_it(run, target, tmp_path):
     job, _ = run
     kind = job.lora.fine_tune_type
-    reason = {"dora": "row lengths have no place in it", "full": "low-rank updates, not weights"}[kind]
+    reason = {"dora": "magnitudes have no place in it", "full": "low-rank updates, not weights"}[kind]
     with pytest.raises(AdapterError, match=rf"{reason} \(expected lora, found {kind}\).*mlx-afm fuse"):
         mlx_afm.convert_adapter(job.adapter_path, tmp_path / target)
     assert not list(tmp_path.iterdir())
@@ -87,7 +87,7 @@ def test_mlx_lm_loads_it(run, model_folder):
     assert mx.allclose(model(TOKENS), mlx_afm.load(model_folder, job.adapter_path)[0](TOKENS), atol=1e-5)
 
 
-def test_full_trains_every_weight_but_the_quantisers(model_folder):
+def test_full_trains_every_weight_but_the_quantizers(model_folder):
     model = ModelFolder(model_folder).load_model()
     start_adapter(model, ModelFolder(model_folder), LoRAConfig(fine_tune_type="full"), seed=0)
     trainable = {name for name, _ in tree_flatten(model.trainable_parameters())}

@@ -1,4 +1,4 @@
-"""Quantisation-aware training as a whole job: trained, resumed, scored, exported as exact codes."""
+"""Quantization-aware training as a whole job: trained, resumed, scored, exported as exact codes."""
 
 from __future__ import annotations
 
@@ -164,9 +164,9 @@ def test_a_new_run_starts_from_its_values_but_not_from_a_part_of_them(run, dense
 def test_codes_are_refused_as_a_start_and_the_toolkits_forms_as_an_end(run, dense, data_folder, tmp_path):
     job, _ = run
     codes = mlx_afm.convert(dense, tmp_path / "codes", quantization=QuantConfig(bits=4)).folder
-    with pytest.raises(AdapterError, match=r"quantisation-aware training of a quantised model"):
+    with pytest.raises(AdapterError, match=r"quantization-aware training of a quantized model"):
         mlx_afm.train(replace(job, model=codes, adapter_path=tmp_path / "b"))
-    with pytest.raises(AdapterError, match=r"of a quantised model.*convert -d"):
+    with pytest.raises(AdapterError, match=r"of a quantized model.*convert -d"):
         mlx_afm.load(codes, job.adapter_path)
     with pytest.raises(AdapterError, match=r"low-rank updates, not weights \(expected lora, found qat\)"):
         mlx_afm.convert_adapter(job.adapter_path, tmp_path / "x.pt")

@@ -105,7 +105,7 @@ def matrices_of(folder):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_dense_again_it_is_the_model_that_was_quantised(form, dense_folder, tmp_path):
+def test_dense_again_it_is_the_model_that_was_quantized(form, dense_folder, tmp_path):
     mlx_afm.convert(dense_folder, tmp_path / "codes", quantization=QuantConfig(**FORMS[form]))
     done = mlx_afm.convert(tmp_path / "codes", tmp_path / "dense", dequantize=True, verify=True)
     assert (done.quantized, done.bits_per_weight) == ({}, 32)
@@ -216,10 +216,10 @@ def test_inspect_counts_what_codes_stand_for(dense_folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"quantization": QuantConfig(bits=8)}, "quantised already"),
+        ({"quantization": QuantConfig(bits=8)}, "quantized already"),
         ({"to": "torch"}, "convert -d"),
         ({"to": "torch", "dequantize": True}, "no codes"),
-        ({"quantization": QuantConfig(), "dequantize": True}, "either quantise or dequantise"),
+        ({"quantization": QuantConfig(), "dequantize": True}, "either quantize or dequantize"),
     ],
 )
 def test_what_cannot_be_done_with_codes_is_refused(arguments, says, dense_folder, tmp_path):
@@ -229,8 +229,8 @@ def test_what_cannot_be_done_with_codes_is_refused(arguments, says, dense_folder
     assert not (tmp_path / "x").exists()
 
 
-def test_a_dense_folder_cannot_be_dequantised(dense_folder, tmp_path):
-    with pytest.raises(ConfigError, match="nothing to dequantise"):
+def test_a_dense_folder_cannot_be_dequantized(dense_folder, tmp_path):
+    with pytest.raises(ConfigError, match="nothing to dequantize"):
         mlx_afm.convert(dense_folder, tmp_path / "x", dequantize=True)
 
 

@@ -156,7 +156,7 @@ def test_an_interrupted_run_leaves_the_base_alone(codes, model_folder, data_fold
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"teacher": None}, "teacher: expected the unquantised model's folder, found None"),
+        ({"teacher": None}, "teacher: expected the unquantized model's folder, found None"),
         ({"loss": "next-token"}, "teacher: expected none: with loss next-token no teacher is used"),
         ({"loss": "mse"}, "loss: expected distill or next-token, found mse"),
         ({"into_base": True, "lora": LoRAConfig(targets=("q",))}, "has all projections"),

@@ -3,7 +3,7 @@
 python tools/demo/make_data.py --corpus CORPUS --corpus-lines 150000
 python tools/demo/pretrain.py --corpus CORPUS [--steps N]
 
-All weights are trained. The ranges of the key and value quantisers are set wide at first, measured
+All weights are trained. The ranges of the key and value quantizers are set wide at first, measured
 after four fifths of the steps, and kept for the rest, so that the model has adjusted to them.
 
 Preloading OpenBLAS makes this about ten times faster on Linux. Same machine, same options: same model.
@@ -45,7 +45,7 @@ READ_WEIGHT = 0.2
 
 
 def set_quantizer_steps(model: Model, keys: list[float], values: list[float]) -> None:
-    """Sets the step of each layer's quantisers from the largest absolute key and value."""
+    """Sets the step of each layer's quantizers from the largest absolute key and value."""
     for layer, key, value in zip(model.model.layers, keys, values):
         layer.self_attn.quant_key_scale = mx.array(key / 127, mx.float32)
         layer.self_attn.quant_value_scale = mx.array(value / 127, mx.float32)
@@ -98,7 +98,7 @@ def pretrain(model: Model, train: list[Tokens], valid: list[Tokens], config: Tra
 
 
 def write_assets(model: Model) -> None:
-    """Writes weights as float16 (quantiser steps as float32) and the toolkit's JSON."""
+    """Writes weights as float16 (quantizer steps as float32) and the toolkit's JSON."""
     tensors = {}
     for name, array in sorted(tree_flatten(model.parameters())):
         tensor = from_mlx(array)

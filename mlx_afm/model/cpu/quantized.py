@@ -17,7 +17,7 @@ import numpy as np
 
 from mlx_afm.quant.scheme import BALANCED, Scheme
 
-# Rows of inputs from which the dense product is quicker, as measured (docs/quantisation.md).
+# Rows of inputs from which the dense product is quicker, as measured (docs/quantization.md).
 DENSE_ROWS = {"affine": 4, BALANCED: 4, "mxfp4": 24, "nvfp4": 24, "mxfp8": 2}
 DENSE_VALUES = 1 << 24  # of a matrix, dense at a time; only the embedding is larger
 
