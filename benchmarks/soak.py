@@ -33,7 +33,7 @@ from measured import commit, described  # noqa: E402
 
 import mlx_afm  # noqa: E402
 from mlx_afm.adapters import LoRAConfig, write_adapter_folder  # noqa: E402
-from mlx_afm.checkpoints.mlx_checkpoint import read_config  # noqa: E402
+from mlx_afm.model_folder import ModelFolder  # noqa: E402
 from mlx_afm.workflows.convert import convert  # noqa: E402
 from mlx_afm.workflows.demo import write_toolkit_folder  # noqa: E402
 from serving_client import REQUESTS, chat  # noqa: E402
@@ -213,7 +213,7 @@ async def stop_in_the_middle(soak: Soak, process: subprocess.Popen, clients: int
 def measure(options: argparse.Namespace, folder: Path) -> dict:
     model = convert(write_toolkit_folder(folder / "toolkit"), folder / "model").folder
     for number, (name, config) in enumerate(ADAPTERS.items()):
-        write_adapter_folder(folder / name, random_adapter(read_config(model), config, seed=number))
+        write_adapter_folder(folder / name, random_adapter(ModelFolder(model).config, config, seed=number))
     answers = answers_alone(model, folder)
     given = [word for name in ADAPTERS for word in ("--adapter", f"{name}={folder / name}")]
     line = ["serve", "--model", model, "--port", options.port, "--model-id", "base", "--admin-root", folder, *given]
