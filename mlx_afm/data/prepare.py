@@ -18,11 +18,11 @@ from mlx_afm.data.blocks import ROLES, BlockRenderer, RenderedBlock, encode_bloc
 from mlx_afm.data.blocks import Block as Block
 from mlx_afm.data.config import DataConfig
 from mlx_afm.data.oddities import unknown_tokens
-from mlx_afm.data.overflow import fit
 from mlx_afm.data.records import MARKS, encode_spans
 from mlx_afm.data.report import Problem, to_problems
 from mlx_afm.data.rows import DataRow
 from mlx_afm.data.sources import Files, iter_rows
+from mlx_afm.data.truncation import fit
 from mlx_afm.errors import DataError
 from mlx_afm.text.template import NEWLINE, TURN_END, TURN_START, Encoded
 from mlx_afm.text.tokenizer import AFMTokenizer

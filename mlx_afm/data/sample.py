@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from mlx_afm.data.config import DataConfig
-from mlx_afm.data.overflow import fit
 from mlx_afm.data.records import RecordReader, encode_example
 from mlx_afm.data.report import to_problems
 from mlx_afm.data.rows import DataRow
 from mlx_afm.data.sources import Files, iter_rows
+from mlx_afm.data.truncation import fit
 from mlx_afm.errors import DataError, SettingError
 from mlx_afm.text.template import Encoded
 from mlx_afm.text.tokenizer import AFMTokenizer

@@ -1,6 +1,6 @@
 """One file of examples to train, valid and test, without a prompt on both sides.
 
-Examples whose prompts are nearly the same (`near`) are a group, and a group goes to one side as a
+Examples whose prompts are nearly the same (`near_duplicates`) are a group, and a group goes to one side as a
 whole. Their lines are written as they are.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_afm.data.config import DataConfig
-from mlx_afm.data.near import THRESHOLD, group_near, normalise
+from mlx_afm.data.near_duplicates import THRESHOLD, group_near, normalise
 from mlx_afm.data.records import Example, RecordReader, as_json_line
 from mlx_afm.data.report import Problem, to_problems
 from mlx_afm.data.rows import DataRow

@@ -3,8 +3,8 @@
 import pytest
 
 from mlx_afm.data import DataConfig, read_tokens
-from mlx_afm.data.overflow import fit
 from mlx_afm.data.records import Example, encode_example
+from mlx_afm.data.truncation import fit
 from mlx_afm.errors import DataError
 from mlx_afm.text.messages import parse_messages
 

@@ -6,7 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from mlx_afm.data.near import THRESHOLD, group_near, normalise
+from mlx_afm.data.near_duplicates import THRESHOLD, group_near, normalise
 
 WORDS = ["lamp", "river", "stone", "cloud", "paper", "window", "garden", "silver"]
 WORDS += ["table", "music", "winter", "letter", "bridge", "candle", "forest", "mirror"]
