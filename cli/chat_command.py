@@ -50,7 +50,7 @@ def command(
     from mlx_afm.generation.chat import Chat
     from mlx_afm.generation.prompts import require_tokenizer
     from mlx_afm.workflows.chat import ChatModel
-    from mlx_afm.workflows.load import load_draft
+    from mlx_afm.workflows.draft_model import load_draft
 
     from .chat_loop import ChatLoop
 

@@ -67,7 +67,7 @@ def open_extras(
     """
     extras = Extras()
     if draft_model is not None:
-        from mlx_afm.workflows.load import load_draft
+        from mlx_afm.workflows.draft_model import load_draft
 
         extras.options["speculation"] = load_draft(draft_model, model, tokenizer, num_draft_tokens)
         extras.options["speculation"].compares = compares

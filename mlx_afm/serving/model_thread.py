@@ -22,7 +22,7 @@ from mlx_afm.serving.metrics import Metrics
 from mlx_afm.serving.pool import AdapterPool, PooledAdapter
 from mlx_afm.serving.scheduler import Log, Scheduler
 from mlx_afm.text.system_prompt import default_system_prompt, system_prompt_notice
-from mlx_afm.workflows.load import load_draft
+from mlx_afm.workflows.draft_model import load_draft
 
 T = TypeVar("T")
 

@@ -1,11 +1,10 @@
-"""Load a model folder, with or without an adapter, and draft models."""
+"""Load a model folder, with or without an adapter."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from mlx_afm.folders import OnNote, ignore_note
-from mlx_afm.generation.speculation import Speculation, require_pair
 from mlx_afm.model import Model
 from mlx_afm.model_folder import ModelFolder
 from mlx_afm.text.system_prompt import (
@@ -78,21 +77,3 @@ def load_for_answers(
     if notice is not None:
         on_note(notice)
     return model, tokenizer
-
-
-def load_draft(
-    path: str | Path, target: Model, tokenizer: AFMTokenizer | None, num_draft_tokens: int | None = 5
-) -> Speculation:
-    """The draft model of a folder, for a target.
-
-    Args:
-        path: MLX folder of the draft model, or the hub id of one; it needs no tokenizer.
-        target, tokenizer: the model that it proposes tokens to.
-        num_draft_tokens: how many; None adapts.
-
-    Raises:
-        ConfigError: another vocabulary. FormatError, TensorsError: the folder cannot be read.
-    """
-    draft, draft_tokenizer = load(path)
-    require_pair(target, draft, tokenizer, draft_tokenizer)
-    return Speculation(draft=draft, num_draft_tokens=num_draft_tokens)

@@ -13,7 +13,7 @@ from mlx_afm.data import read_examples
 from mlx_afm.errors import AdapterError, AFMError, ConfigError
 from mlx_afm.model_folder import ModelFolder
 from mlx_afm.workflows.chat import ChatModel, save_chat
-from mlx_afm.workflows.load import load_draft
+from mlx_afm.workflows.draft_model import load_draft
 from tiny import random_adapter, tiny_model
 
 IDS = mx.array([[2, 9, 30, 41]])
