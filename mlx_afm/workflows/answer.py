@@ -20,7 +20,8 @@ from mlx_afm.generation.jsonl import AnswerFile, PromptRow, read_prompt_rows
 from mlx_afm.generation.prompt_cache import fingerprint
 from mlx_afm.generation.speculation import Speculation
 from mlx_afm.text.tokenizer import AFMTokenizer
-from mlx_afm.workflows.draft_model import load_draft, load_for_answers
+from mlx_afm.workflows.draft_model import load_draft
+from mlx_afm.workflows.load import load_for_answers
 from mlx_afm.workflows.response_format import ResponseFormat, read_response_format
 
 
