@@ -62,7 +62,7 @@ def test_several_answers_constraints_and_stop_strings(model_folder, serve_config
 
 def test_a_draft_that_does_not_fit_is_refused_at_the_start(model_folder, serve_config, tmp_path, monkeypatch):
 
-    monkeypatch.setattr("mlx_afm.workflows.load.load", lambda path: (tiny_model(vocab_size=64), None))
+    monkeypatch.setattr("mlx_afm.workflows.draft_model.load", lambda path: (tiny_model(vocab_size=64), None))
     config = dataclasses.replace(serve_config, draft_model=tmp_path)
     with pytest.raises(ConfigError, match="another vocabulary"), running(model_folder, {}, config):
         pass
