@@ -7,15 +7,15 @@ from pathlib import Path
 import click
 
 from .output import json_option, note, show
-from .parameters import PATH, refuse_given
+from .parameters import PATH, example, refuse_given
 
 
-@click.group("adapter")
+@click.group("adapter", epilog=example("mlx-afm adapter convert my-adapter titles.pt"))
 def command() -> None:
     """Adapters and their three forms: MLX folder, toolkit .pt, .fmadapter."""
 
 
-@command.command("convert")
+@command.command("convert", epilog=example("mlx-afm adapter convert titles.fmadapter my-adapter"))
 @click.argument("source", type=PATH)
 @click.argument("target", type=PATH)
 @click.option("--model", type=PATH, help="Base model folder, for adapters that do not say what they were made for.")
@@ -36,7 +36,7 @@ def convert(source: Path, target: Path, model: Path | None, as_json: bool, **all
     show({"adapter": str(convert_adapter(source, target, model_path=model, on_note=note, **allowed))}, as_json)
 
 
-@command.command("repair-manifest")
+@command.command("repair-manifest", epilog=example("mlx-afm adapter repair-manifest titles.manifest.json"))
 @click.argument("manifest", type=PATH)
 @json_option
 def repair_manifest(manifest: Path, as_json: bool) -> None:

@@ -9,12 +9,12 @@ import click
 
 from .generate_options import generate_options
 from .output import json_option
-from .parameters import PATH, named_paths, refuse_given
+from .parameters import PATH, example, named_paths, refuse_given
 from .speculation_options import speculation_options
 from .system_prompt_options import system_prompt_options
 
 
-@click.command("chat")
+@click.command("chat", epilog=example("mlx-afm chat --model afm-mlx --adapter-path my-adapter"))
 @click.option("--model", type=PATH, required=True, help="MLX model folder.")
 @click.option("--adapter-path", type=PATH, help="Adapter folder, .pt or .fmadapter to begin with.")
 @click.option(

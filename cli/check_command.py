@@ -10,7 +10,7 @@ import click
 from mlx_afm.files import to_json
 
 from .output import json_option
-from .parameters import PATH, refuse_given
+from .parameters import PATH, example, refuse_given
 
 if TYPE_CHECKING:
     from mlx_afm.formats.fmadapter_report import PackageReport
@@ -33,7 +33,7 @@ def show_report(report: PackageReport, as_json: bool) -> None:
         click.echo(f"{report.package}: OK as a file, but not for a device")
 
 
-@click.command("check")
+@click.command("check", epilog=example("mlx-afm check titles.fmadapter"))
 @click.argument("package", metavar="PATH", type=PATH)
 @click.option("--signature", help="Signature the base model must have, or its first digits.")
 @click.option("--expect", type=PATH, help="Adapter of any form whose values the package must hold.")

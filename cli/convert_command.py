@@ -9,12 +9,12 @@ from typing import Any
 import click
 
 from .output import json_option, note, show
-from .parameters import PATH
+from .parameters import PATH, example
 from .progress import BytesProgress, show_event
 from .quantize_options import quantize_options, take_quantization
 
 
-@click.command("convert")
+@click.command("convert", epilog=example("mlx-afm convert --hf-path TOOLKIT --mlx-path afm-mlx --verify"))
 @click.option(
     "--hf-path",
     "--model",

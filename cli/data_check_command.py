@@ -19,14 +19,14 @@ from mlx_afm.workflows.check_data import check as check_data
 
 from .data_options import data_argument, reading_options
 from .output import json_option, note
-from .parameters import PATH
+from .parameters import PATH, example
 from .progress import BytesProgress
 
 WATCHED_BYTES = 20_000_000  # less is done before anyone wonders
 SHOWN = 20  # problems of one kind spelled out; --json has more
 
 
-@click.command("check")
+@click.command("check", epilog=example("mlx-afm data check my-data --model afm-mlx"))
 @data_argument
 @click.option("--model", type=PATH, help="Model folder, for its tokenizer; without it lengths are not checked.")
 @reading_options

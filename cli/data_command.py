@@ -9,9 +9,10 @@ from .data_convert_command import convert
 from .data_render_command import render
 from .data_split_command import split
 from .data_stats_command import stats
+from .parameters import example
 
 
-@click.group("data")
+@click.group("data", epilog=example("mlx-afm data check my-data --model afm-mlx"))
 def command() -> None:
     """Training data before training: check it, measure it, look at it, split it, rewrite it."""
 

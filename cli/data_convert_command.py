@@ -12,10 +12,10 @@ from mlx_afm.workflows.rewrite_data import convert as convert_data
 
 from .data_options import overwrite_option, record_options
 from .output import json_option, note, show
-from .parameters import PATH
+from .parameters import PATH, example
 
 
-@click.command("convert")
+@click.command("convert", epilog=example("mlx-afm data convert my-data toolkit-data --to toolkit"))
 @click.argument("source", type=PATH)
 @click.argument("target", type=PATH)
 @click.option("--to", type=click.Choice(DIALECTS), default="messages", show_default=True, help="Dialect to write.")

@@ -17,13 +17,13 @@ from mlx_afm.workflows.check_data import samples
 
 from .data_options import data_argument, reading_options
 from .output import json_option
-from .parameters import PATH, refuse_given
+from .parameters import PATH, example, refuse_given
 
 # What would move a terminal's cursor or change its colours; line breaks and tabs are fine.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
-@click.command("render")
+@click.command("render", epilog=example("mlx-afm data render my-data --model afm-mlx --count 2"))
 @data_argument
 @click.option("--model", type=PATH, required=True, help="Model folder, for its tokenizer.")
 @click.option("-n", "--count", type=int, default=ExampleChoice.count, show_default=True, help="How many examples.")

@@ -12,10 +12,10 @@ from mlx_afm.workflows.rewrite_data import split as split_data
 
 from .data_options import data_argument, overwrite_option, record_options
 from .output import json_option, note, show
-from .parameters import PATH
+from .parameters import PATH, example
 
 
-@click.command("split")
+@click.command("split", epilog=example("mlx-afm data split all.jsonl --out my-data --valid 0.1"))
 @data_argument
 @click.option("--out", type=PATH, required=True, help="Folder for train.jsonl, valid.jsonl and test.jsonl.")
 @click.option("--valid", type=float, default=SplitConfig.valid, show_default=True, help="Share to validate on.")

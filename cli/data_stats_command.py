@@ -14,13 +14,13 @@ from mlx_afm.workflows.check_data import stats as measure
 
 from .data_options import data_argument, reading_options
 from .output import json_option
-from .parameters import PATH, refuse_given
+from .parameters import PATH, example, refuse_given
 from .progress import BytesProgress
 
 BAR = 40  # characters of the longest bar
 
 
-@click.command("stats")
+@click.command("stats", epilog=example("mlx-afm data stats my-data --model afm-mlx"))
 @data_argument
 @click.option("--model", type=PATH, required=True, help="Model folder, for its tokenizer.")
 @reading_options

@@ -8,11 +8,11 @@ from pathlib import Path
 import click
 
 from .output import json_option, note, show
-from .parameters import PATH
+from .parameters import PATH, example
 from .progress import show_event
 
 
-@click.command("demo")
+@click.command("demo", epilog=example("mlx-afm demo --out demo-out"))
 @click.option("--out", type=PATH, default=Path("demo-out"), show_default=True, help="Folder for everything it makes.")
 @json_option
 def command(out: Path, as_json: bool) -> None:

@@ -13,7 +13,7 @@ from mlx_afm.files import format_bytes
 
 from .lora_options import ESTIMATED
 from .output import json_option, note, show
-from .parameters import PATH, SIZE, refuse_given
+from .parameters import PATH, SIZE, example, refuse_given
 from .settings import LoraRequest, request_from
 
 TABLE_SETS = ("batch_size", "batch_tokens", "max_seq_length", "grad_checkpoint")
@@ -25,7 +25,7 @@ def _with_options(function: Callable[..., int]) -> Callable[..., int]:
     return function
 
 
-@click.command("estimate")
+@click.command("estimate", epilog=example("mlx-afm estimate --model afm-mlx --data my-data --batch-size 2"))
 @click.option("--model", type=PATH, help="MLX model folder.  [default: the 3.18 B parameter model]")
 @click.option("--data", type=PATH, help="Training data, whose lengths are used.")
 @click.option("--base", help="Assume these base weights: float32, bfloat16, 8-bit, 4-bit or 2-bit.")

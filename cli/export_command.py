@@ -14,7 +14,7 @@ from .asset_pack_options import make_pack, open_draft, pack_settings, require_pa
 from .check_command import show_report
 from .outcome import chosen_adapter
 from .output import json_option, note
-from .parameters import PATH, refuse_given
+from .parameters import PATH, example, refuse_given
 
 
 def parse_creator_defined(values: tuple[str, ...]) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def parse_creator_defined(values: tuple[str, ...]) -> dict[str, Any]:
     return merged
 
 
-@click.command("export")
+@click.command("export", epilog=example("mlx-afm export --adapter-path my-adapter --name titles --toolkit TOOLKIT"))
 @click.option("--adapter-path", "adapter", type=PATH, required=True, help="Adapter folder, .pt or .fmadapter.")
 @click.option("--best", is_flag=True, help="Export the best adapter of the run in --adapter-path, not its last one.")
 @click.option("--name", required=True, help="Letters, digits, underscores; devices refuse hyphens.")

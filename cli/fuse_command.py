@@ -9,11 +9,11 @@ import click
 
 from .outcome import chosen_adapter
 from .output import json_option, note, show
-from .parameters import PATH
+from .parameters import PATH, example
 from .progress import show_event
 
 
-@click.command("fuse")
+@click.command("fuse", epilog=example("mlx-afm fuse --model afm-mlx --adapter-path my-adapter --save-path fused"))
 @click.option("--model", type=PATH, required=True, help="MLX model folder.")
 @click.option(
     "--adapter-path", type=PATH, help="Adapter folder, .pt or .fmadapter; default: the model's own base adapter."

@@ -16,11 +16,11 @@ from .generate_checks import require_sense
 from .generate_extras import extra_options, open_extras
 from .generate_options import generate_options
 from .output import json_option, note, read_stdin, show
-from .parameters import PATH
+from .parameters import PATH, example
 from .system_prompt_options import system_prompt_options
 
 
-@click.command("generate")
+@click.command("generate", epilog=example("mlx-afm generate --model afm-mlx --prompt 'Write a title.'"))
 @click.option("--model", type=PATH, required=True, help="MLX model folder.")
 @click.option("--adapter-path", type=PATH, help="Adapter folder, .pt or .fmadapter.")
 @click.option(

@@ -7,10 +7,10 @@ from pathlib import Path
 import click
 
 from .output import json_option, show
-from .parameters import PATH
+from .parameters import PATH, example
 
 
-@click.command("inspect")
+@click.command("inspect", epilog=example("mlx-afm inspect titles.fmadapter"))
 @click.argument("path", type=PATH)
 @json_option
 def command(path: Path, as_json: bool) -> None:

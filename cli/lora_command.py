@@ -12,7 +12,7 @@ from .interrupts import stop_on_signals
 from .lora_options import with_options
 from .outcome import note_best, outcome_of
 from .output import json_option, note, resume_line, show
-from .parameters import refuse_given
+from .parameters import example, refuse_given
 from .progress import show_event
 from .settings import request_from
 
@@ -20,7 +20,7 @@ from .settings import request_from
 SCORING = ("model", "data", "adapter_path", "test", "best", "no_cache", "batch_size", "no_system_prompt", *DATA_FIELDS)
 
 
-@click.command("lora")
+@click.command("lora", epilog=example("mlx-afm lora --train --model afm-mlx --data my-data --adapter-path my-adapter"))
 @with_options
 @json_option
 def command(config: Path | None, as_json: bool, **flags: Any) -> int:

@@ -12,6 +12,11 @@ from mlx_afm.errors import SettingError
 from mlx_afm.files import parse_bytes, to_path
 
 
+def example(line: str) -> str:
+    """The end of a command's help: one command line as a user types it."""
+    return f"\b\nExample:\n  {line}"
+
+
 class PathType(click.ParamType):  # type: ignore[type-arg]
     """A path. `~` at its beginning is the home folder, also in `--option=~/file`, which no shell expands."""
 

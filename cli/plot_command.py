@@ -7,10 +7,10 @@ from pathlib import Path
 import click
 
 from .output import json_option, note, show
-from .parameters import PATH
+from .parameters import PATH, example
 
 
-@click.command("plot")
+@click.command("plot", epilog=example("mlx-afm plot my-adapter other-adapter"))
 @click.argument("runs", nargs=-1, required=True, type=PATH)
 @click.option("--output", type=PATH, help="File to draw into: .svg, or .png, .pdf, .jpg with matplotlib.")
 @json_option

@@ -11,12 +11,12 @@ from .interrupts import stop_on_signals
 from .lora_options import recovery_options
 from .outcome import note_best, outcome_of
 from .output import json_option, note, resume_line, show
-from .parameters import PATH
+from .parameters import PATH, example
 from .progress import show_event
 from .settings import request_from
 
 
-@click.command("recover")
+@click.command("recover", epilog=example("mlx-afm recover --model afm-2bit --data my-data --adapter-path recovered"))
 @recovery_options
 @click.option("--teacher", type=PATH, help="Folder of the dense model; for --loss distill.")
 @click.option(

@@ -9,12 +9,12 @@ from typing import Any
 import click
 
 from .output import json_option, note, show
-from .parameters import PATH, SIZE, SIZE_OR_NONE, named_paths, refuse_given
+from .parameters import PATH, SIZE, SIZE_OR_NONE, example, named_paths, refuse_given
 from .speculation_options import speculation_options
 from .system_prompt_options import system_prompt_options
 
 
-@click.command("serve")
+@click.command("serve", epilog=example("mlx-afm serve --model afm-mlx --adapter titles=my-adapter --port 8080"))
 @click.option("--model", required=True, help="MLX model folder.")
 @click.option("--adapter", "named", multiple=True, metavar="NAME=PATH", help="An adapter and its model id; repeatable.")
 @click.option("--adapters-dir", type=PATH, help="Serve every adapter in this folder under its file name.")

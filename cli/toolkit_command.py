@@ -11,9 +11,10 @@ from . import (
     toolkit_pack_command,
     toolkit_train_command,
 )
+from .parameters import example
 
 
-@click.group("toolkit")
+@click.group("toolkit", epilog=example("mlx-afm toolkit generate --assets TOOLKIT/assets --prompt 'Write a title.'"))
 def command() -> None:
     """Apple's adapter training toolkit, by its own commands and options.
 

@@ -11,11 +11,14 @@ from mlx_afm.files import to_json
 
 from .check_command import show_report
 from .output import json_option, note
-from .parameters import PATH, refuse_given
+from .parameters import PATH, example, refuse_given
 from .toolkit_options import assets_option
 
 
-@click.command("export_fmadapter")
+@click.command(
+    "export_fmadapter",
+    epilog=example("mlx-afm toolkit export_fmadapter -n titles -c my.pt -o out"),
+)
 @click.option("-o", "--output-dir", type=PATH, required=True, help="Where NAME.fmadapter goes.")
 @click.option("-n", "--adapter-name", required=True, help="Letters, digits, underscores.")
 @click.option("-c", "--checkpoint", type=PATH, required=True, help="Adapter; a .pt, or another form.")

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .output import json_option, show
-from .parameters import PATH
+from .parameters import PATH, example
 from .toolkit_options import assets_option, open_model, precision_option, without_meaning
 
 WITHOUT_MEANING = {
@@ -19,7 +19,7 @@ WITHOUT_MEANING = {
 }
 
 
-@click.command("generate")
+@click.command("generate", epilog=example("mlx-afm toolkit generate --checkpoint my.pt --prompt 'Write a title.'"))
 @click.option("--prompt", required=True, help="A text, or a .jsonl with a list of messages a line.")
 @click.option("--checkpoint", type=PATH, help="Adapter; a .pt, or another form.")
 @click.option("--draft-checkpoint", type=PATH, help="No effect.")

@@ -8,10 +8,13 @@ import click
 
 from .asset_pack_options import names_of
 from .output import json_option, note, show
-from .parameters import PATH
+from .parameters import PATH, example
 
 
-@click.command("produce_asset_pack")
+@click.command(
+    "produce_asset_pack",
+    epilog=example("mlx-afm toolkit produce_asset_pack --fmadapter-path titles.fmadapter"),
+)
 @click.option("--fmadapter-path", type=PATH, required=True, help="The package.")
 @click.option("--output-path", type=PATH, default=Path("."), show_default=True, help="A folder, or the .aar itself.")
 @click.option("--platforms", metavar="LIST", help="Some of iOS,macOS,visionOS.  [default: all]")

@@ -10,7 +10,7 @@ import click
 from .data_options import no_cache_option
 from .interrupts import stop_on_signals
 from .output import json_option, note, show
-from .parameters import PATH
+from .parameters import PATH, example
 from .toolkit_options import assets_option, open_model, precision_option, without_meaning
 
 WITHOUT_MEANING = {
@@ -49,7 +49,10 @@ def with_options(function: Any) -> Any:
     return function
 
 
-@click.command("train_adapter")
+@click.command(
+    "train_adapter",
+    epilog=example("mlx-afm toolkit train_adapter --train-data my.jsonl --checkpoint-dir out"),
+)
 @with_options
 def command(assets: Path | None, precision: str, as_json: bool, **options: Any) -> int:
     """Train an adapter; adapter-final.pt and the best two adapter-epoch{n}.pt go to --checkpoint-dir."""
