@@ -277,13 +277,12 @@ class OpenFiles:
         Raises:
             FormatError: see `read`; or not UTF-8, not JSON, with the place of the fault.
         """
+        content = bytes(self.read(path))
         try:
-            return json.loads(bytes(self.read(path)).decode("utf-8"))
+            return json.loads(content.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise FormatError("not UTF-8 text", where=f"{path}, byte {error.start}") from error
         except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
-            if isinstance(error, FormatError):
-                raise
             raise FormatError(f"not JSON: {error}", where=path) from error
 
 

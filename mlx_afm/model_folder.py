@@ -56,12 +56,6 @@ class ModelFolder:
         self.path = resolve(path)
         self._files = OpenFiles()
 
-    def __truediv__(self, name: str | Path) -> Path:
-        return self.path / name
-
-    def __str__(self) -> str:
-        return str(self.path)
-
     @cached_property
     def config_json(self) -> Mapping[str, Any]:
         """The content of `config.json`. Raises FormatError: not a model folder."""
@@ -135,14 +129,15 @@ class ModelFolder:
         return tokenizer
 
     def require_tokenizer(self) -> AFMTokenizer:
-        """The tokenizer.
+        """The tokenizer of a folder that holds a model.
 
         Raises:
-            ConfigError: the folder has none, or it is another model's. FormatError: no tokenizer, or no model folder.
+            ConfigError: the folder has none, it is another model's, or the model is not AFM text v7.
+            FormatError: a damaged tokenizer, or no model folder.
         """
+        _ = self.config  # first: that a folder holds no model at all is the better message
         tokenizer = self.tokenizer
         if tokenizer is None:
-            _ = self.config  # that a folder holds no model at all is the better message
             advice = "Convert again with tokenizer.model in place."
             raise ConfigError("the model folder has no tokenizer", where=self.path, advice=advice)
         return tokenizer

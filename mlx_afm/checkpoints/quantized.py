@@ -266,7 +266,7 @@ def schemes_of(values: Mapping[str, Any], names: Any, *, where: object) -> dict[
     entry = values.get(KEY, values.get("quantization_config"))
     if not paths and entry is not None:
         advice = f"If the weights are dense, remove {KEY} from config.json."
-        raise ConfigError("quantized, it says, and no tensor is quantized", where=where, found=KEY, advice=advice)
+        raise ConfigError("a quantization entry, but no quantized tensor", where=where, found=KEY, advice=advice)
     if not paths:
         return {}
     if not isinstance(entry, Mapping):

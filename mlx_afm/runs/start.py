@@ -76,7 +76,7 @@ def start_adapter(
         return lora
     form = LoRAConfig(rank=lora.rank, scale=lora.scale, dropout=lora.dropout)
     add_adapter(model, form, seed=seed)
-    _set_values(model, base, lora, seed=seed, where=folder / BASE_ADAPTER, on_event=on_event)
+    _set_values(model, base, lora, seed=seed, where=folder.path / BASE_ADAPTER, on_event=on_event)
     return form
 
 

@@ -46,7 +46,6 @@ class ModelThread:
         self.config, self._metrics, self._log = config, metrics, log
         self.folder = ModelFolder(model)
         self.model_id = config.model_id or (self.folder.path.resolve().name if to_path(model).exists() else str(model))
-        _ = self.folder.config  # says what is wrong with a folder that is no model's
         self.tokenizer = self.folder.require_tokenizer()
         self._arrivals: deque[Job] = deque()
         self._calls: deque[Callable[[], None]] = deque()

@@ -61,12 +61,12 @@ class ChatModel:
                 What was in use then stays.
         """
         path = None if name is None else self._find(name)
-        adapter = self._folder.base_adapter if path is None else self._folder.open_adapter(path)
+        adapter = self._adapter(path)
         try:
             self._put_on(path, adapter)
         except AFMError:
             before = self._current
-            self._put_on(before, self._folder.open_adapter(before) if before else self._folder.base_adapter)
+            self._put_on(before, self._adapter(before))
             raise
         self._current, self.active = path, name
         self._take_prompts(None if path is None else adapter, name)
@@ -85,13 +85,16 @@ class ChatModel:
             raise ConfigError("no such adapter", where=name, expected=f"a path, or a name ({known})")
         return path
 
+    def _adapter(self, path: Path | None) -> Adapter | None:
+        return self._folder.active_base_adapter if path is None else self._folder.open_adapter(path)
+
     def _put_on(self, path: Path | None, adapter: Adapter | None) -> None:
         whole = _is_whole(adapter)
         if whole or self._whole:  # weights of its own take the place of the base's
-            self.model = self._folder.load_with(None if path is None else adapter, where=path)
+            self.model = self._folder.load_with(adapter, where=path)
         else:
             remove_adapter(self.model)
-            if adapter is not None and (path is not None or self._folder.active_base_adapter is not None):
+            if adapter is not None:
                 attach_adapter(self.model, adapter, where=path)
         self._whole = whole
 

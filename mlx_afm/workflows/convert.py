@@ -248,9 +248,9 @@ def _mlx_to_mlx(source: ModelFolder, target: Path, options: _Options) -> Convert
         names_it = weights.start is None and (adapter is not None or own is None)
         parts = toolkit_parts(source.path, config=names_it)
         for name in (*KEPT_FILES, *parts):
-            if (source / name).is_file():
+            if (source.path / name).is_file():
                 (partial / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(source / name, partial / name)
+                shutil.copyfile(source.path / name, partial / name)
         write_config(partial, source.config, {**settings, **{key: kept[key] for key in kept if key not in settings}})
     return _converted(target, weights, activity, options)
 

@@ -92,24 +92,24 @@ def fuse(
 def _fuse(
     source: ModelFolder, adapter_path: str | Path | None, target: Path, *, dequantize: bool, on_event: Callback
 ) -> Fused:
-    in_codes = bool(source.schemes)
+    in_codes, where = bool(source.schemes), source.path
     adapter = source.active_base_adapter if adapter_path is None else source.open_adapter(adapter_path)
     if adapter is None:
-        raise AdapterError("nothing to fuse", where=source, advice="Give --adapter-path.")
+        raise AdapterError("nothing to fuse", where=where, advice="Give --adapter-path.")
     if dequantize and not in_codes and adapter.config.fine_tune_type != "qat":
-        raise SettingError("nothing to dequantize: the model is dense", where=source, advice="Leave dequantize out.")
+        raise SettingError("nothing to dequantize: the model is dense", where=where, advice="Leave dequantize out.")
     keeps_codes, made_codes = in_codes and not dequantize, adapter.config.fine_tune_type == "qat" and not dequantize
     if keeps_codes and adapter_path is None:
         advice = "It is active already. To merge it, make the model dense: fuse --dequantize."
-        raise AdapterError("the base adapter of a quantized model stays beside its codes", where=source, advice=advice)
+        raise AdapterError("the base adapter of a quantized model stays beside its codes", where=where, advice=advice)
     model = source.load_model()
     plain = _logits(model)
-    attach_adapter(model, adapter, where=adapter_path or source / BASE_ADAPTER)
+    attach_adapter(model, adapter, where=adapter_path or source.path / BASE_ADAPTER)
     live = _logits(model)
     if not keeps_codes:
         fuse_adapter(model, dequantize=dequantize)
     weights = {} if keeps_codes else {name: from_mlx(array) for name, array in tree_flatten(model.parameters())}
-    files = [file for file in (*shard_files(source.path), source / INDEX) if file.is_file()] if keeps_codes else []
+    files = [file for file in (*shard_files(source.path), source.path / INDEX) if file.is_file()] if keeps_codes else []
     progress = _Progress(sum(map(size_of, files)) + sum(tensor.nbytes for tensor in weights.values()), on_event)
     wanted_bytes = progress.total + (_adapter_bytes(adapter) if keeps_codes else 0) + SPARE_BYTES
     require_space(target, wanted_bytes)
@@ -122,9 +122,9 @@ def _fuse(
             settings.update(_explained_codes(model, partial) if made_codes else {})
         # The toolkit's JSON, which names the base adapter, no longer holds.
         for name in (*KEPT_FILES, OBSERVERS):
-            if (source / name).is_file():
+            if (source.path / name).is_file():
                 (partial / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(source / name, partial / name)
+                shutil.copyfile(source.path / name, partial / name)
         if adapter_path is not None and adapter.system_prompts:
             settings[SYSTEM_PROMPTS] = list(adapter.system_prompts)
             _write_template(partial, default_system_prompt(adapter.system_prompts))

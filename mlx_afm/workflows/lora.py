@@ -160,7 +160,7 @@ def _train(
     objective: Objective,
 ) -> Trained:
     """Trains in a folder that is locked, with settings that are checked by themselves."""
-    tokenizer, _ = folder.require_tokenizer(), folder.config
+    tokenizer = folder.require_tokenizer()
     require_prompts(job, tokenizer)
     if not (job.resume or job.overwrite):
         require_no_finished_run(job.adapter_path)

@@ -106,32 +106,35 @@ def recover(job: RecoverJob, on_event: Callback = ignore, should_stop: Callable[
     with ExitStack() as stack:
         if job.into_base and ranks.is_main_process:
             stack.enter_context(lock_folder(run.model, on_note=notes_of(on_event)))
-        return _recover(replace(job, run=run), ranks, on_event, should_stop)
+        return _recover(replace(job, run=run), folder, ranks, on_event, should_stop)
 
 
-def _recover(job: RecoverJob, ranks: Ranks, on_event: Callback, should_stop: Callable[[], bool]) -> Recovered:
+def _recover(
+    job: RecoverJob, folder: ModelFolder, ranks: Ranks, on_event: Callback, should_stop: Callable[[], bool]
+) -> Recovered:
     run, kept = job.run, None
-    trained = train(run, on_event, should_stop, NEXT_TOKEN if job.teacher is None else _objective(run, job.teacher))
+    objective = NEXT_TOKEN if job.teacher is None else _objective(folder, job.teacher)
+    trained = train(run, on_event, should_stop, objective)
     if job.into_base and not trained.interrupted:
         kept = run.model / BASE_ADAPTER
         if ranks.is_main_process:
             best = trained.adapter_path / BEST
             takes_best = job.loss == "next-token" and best.is_dir()
-            made = read_adapter(best if takes_best else trained.adapter_path, ModelFolder(run.model).config)
+            made = read_adapter(best if takes_best else trained.adapter_path, folder.config)
             write_adapter_folder(kept, made)
         ranks.wait()
     return Recovered(trained, kept)
 
 
-def _objective(run: LoRAJob, teacher: Path) -> Objective:
+def _objective(trained: ModelFolder, teacher: Path) -> Objective:
     """Distillation from a teacher, which must read the same tokens."""
-    folder, trained = ModelFolder(teacher), ModelFolder(run.model)
+    folder = ModelFolder(teacher)
     words, ours = folder.config.vocab_size, trained.config.vocab_size
     if words != ours:
         raise ConfigError("a teacher of another vocabulary", where=folder.path, expected=ours, found=words)
     files = [place.tokenizer_file for place in (folder, trained)]
     if len({sha256_of(file) for file in files if file is not None}) > 1:
-        raise ConfigError("the teacher has another tokenizer", where=files[0], expected=f"that of {run.model}")
+        raise ConfigError("the teacher has another tokenizer", where=files[0], expected=f"that of {trained.path}")
     held = sum(tensor.nbytes for tensor in folder.tensors.values())
     sources = {"loss": "distill", "teacher": folder.fingerprint}
     return Objective(load=partial(_distillation, folder), sources=sources, held_bytes=held)

@@ -202,7 +202,7 @@ def test_a_run_needs_a_folder(name, model_folder, data_folder, tmp_path, expect_
         ({"num_heads": None, "num_head": 4}, ["num_heads (is it 'num_head'?)"]),
         ({"hidden_dim": "wide"}, ["config.json: ", "hidden_dim: expected a number, found 'wide'"]),
         ({"num_layers": 7}, ["the tensors are not those of the model", "missing: model.layers.4.self_attn.qkv_proj"]),
-        ({"quantization": {"bits": 4}}, ["config.json: quantized, it says, and no tensor is quantized"]),
+        ({"quantization": {"bits": 4}}, ["config.json: a quantization entry, but no quantized tensor"]),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
 )
