@@ -134,7 +134,8 @@ def test_a_name_of_bytes_that_are_no_text(cli, tmp_path):
 
 def test_ctrl_c_while_the_first_modules_are_imported_is_one_line(tmp_path):
     """A stand-in for click, the first library that is imported, sends the signal at a known moment."""
-    (tmp_path / "click.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    listen = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell's background jobs ignore it
+    (tmp_path / "click.py").write_text(f"import os, signal\n{listen}\nos.kill(os.getpid(), signal.SIGINT)\n")
     line = [sys.executable, "-m", "mlx_afm", "--version"]
     ran = subprocess.run(
         line, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False
