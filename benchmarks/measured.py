@@ -52,7 +52,10 @@ def read_once(path: Path) -> None:
 
 
 def machine() -> str:
-    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, CPU backend"
+    import mlx.core as mx
+
+    device = "CPU backend" if mx.default_device() == mx.cpu else mx.device_info()["device_name"]
+    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {device}"
 
 
 def commit(root: Path = Path(__file__).parent) -> str:
