@@ -5,15 +5,15 @@
     dense, 4-bit, 2-bit, adapter, 2-bit+adapter   seconds to the first token of an answer to 512 tokens, then seconds a
                                                   token; ours balanced in 2-bit, mlx-lm's affine; adapters of rank 32 on
                                                   all projections
-    rows_8                                        tokens a second of 8 rows in one batch, 4 adapters mixed, 2-bit; ours
-                                                  beside ours one after the other
-    train, train_2-bit                            an optimizer step of 4 x 512 tokens, a quarter of them trained, LoRA of
-                                                  rank 32 on all projections, every layer checkpointed; mlx-lm's compiled
-                                                  as its `train` does
+    rows_8                                        tokens a second of 8 rows in one batch, 4 adapters mixed, 2-bit;
+                                                  beside our own one after the other
+    train, train_2-bit                            an optimizer step of 4 x 512 tokens, a quarter of them trained, LoRA
+                                                  of rank 32 on all projections, every layer checkpointed; mlx-lm's
+                                                  compiled as its `train` does
     operations                                    microseconds of single operations on the device, to explain the others
 
-Both sides lie in one process and run in turns; times are medians. `python_ms` is the time of the calling thread a token.
-A ratio is ours / mlx-lm. `../shared/reference/gpu_graph.py` (or MLX_AFM_SHARED) holds mlx-lm's model with the repairs
+Both sides lie in one process and run in turns; times are medians. `python_ms` is the time of the calling thread for a
+token. A ratio is ours / mlx-lm. `../shared/reference/gpu_graph.py` (or MLX_AFM_SHARED) holds mlx-lm's model with the repairs
 that let it quantize.
 """
 
@@ -26,6 +26,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ import mlx.optimizers as optimizers
 import numpy as np
 from bench_graph import RANK, gpu_graph
 from measured import commit, described
+from mlx.utils import tree_flatten
 
 from mlx_afm.adapters import LoRAConfig, add_adapter
 from mlx_afm.data import Tokens, make_batch
@@ -170,9 +172,7 @@ def rows_case(count: int, repeat: int) -> dict[str, Any]:
     stacks = AdapterStacks(decoder.form)
     donor = our_model("adapter")
     names = [f"adapter {n}" for n in range(4)]
-    from mlx.utils import tree_flatten
-
-    weights = {n: a for n, a in tree_flatten(donor.trainable_parameters())}
+    weights = dict(tree_flatten(donor.trainable_parameters()))
     for name in names:
         stacks.add(name, {n: (lambda array=array: array) for n, array in weights.items()}, LoRAConfig(rank=RANK).scale)
     del donor
@@ -197,73 +197,71 @@ def rows_case(count: int, repeat: int) -> dict[str, Any]:
     )
 
 
-def train_case(case: str, repeat: int) -> dict[str, Any]:
-    from functools import partial
-
-    from mlx_lm.tuner.trainer import default_loss, grad_checkpoint
-
-    rows = [np.array(prompt_ids(n, PROMPT_TOKENS + 1)) for n in range(ROWS)]
-    trained_from = 3 * PROMPT_TOKENS // 4 + 1
-    weights = (np.arange(PROMPT_TOKENS + 1) >= trained_from).astype(np.float32)
-
-    def timed(step: Callable[[], Any]) -> dict[str, float]:
+def timed_steps(step: Callable[[], Any], repeat: int) -> dict[str, float]:
+    """Medians of `repeat` steps after two that warm up."""
+    runs = []
+    for _ in range(repeat + 2):
         mx.synchronize()
         mx.reset_peak_memory()
         started = time.perf_counter()
         step()
         mx.synchronize()
-        return {
-            "step_ms": 1e3 * (time.perf_counter() - started),
-            "peak_above_held_gb": (mx.get_peak_memory() - mx.get_active_memory()) / 1e9,
-        }
+        held = mx.get_active_memory()
+        peak = (mx.get_peak_memory() - held) / 1e9
+        runs.append({"step_ms": 1e3 * (time.perf_counter() - started), "peak_above_held_gb": peak})
+    return {key: statistics.median(run[key] for run in runs[2:]) for key in runs[0]}
 
-    found: dict[str, Any] = {}
-    ours = our_model(case)
-    ours.train()
+
+def training_rows() -> tuple[list[np.ndarray], int]:
+    """Rows of token ids, and the index of the first trained token."""
+    return [np.array(prompt_ids(n, PROMPT_TOKENS + 1)) for n in range(ROWS)], 3 * PROMPT_TOKENS // 4 + 1
+
+
+def our_steps(case: str, repeat: int) -> dict[str, Any]:
+    rows, first = training_rows()
+    weights = (np.arange(PROMPT_TOKENS + 1) >= first).astype(np.float32)
     batch = make_batch([Tokens(ids, weights, "row") for ids in rows])
-    optimizer = optimizers.Adam(learning_rate=1e-4)
-    for checkpoint in (True, False):
+    model, optimizer = our_model(case), optimizers.Adam(learning_rate=1e-4)
+    model.train()
+    return {
+        name: timed_steps(
+            partial(train_step, model, optimizer, [batch], clip_norm=1.0, grad_checkpoint=checkpoint), repeat
+        )
+        for name, checkpoint in (("ours", True), ("ours_not_checkpointed", False))
+    }
 
-        def our_step(checkpoint: bool = checkpoint) -> None:
-            train_step(ours, optimizer, [batch], clip_norm=1.0, grad_checkpoint=checkpoint)
 
-        runs = [timed(our_step) for _ in range(repeat + 2)][2:]
-        found["ours" if checkpoint else "ours_not_checkpointed"] = {
-            k: statistics.median(r[k] for r in runs) for k in runs[0]
-        }
-    del ours, optimizer
-    gc.collect()
-    mx.clear_cache()
-    theirs = their_model(case)
-    theirs.train()
-    their_optimizer = optimizers.Adam(learning_rate=1e-4)
-    tokens = mx.array(np.stack(rows))
-    lengths = mx.array([[trained_from, PROMPT_TOKENS]] * ROWS)
-    for checkpoint in (False, True):
-        if checkpoint:
-            grad_checkpoint(theirs.layers[0])
-        loss_and_grad = nn.value_and_grad(theirs, default_loss)
-        state = [theirs.state, their_optimizer.state, mx.random.state]
+def their_steps(case: str, repeat: int) -> dict[str, Any]:
+    from mlx_lm.tuner.trainer import default_loss, grad_checkpoint
+
+    rows, first = training_rows()
+    tokens, lengths = mx.array(np.stack(rows)), mx.array([[first, PROMPT_TOKENS]] * ROWS)
+    model, optimizer = their_model(case), optimizers.Adam(learning_rate=1e-4)
+    model.train()
+
+    def step_of() -> Callable[[], None]:
+        loss_and_grad = nn.value_and_grad(model, default_loss)
+        state = [model.state, optimizer.state, mx.random.state]
 
         @partial(mx.compile, inputs=state, outputs=state)
-        def compiled(tokens: mx.array, lengths: mx.array, loss_and_grad: Any = loss_and_grad) -> mx.array:
-            (loss, _), gradients = loss_and_grad(theirs, tokens, lengths)
-            their_optimizer.update(theirs, gradients)
+        def compiled(tokens: mx.array, lengths: mx.array) -> mx.array:
+            (loss, _), gradients = loss_and_grad(model, tokens, lengths)
+            optimizer.update(model, gradients)
             return loss
 
-        def their_step(compiled: Any = compiled, state: Any = state) -> None:
-            mx.eval(compiled(tokens, lengths), state)
+        return lambda: mx.eval(compiled(tokens, lengths), state)
 
-        name = "mlx-lm" if checkpoint else "mlx-lm_not_checkpointed"
-        try:
-            runs = [timed(their_step) for _ in range(repeat + 2)][2:]
-            found[name] = {k: statistics.median(r[k] for r in runs) for k in runs[0]}
-        except Exception as error:  # it may not fit
-            found[name] = {"failed": str(error)[:200]}
-    for name in ("step_ms", "peak_above_held_gb"):
-        if "failed" not in found["mlx-lm"]:
-            found.setdefault("ratio", {})[name] = found["ours"][name] / found["mlx-lm"][name]
-    return found
+    found = {"mlx-lm_not_checkpointed": timed_steps(step_of(), repeat)}
+    grad_checkpoint(model.layers[0])
+    return found | {"mlx-lm": timed_steps(step_of(), repeat)}
+
+
+def train_case(case: str, repeat: int) -> dict[str, Any]:
+    found = our_steps(case, repeat)
+    gc.collect()
+    mx.clear_cache()
+    found |= their_steps(case, repeat)
+    return found | {"ratio": {key: found["ours"][key] / found["mlx-lm"][key] for key in found["ours"]}}
 
 
 def operations_case() -> dict[str, float]:
@@ -292,19 +290,13 @@ def operations_case() -> dict[str, float]:
     for room in (640, 1024, 4096):
         k, v = (mx.random.normal((1, 2, room, 128)).astype(mx.bfloat16) for _ in range(2))
         mask = mx.arange(room)[None, None, None] < 600
-        scale = 128**-0.5
-        measure(f"attention {room}", lambda q: mx.fast.scaled_dot_product_attention(q, k, v, scale=scale), q)
-        measure(
-            f"attention {room}, mask",
-            lambda q: mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask),
-            q,
-        )
-        additive = mx.where(mask, 0.0, -1e9).astype(mx.bfloat16)
-        measure(
-            f"attention {room}, additive mask",
-            lambda q: mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=additive),
-            q,
-        )
+
+        def attention(mask: mx.array | None, k: mx.array = k, v: mx.array = v) -> Callable[[mx.array], mx.array]:
+            return lambda q: mx.fast.scaled_dot_product_attention(q, k, v, scale=128**-0.5, mask=mask)
+
+        measure(f"attention {room}", attention(None), q)
+        measure(f"attention {room}, mask", attention(mask), q)
+        measure(f"attention {room}, additive mask", attention(mx.where(mask, 0.0, -1e9).astype(mx.bfloat16)), q)
     measure("rms_norm", lambda x: mx.fast.rms_norm(x, norm, 1e-5), x)
     measure("rms_norm without weight", lambda x: mx.fast.rms_norm(x, None, 1e-5), x)
     measure("product 2048 x 2048", lambda x: x @ w, x)
@@ -315,7 +307,7 @@ def operations_case() -> dict[str, float]:
             rows = mx.random.normal((1, count, 2048)).astype(mx.bfloat16)
             measure(
                 f"quantized product, {bits} bits, {count} rows",
-                lambda x: mx.quantized_matmul(x, *packed, transpose=True, group_size=64, bits=bits),
+                lambda x, packed=packed, bits=bits: mx.quantized_matmul(x, *packed, group_size=64, bits=bits),
                 rows,
                 50,
             )
