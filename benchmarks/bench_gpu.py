@@ -13,8 +13,8 @@
     operations                                    microseconds of single operations on the device, to explain the others
 
 Both sides lie in one process and run in turns; times are medians. `python_ms` is the time of the calling thread for a
-token. A ratio is ours / mlx-lm. `../shared/reference/gpu_graph.py` (or MLX_AFM_SHARED) holds mlx-lm's model with the repairs
-that let it quantize.
+token. A ratio is ours / mlx-lm. `../shared/reference/gpu_graph.py` (or MLX_AFM_SHARED) holds mlx-lm's model with the
+repairs that let it quantize.
 """
 
 from __future__ import annotations
