@@ -62,7 +62,7 @@ def by_engine(model: Path, adapters: list[Path]) -> Callable[[], float]:
         )
         started, waiting = time.perf_counter(), deque(enumerate(prompts()))
         while waiting or engine.busy:
-            while waiting and engine.rows_in_use < CLIENTS and not engine.reading:
+            while waiting and engine.rows_in_use < CLIENTS and not engine.data_config:
                 number, text = waiting.popleft()
                 ids = [tokenizer.eos_id, *tokenizer.encode(text)]
                 sampler = Sampler(config, logit_bias=bias, prompt=ids)

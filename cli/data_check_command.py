@@ -17,7 +17,7 @@ from mlx_afm.data.sources import unread_text
 from mlx_afm.files import to_json
 from mlx_afm.workflows.check_data import check as check_data
 
-from .data_options import data_argument, reading_options
+from .data_options import data_argument, data_config_options
 from .output import json_option, note
 from .parameters import PATH, example
 from .progress import BytesProgress
@@ -29,10 +29,10 @@ SHOWN = 20  # problems of one kind spelled out; --json has more
 @click.command("check", epilog=example("mlx-afm data check my-data --model afm-mlx"))
 @data_argument
 @click.option("--model", type=PATH, help="Model folder, for its tokenizer; without it lengths are not checked.")
-@reading_options
+@data_config_options
 @click.option("--fix", type=PATH, metavar="FOLDER", help="Write a copy without the problems, and say what changed.")
 @json_option
-def check(data: Path, model: Path | None, reading: DataConfig, fix: Path | None, as_json: bool) -> None:
+def check(data: Path, model: Path | None, data_config: DataConfig, fix: Path | None, as_json: bool) -> None:
     """Check every line of training data: a folder with train, valid and test files, or one file.
 
     Exit code 3 if training would be wrong, also if --fix wrote a copy in which it is right.
@@ -43,7 +43,7 @@ def check(data: Path, model: Path | None, reading: DataConfig, fix: Path | None,
             if total >= WATCHED_BYTES:
                 progress.handle(done, total)
 
-        report, fixed = check_data(data, reading, model=model, fix=fix, on_progress=handle, on_note=note)
+        report, fixed = check_data(data, data_config, model=model, fix=fix, on_progress=handle, on_note=note)
     if as_json:
         values: dict[str, Any] = {**report.to_dict(), **({} if fixed is None else {"fix": fixed.to_dict()})}
         click.echo(to_json(values))
@@ -79,7 +79,7 @@ def _verdict_lines(report: DataReport) -> Iterator[str]:
         if file.removed_tokens:
             yield (
                 f"  too long: {file.dropped:,} left out, {file.shortened:,} cut, "
-                f"{file.removed_tokens:,} tokens lost (--overflow)"
+                f"{file.removed_tokens:,} tokens lost (--truncation)"
             )
     verdict = "training would be wrong" if report.errors else "ready for training"
     yield f"{report.errors:,} errors, {report.warnings:,} warnings: {verdict}"

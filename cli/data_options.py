@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import click
 
-from mlx_afm.data.config import CONTEXT_TOKENS, OVERFLOWS, DataConfig
-from mlx_afm.data.dialects import DIALECTS
+from mlx_afm.data.config import CONTEXT_TOKENS, TRUNCATIONS, DataConfig
+from mlx_afm.data.data_formats import DATA_FORMATS
 
 from .parameters import PATH
 from .system_prompt_options import NONE, one_system_prompt
@@ -19,17 +19,17 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 # Option -> field of `DataConfig`.
 FIELDS = {
-    "dialect": "dialect",
+    "data_format": "data_format",
     "field": "fields",
     "transform": "transform",
     "system_prompt": "system",
     "max_seq_length": "max_tokens",
-    "overflow": "overflow",
+    "truncation": "truncation",
 }
 OPTIONS = [
     click.option(
-        "--dialect",
-        type=click.Choice(["auto", *DIALECTS]),
+        "--data-format",
+        type=click.Choice(["auto", *DATA_FORMATS]),
         help="Data format.  [default: auto, by the keys of each record]",
     ),
     click.option(
@@ -51,7 +51,7 @@ OPTIONS = [
     NONE,
     click.option("--max-seq-length", type=int, help=f"Longest example, in tokens.  [default: {CONTEXT_TOKENS}]"),
     click.option(
-        "--overflow", type=click.Choice(OVERFLOWS), help="What to do with a longer example.  [default: error]"
+        "--truncation", type=click.Choice(TRUNCATIONS), help="What to do with a longer example.  [default: error]"
     ),
 ]
 
@@ -64,30 +64,30 @@ no_cache_option = click.option(
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace files that are there already.")
 
 
-def reading_options(function: Command) -> Command:
-    """The command gets the options above, and in their place one argument, `reading`: a `DataConfig`."""
+def data_config_options(function: Command) -> Command:
+    """The command gets the options above, and in their place one argument, `data_config`: a `DataConfig`."""
     return _read_by(function, [*FIELDS, "no_system_prompt"], len(OPTIONS))
 
 
 def record_options(function: Command) -> Command:
     """The same without what is about tokens."""
-    names = ["dialect", "field", "transform"]
+    names = ["data_format", "field", "transform"]
     return _read_by(function, names, len(names))
 
 
 def _read_by(function: Command, names: list[str], count: int) -> Command:
     @wraps(function)
-    def with_reading(*args: Any, **options: Any) -> Any:
+    def with_data_config(*args: Any, **options: Any) -> Any:
         given = {name: options.pop(name) for name in names}
-        return function(*args, reading=reading_from(given), **options)
+        return function(*args, data_config=data_config_from(given), **options)
 
-    command: Any = with_reading
+    command: Any = with_data_config
     for option in reversed(OPTIONS[:count]):
         command = option(command)
     return command  # type: ignore[no-any-return]
 
 
-def reading_from(options: Mapping[str, Any]) -> DataConfig:
+def data_config_from(options: Mapping[str, Any]) -> DataConfig:
     """How to read, from options by their names; what is None or not there keeps its default.
 
     Raises:

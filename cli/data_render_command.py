@@ -15,7 +15,7 @@ from mlx_afm.data.sample import ExampleChoice, Sample
 from mlx_afm.files import to_json
 from mlx_afm.workflows.check_data import samples
 
-from .data_options import data_argument, reading_options
+from .data_options import data_argument, data_config_options
 from .output import json_option
 from .parameters import PATH, example, refuse_given
 
@@ -31,7 +31,7 @@ CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u206
 @click.option("--line", type=int, help="The example of this line alone.")
 @click.option("--split", type=click.Choice(["train", "valid", "test"]), help="[default: the first there is]")
 @click.option("--ids", is_flag=True, help="Each token's id and piece too.")
-@reading_options
+@data_config_options
 @json_option
 def render(
     data: Path,
@@ -41,13 +41,13 @@ def render(
     line: int | None,
     split: str | None,
     ids: bool,
-    reading: DataConfig,
+    data_config: DataConfig,
     as_json: bool,
 ) -> None:
     """Show examples as the model sees them, with what it learns to say highlighted (in «» if not on a terminal)."""
     if line is not None:
         refuse_given(("count",), "with --line")
-    chosen = samples(data, model, ExampleChoice(count, seed, line), reading, split)
+    chosen = samples(data, model, ExampleChoice(count, seed, line), data_config, split)
     if as_json:
         examples = [sample.to_dict(with_ids=ids) for sample in chosen]
         click.echo(to_json({"examples": examples}))

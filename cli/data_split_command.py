@@ -39,7 +39,7 @@ def split(
     seed: int,
     threshold: float,
     overwrite: bool,
-    reading: DataConfig,
+    data_config: DataConfig,
     as_json: bool,
 ) -> None:
     """Split a file so that no prompt, nor one that is nearly the same, is on two sides.
@@ -47,4 +47,4 @@ def split(
     Lines are written as they are, in their order.
     """
     config = SplitConfig(valid=valid, test=test, seed=seed, threshold=threshold)
-    show(split_data(data, out, config, reading, overwrite=overwrite, on_note=note).to_dict(), as_json)
+    show(split_data(data, out, config, data_config, overwrite=overwrite, on_note=note).to_dict(), as_json)

@@ -12,7 +12,7 @@ from mlx_afm.data.stats import Bin, SplitStats
 from mlx_afm.files import to_json
 from mlx_afm.workflows.check_data import stats as measure
 
-from .data_options import data_argument, reading_options
+from .data_options import data_argument, data_config_options
 from .output import json_option
 from .parameters import PATH, example, refuse_given
 from .progress import BytesProgress
@@ -23,16 +23,16 @@ BAR = 40  # characters of the longest bar
 @click.command("stats", epilog=example("mlx-afm data stats my-data --model afm-mlx"))
 @data_argument
 @click.option("--model", type=PATH, required=True, help="Model folder, for its tokenizer.")
-@reading_options
+@data_config_options
 @json_option
-def stats(data: Path, model: Path, reading: DataConfig, as_json: bool) -> None:
+def stats(data: Path, model: Path, data_config: DataConfig, as_json: bool) -> None:
     """Say how many tokens the data has, whose they are, how long examples are, and what packing saves.
 
     Examples are measured whole.
     """
-    refuse_given(("overflow",), "here: examples are measured whole")
+    refuse_given(("truncation",), "here: examples are measured whole")
     with BytesProgress("measuring") as progress:
-        splits = measure(data, model, reading, on_progress=progress.handle)
+        splits = measure(data, model, data_config, on_progress=progress.handle)
     if as_json:
         click.echo(to_json({"splits": {name: split.to_dict() for name, split in splits.items()}}))
         return

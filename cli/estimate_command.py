@@ -92,7 +92,7 @@ def _plan(request: LoraRequest, base: str | None, share: float | None) -> Any:
         layouts = estimate.layouts_of_data(read_split(job, folder.require_tokenizer(), "train"), job.train)
     else:
         share = estimate.TRAINED_SHARE if share is None else share
-        layouts = (estimate.layout_by_settings(job.train, job.reading.max_tokens, share),)
+        layouts = (estimate.layout_by_settings(job.train, job.data_config.max_tokens, share),)
     model = AFMConfig() if folder is None else folder.config
     if base is not None or folder is None:
         held = estimate.named_base(base or "bfloat16", model)

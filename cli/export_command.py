@@ -57,8 +57,14 @@ def parse_creator_defined(values: tuple[str, ...]) -> dict[str, Any]:
 @click.option("--reduce-rank", is_flag=True, help="Approximate a rank above 32 and state the error.")
 @click.option("--zero-untrained", is_flag=True, help="Zeros where the base model's own tensors are not at hand.")
 @click.option("--compare/--no-compare", default=True, help="With --model: logits before and after.  [default: compare]")
-@click.option("--ladder", is_flag=True, help="With --model: write NAME.ladder.json, prompts and greedy answers.")
-@click.option("--prompt", "prompts", multiple=True, help="To compare on and for the ladder; three by default.")
+@click.option(
+    "--reference-answers",
+    is_flag=True,
+    help="With --model: write NAME.reference_answers.json, prompts and greedy answers.",
+)
+@click.option(
+    "--prompt", "prompts", multiple=True, help="To compare on and for the reference answers; three by default."
+)
 @with_pack_options
 @json_option
 def command(
@@ -73,8 +79,8 @@ def command(
 
     if options["model"] is None:
         refuse_given(("compare", "prompts"), "without --model")
-    elif not options["compare"] and not options["ladder"]:
-        refuse_given(("prompts",), "with --no-compare and without --ladder")
+    elif not options["compare"] and not options["reference_answers"]:
+        refuse_given(("prompts",), "with --no-compare and without --reference-answers")
     if options["signature"] is not None and options["draft_checkpoint"] is None:
         refuse_given(("toolkit",), "with --signature and without --draft-checkpoint")
     options["adapter"] = chosen_adapter(options["adapter"], best)
@@ -88,8 +94,8 @@ def command(
     for text in exported.notes():
         note(text)
     note(f"wrote {exported.package}")
-    if exported.ladder is not None:
-        note(f"wrote {exported.ladder}")
+    if exported.reference_answers is not None:
+        note(f"wrote {exported.reference_answers}")
     packed = make_pack(exported.package, exported.metadata.identifier, pack)
     if as_json:
         click.echo(to_json({**exported.to_dict(), **packed}))

@@ -11,7 +11,7 @@ from .output import note
 from .parameters import is_given, refuse_given
 
 OF_ONE_PROMPT = ("prompt_cache_file", "transform", "verbose")
-OF_A_FILE = ("output", "batch_size", "dialect", "field", "transform")
+OF_A_FILE = ("output", "batch_size", "data_format", "field", "transform")
 SAMPLING = ("top_p", "top_k", "min_p", "seed")
 
 

@@ -53,7 +53,7 @@ def command(
     prompt: str,
     output: Path | None,
     batch_size: int,
-    reading: DataConfig,
+    data_config: DataConfig,
     prompt_cache_file: Path | None,
     as_json: bool,
     verbose: bool,
@@ -66,7 +66,7 @@ def command(
     require_sense(of_file, options)
     if of_file:
         assert output is not None
-        answer_prompts(to_path(prompt), output, batch_size, reading, as_json, **options)
+        answer_prompts(to_path(prompt), output, batch_size, data_config, as_json, **options)
     else:
         text = read_stdin() if prompt == "-" else prompt
         _answer(text, prompt_cache_file, as_json, verbose, **options)

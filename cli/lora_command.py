@@ -69,7 +69,7 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> int:
             adapter,
             job.data,
             batch_size=job.train.batch_size,
-            reading=job.reading,
+            data_config=job.data_config,
             cache=job.cache,
             own_system_prompt=not request.system_given,
             on_event=show_event,

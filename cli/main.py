@@ -16,6 +16,7 @@ try:  # Ctrl-C may come while these are imported, before `main` can handle it
     from mlx_afm.spelling import nearest_name
 
     from .output import describe_os_error
+    from .parameters import current_name
 except KeyboardInterrupt:
     sys.stderr.write("mlx-afm: interrupted\n")
     sys.exit(130)
@@ -61,7 +62,9 @@ class LazyCommands(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.group(cls=LazyCommands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyCommands, context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": current_name}
+)
 @click.version_option(__version__, prog_name="mlx-afm")
 def group() -> None:
     """Apple's on-device foundation model (AFM text v7) on MLX.

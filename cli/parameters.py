@@ -11,6 +11,20 @@ import click
 from mlx_afm.errors import SettingError
 from mlx_afm.files import parse_bytes, to_path
 
+# Options of version 0.1.0 that have other names now, without their dashes. YAML keys have underscores.
+RENAMED = {"dialect": "data-format", "overflow": "truncation", "ladder": "reference-answers"}
+
+
+def current_name(name: str) -> str:
+    """The current name of an option, with a notice on stderr if `name` is an old one.
+
+    It is click's `token_normalize_func`.
+    """
+    if name not in RENAMED:
+        return name
+    click.echo(f"mlx-afm: --{name} is now --{RENAMED[name]}; the old name still works", err=True)
+    return RENAMED[name]
+
 
 def example(line: str) -> str:
     """The end of a command's help: one command line as a user types it."""

@@ -16,7 +16,7 @@ from mlx_afm.runs.job import LoRAJob
 from mlx_afm.training import TrainConfig
 from mlx_afm.training.config import OPTIMIZERS
 
-from .data_options import reading_from
+from .data_options import data_config_from
 from .settings_file import LORA_KEYS, SWITCHES, TRAIN_KEYS, read_settings
 
 JOB_DEFAULTS = ("sample_tokens", "report_to", "project_name", "ignore_memory")
@@ -81,7 +81,7 @@ def request_from(
         overwrite=switches["overwrite"] and not (flags.get("resume") and not flags.get("overwrite")),
         resume_adapter_file=values.get("resume_adapter_file"),
         sample_prompts=tuple(values.get("sample_prompt", ())),
-        reading=reading_from(values),
+        data_config=data_config_from(values),
         **_given(values),
     )
     system_given = values.get("system_prompt") is not None or bool(values.get("no_system_prompt"))

@@ -14,6 +14,7 @@ from mlx_afm.spelling import nearest_name
 from mlx_afm.training import TrainConfig
 
 from .data_options import FIELDS as DATA_FIELDS
+from .parameters import RENAMED, current_name
 
 LORA_KEYS = {field.name for field in fields(LoRAConfig)} | {"alpha", "use_rslora"}
 TRAIN_KEYS = {field.name for field in fields(TrainConfig)}
@@ -153,7 +154,12 @@ def _by_name(values: Mapping[Any, Any], where: object) -> dict[str, Any]:
     wrong = [repr(name) for name in values if not isinstance(name, str)]
     if wrong:
         raise SettingError("keys that are no names", where=where, expected="names of options", details=wrong)
-    return {name.replace("-", "_"): value for name, value in values.items() if value is not None}
+    given = {name.replace("-", "_"): value for name, value in values.items() if value is not None}
+    if both := [f"{old} and {new}" for old, new in RENAMED.items() if {old, new.replace("-", "_")} <= given.keys()]:
+        raise SettingError(
+            "an option under its old and its new name", where=where, expected="one of both", details=both
+        )
+    return {current_name(name).replace("-", "_"): value for name, value in given.items()}
 
 
 def _accept_mlx_lm(values: dict[str, Any]) -> None:

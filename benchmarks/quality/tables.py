@@ -58,7 +58,7 @@ class Plan:
 
 
 def job(model: Path, data: Path, out: Path, config: TrainConfig, lora: LoRAConfig) -> LoRAJob:
-    return LoRAJob(model=model, data=data, adapter_path=out, train=config, lora=lora, reading=READING, cache=None)
+    return LoRAJob(model=model, data=data, adapter_path=out, train=config, lora=lora, data_config=READING, cache=None)
 
 
 def task_table(dense: Path, data: Path, work: Path, plan: Plan, say: Say) -> dict[str, float]:
@@ -87,7 +87,7 @@ def loss_table(dense: Path, data: Path, work: Path, plan: Plan, say: Say) -> dic
 def _losses(dense: Path, data: Path, work: Path, plan: Plan) -> Iterator[tuple[str, Callable[[], float]]]:
     """Name of a case, and what gives its loss; each is made just before it is scored."""
     valid = data / "valid.jsonl"
-    calibration = Calibration(data=data / "train.jsonl", reading=READING)
+    calibration = Calibration(data=data / "train.jsonl", data_config=READING)
     plain = mlx_afm.convert(dense, work / "plain", quantization=APPLE).folder
     yield "dense", partial(loss_of, dense, None, valid)
     yield "2-bit", partial(loss_of, plain, None, valid)

@@ -64,7 +64,7 @@ def pretrain(data: Path, folder: Path, config: TrainConfig, on_event: Callable[[
 
 
 def loss_of(folder: Path, adapter: Path | None, file: Path) -> float:
-    return mlx_afm.score(folder, adapter, file, batch_size=BATCH, reading=READING).loss
+    return mlx_afm.score(folder, adapter, file, batch_size=BATCH, data_config=READING).loss
 
 
 def exact_match(folder: Path, adapter: Path | None, file: Path) -> float:

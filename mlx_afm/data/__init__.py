@@ -1,8 +1,8 @@
 """Training data: file -> DataRow -> Example -> Spans -> Tokens -> plan -> Batch, one way.
 
-`sources` and `rows` read files, `dialects` and `records` make examples and tokens of a row, `blocks` and `prepare` do
-both for a block of rows, `workers` for many blocks at once, `read` for a split; `plan` decides which examples go
-together, `batches` makes arrays.
+`sources` and `rows` read files. `data_formats` and `records` make examples and tokens of a row, `blocks` and `prepare`
+of a block of rows, `workers` of many blocks at once, `read` of a split. `plan` decides which examples go together,
+`batches` makes arrays.
 """
 
 from mlx_afm.data.batches import Batch, Tokens, TokenTable, make_batch, padded_batch

@@ -156,8 +156,8 @@ class TokenTable(Sequence[Tokens]):
         weights: of each as a target; bool (N,) if every weight is 0 or 1, else float32 (N,).
         starts: int64 (examples + 1,), where each example starts; the last is N.
         places: int64 (examples, 2), file (index into `files`) and line of each.
-        removed_tokens: how many tokens overflow took away.
-        dropped: examples that overflow left out.
+        removed_tokens: how many tokens truncation took away.
+        dropped: examples that truncation left out.
     """
 
     files: tuple[str, ...]

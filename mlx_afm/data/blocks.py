@@ -114,7 +114,7 @@ class BlockRenderer:
             self._add_read(rendered, row, block, place)
         if plain is not None:
             rendered.add_plain(block.rows, plain, done, len(block.rows))
-        # Only a plain text can begin with the mark itself; then it stands for nothing in this block.
+        # Only a plain text can begin with the special token itself; then it stands for nothing in this block.
         if rendered.shared and any(rendered.texts[place][:1] == SHARED for place in rendered.spans):
             places = range(len(rendered.texts))
             rendered.texts = [rendered.texts[p] if p in rendered.spans else rendered.whole_text(p) for p in places]
@@ -163,7 +163,7 @@ class EncodedBlock:
         ids: int32 (N,).
         weights: loss weight of each id, see `Encoded`; bool (N,) if all are 0 or 1, else float32 (N,).
         starts: int64 (B + 1,), where each example starts; the last is N.
-        roles: int64 (B, roles), tokens of the turns of each role of `ROLES`, marks included.
+        roles: int64 (B, roles), tokens of the turns of each role of `ROLES`, special tokens included.
         odd: examples whose turns are not those that were rendered; `encode` says why.
     """
 
@@ -217,7 +217,7 @@ def _ids(
     """The ids of all examples with their end-of-sequence tokens, and where each example starts."""
     ids, counts = tokenizer.encode_flat(texts, shared)
     starts = np.concatenate([[0], np.cumsum(counts)])
-    ids[starts[:-1][~plain]] = tokenizer.eos_id  # in place of the lone space before the first mark
+    ids[starts[:-1][~plain]] = tokenizer.eos_id  # in place of the lone space before the first special token
     if not plain.any():
         return ids, starts
     ids = np.insert(ids, np.concatenate([starts[:-1][plain], starts[1:][plain]]), tokenizer.eos_id)

@@ -41,7 +41,7 @@ def check_data(
         splits: from `find_splits`.
         config: how to read.
         tokenizer: the model's, or its `tokenizer.model`; without it lengths are not checked, nor special
-            tokens beyond the marks of turns and tool calls.
+            tokens beyond the special tokens of turns and tool calls.
         workers: processes, see `prepare_all`.
         on_progress: told of bytes read and in all.
 

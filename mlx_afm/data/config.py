@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mlx_afm.data.dialects import DIALECTS, FIELD_NAMES
+from mlx_afm.data.data_formats import DATA_FORMATS, FIELD_NAMES
 from mlx_afm.errors import SettingError
 from mlx_afm.spelling import nearest_name
 from mlx_afm.text.system_prompt import system_fault
 from mlx_afm.text.template import DEFAULT_SYSTEM
 
 CONTEXT_TOKENS = 4096  # the model's context
-OVERFLOWS = ("error", "drop", "truncate-prompt", "truncate-answer")
+TRUNCATIONS = ("error", "drop", "truncate-prompt", "truncate-answer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,12 +20,12 @@ class DataConfig:
     """Everything, besides the file and the tokenizer, that decides which tokens a line becomes.
 
     Attributes:
-        dialect: form of the records, one of `DIALECTS`; "auto" tells it from each record's keys.
-        fields: (name, column) pairs: read the record's `column` where the dialect says `name`.
+        data_format: form of the records, one of `DATA_FORMATS`; "auto" tells it from each record's keys.
+        fields: (name, column) pairs: read the record's `column` where the data format says `name`.
         transform: `module:function`, called with (messages, index) of each conversation; returns messages.
         system: system prompt of conversations without a system message; None, or "", for no system turn.
         max_tokens: longest example.
-        overflow: what becomes of a longer one: `error` refuses the data, `drop` leaves the example
+        truncation: what becomes of a longer one: `error` refuses the data, `drop` leaves the example
             out, `truncate-prompt` takes tokens from the middle of its longest user and tool texts,
             `truncate-answer` cuts its end off, as the toolkit does.
 
@@ -33,12 +33,12 @@ class DataConfig:
         SettingError: settings out of range; all in one error.
     """
 
-    dialect: str = "auto"
+    data_format: str = "auto"
     fields: tuple[tuple[str, str], ...] = ()
     transform: str | None = None
     system: str | None = DEFAULT_SYSTEM
     max_tokens: int = CONTEXT_TOKENS
-    overflow: str = "error"
+    truncation: str = "error"
 
     def __post_init__(self) -> None:
         if self.system == "":
@@ -47,10 +47,10 @@ class DataConfig:
             raise SettingError("data settings out of range", details=faults)
 
     def _faults(self) -> Iterator[str]:
-        if self.dialect not in ("auto", *DIALECTS):
-            yield f"dialect: expected auto or one of {', '.join(DIALECTS)}, found {self.dialect}"
-        if self.overflow not in OVERFLOWS:
-            yield f"overflow: expected one of {', '.join(OVERFLOWS)}, found {self.overflow}"
+        if self.data_format not in ("auto", *DATA_FORMATS):
+            yield f"data_format: expected auto or one of {', '.join(DATA_FORMATS)}, found {self.data_format}"
+        if self.truncation not in TRUNCATIONS:
+            yield f"truncation: expected one of {', '.join(TRUNCATIONS)}, found {self.truncation}"
         for name, column in self.fields:
             if name not in FIELD_NAMES:
                 near = nearest_name(name, FIELD_NAMES)

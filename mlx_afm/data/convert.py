@@ -1,7 +1,7 @@
-"""Training data from any dialect and file form to any dialect, each record proven to teach the same.
+"""Training data from any data format and file form to any data format, each record proven to teach the same.
 
 Every record written is read back, by its keys alone as training would, and must render to the same
-text with the same trained spans. What a dialect cannot say is refused with its line, and nothing is
+text with the same trained spans. What a data format cannot say is refused with its line, and nothing is
 written.
 """
 
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mlx_afm.data.config import DataConfig
-from mlx_afm.data.dialect_writer import cannot_say, write_record
-from mlx_afm.data.dialects import DIALECTS
+from mlx_afm.data.data_format_writer import cannot_say, write_record
+from mlx_afm.data.data_formats import DATA_FORMATS
 from mlx_afm.data.records import Example, RecordReader, render_example
 from mlx_afm.data.report import Problem, to_problems
 from mlx_afm.data.rows import DataRow
@@ -31,43 +31,43 @@ TABLES = (".csv", ".tsv")
 
 
 def convert_data(
-    files: Files, target: Path, dialect: str, reading: DataConfig | None = None, columns: Sequence[str] = ()
+    files: Files, target: Path, data_format: str, data_config: DataConfig | None = None, columns: Sequence[str] = ()
 ) -> int:
-    """Writes the records of some files in a dialect, and says how many.
+    """Writes the records of some files in a data format, and says how many.
 
     Args:
         files: from `find_splits`.
         target: `.jsonl`, `.ndjson`, `.json` (an array), `.csv` or `.tsv`.
-        dialect: one of `DIALECTS`.
-        reading: how to read. A transform is applied; the default system message is not written.
+        data_format: one of `DATA_FORMATS`.
+        data_config: how to read. A transform is applied; the default system message is not written.
         columns: names of the columns of tables whose first line does not name them.
 
     Raises:
-        DataError: faulty records, or what the dialect cannot say: all lines in one error. Nothing was written.
-        ConfigError: no such dialect, one that is not flat for a table, a target that is a source, or columns
+        DataError: faulty records, or what the data format cannot say: all lines in one error. Nothing was written.
+        ConfigError: no such data format, one that is not flat for a table, a target that is a source, or columns
             for files that are no tables.
         FormatError: see `iter_rows`.
     """
-    reading = reading or DataConfig()
-    _require_target(files, target, dialect)
+    data_config = data_config or DataConfig()
+    _require_target(files, target, data_format)
     _require_columns(files, columns)
     problems: list[Problem] = []
     with atomic_file(target) as partial:
         with partial.open("w", encoding="utf-8", newline="") as handle:
             in_table = target.suffix in TABLES
-            records = _records(files, dialect, reading, columns, problems, in_table=in_table)
+            records = _records(files, data_format, data_config, columns, problems, in_table=in_table)
             count = _WRITERS[target.suffix](handle, records, target)
         if problems or not count:
             raise _refusal(files, problems)
     return count
 
 
-def _require_target(files: Files, target: Path, dialect: str) -> None:
-    if dialect not in DIALECTS:
-        raise SettingError("no such dialect", expected=f"one of {', '.join(DIALECTS)}", found=dialect)
-    if target.suffix in TABLES and dialect not in FLAT:
-        advice = "Write .jsonl, or choose another dialect."
-        found = f"{dialect} for {target.name}"
+def _require_target(files: Files, target: Path, data_format: str) -> None:
+    if data_format not in DATA_FORMATS:
+        raise SettingError("no such data format", expected=f"one of {', '.join(DATA_FORMATS)}", found=data_format)
+    if target.suffix in TABLES and data_format not in FLAT:
+        advice = "Write .jsonl, or choose another data format."
+        found = f"{data_format} for {target.name}"
         raise SettingError("a table holds flat records only", expected=", ".join(FLAT), found=found, advice=advice)
     if target.suffix not in _WRITERS or target.is_dir():
         raise SettingError("cannot write this", where=target, expected=f"a file {', '.join(_WRITERS)}")
@@ -92,19 +92,19 @@ def _refusal(files: Files, problems: list[Problem]) -> DataError:
 
 def _records(
     files: Files,
-    dialect: str,
-    reading: DataConfig,
+    data_format: str,
+    data_config: DataConfig,
     columns: Sequence[str],
     problems: list[Problem],
     *,
     in_table: bool,
 ) -> Iterator[Any]:
     """The records, as long as nothing is wrong; after that, what is wrong with the others."""
-    read, index = RecordReader(reading), 0
+    read, index = RecordReader(data_config), 0
     for path in files:
         for row in iter_rows(path, columns):
             try:
-                record = _rewritten(read(row, index, f"{path.name} line {row.line}"), dialect, in_table)
+                record = _rewritten(read(row, index, f"{path.name} line {row.line}"), data_format, in_table)
                 if not problems:
                     yield record
             except DataError as error:
@@ -115,19 +115,19 @@ def _records(
 _READ_BACK = RecordReader(DataConfig())
 
 
-def _rewritten(example: Example, dialect: str, in_table: bool) -> Any:
+def _rewritten(example: Example, data_format: str, in_table: bool) -> Any:
     """The record of an example; if it is to be a row of a table, its values are the texts of cells."""
     messages = [to_dict(message) for message in example.messages]
-    record = write_record(messages, example.tools, example.text, dialect)
+    record = write_record(messages, example.tools, example.text, data_format)
     if in_table:
         record = {name: value if isinstance(value, str) else _json(value) for name, value in record.items()}
     row = DataRow(1, _json(record).encode("utf-8"), in_table=in_table)
     try:
         same = render_example(_READ_BACK(row, 0, example.where)) == render_example(example)
     except DataError as error:
-        raise cannot_say(dialect, f"read back it would be faulty ({error})") from error
+        raise cannot_say(data_format, f"read back it would be faulty ({error})") from error
     if not same:
-        raise cannot_say(dialect, "read back it would be another conversation")
+        raise cannot_say(data_format, "read back it would be another conversation")
     return record
 
 
@@ -153,8 +153,8 @@ def _write_table(handle: TextIO, records: Iterator[Any], target: Path) -> int:
     rows = list(records)
     present = {name for row in rows for name in row}
     columns = [name for name in COLUMNS if name in present]
-    dialect = "excel-tab" if target.suffix == ".tsv" else "excel"
-    writer = csv.DictWriter(handle, columns, dialect=dialect, quoting=csv.QUOTE_ALL, lineterminator="\n")
+    csv_dialect = "excel-tab" if target.suffix == ".tsv" else "excel"
+    writer = csv.DictWriter(handle, columns, dialect=csv_dialect, quoting=csv.QUOTE_ALL, lineterminator="\n")
     writer.writeheader()
     for row in rows:
         writer.writerow(row)

@@ -44,7 +44,7 @@ _BLANK = re.compile(rf"{NEWLINE}\s*{TURN_END}")
 class _Style(NamedTuple):
     """How `json.dumps` was asked to write: the first line of a block tells, and the others are held to it."""
 
-    dialect: str
+    data_format: str
     opening: str
     closing: str
     key: str  # between a key and its value
@@ -62,9 +62,9 @@ class _Style(NamedTuple):
 
 
 _STYLES = [
-    _Style(dialect, opening, closing, key, item)
+    _Style(data_format, opening, closing, key, item)
     for key, item in ((": ", ", "), (":", ","))
-    for dialect, opening, closing in (("toolkit", "[", "]"), ("messages", f'{{"messages"{key}[', "]}"))
+    for data_format, opening, closing in (("toolkit", "[", "]"), ("messages", f'{{"messages"{key}[', "]}"))
 ]
 
 
@@ -95,9 +95,9 @@ class PlainReader:
         """
         system = config.system or ""
         possible = config.transform is None and not re.search(r"[\x00-\x09\x0b-\x1f]", system)
-        dialects = {"toolkit"} if config.fields else {"toolkit", "messages"}  # a list has no fields
-        dialects &= {"toolkit", "messages"} if config.dialect == "auto" else {config.dialect}
-        self._styles = [style for style in _STYLES if possible and style.dialect in dialects]
+        data_formats = {"toolkit"} if config.fields else {"toolkit", "messages"}  # a list has no fields
+        data_formats &= {"toolkit", "messages"} if config.data_format == "auto" else {config.data_format}
+        self._styles = [style for style in _STYLES if possible and style.data_format in data_formats]
         self._has_system = config.system is not None
         self._system = f"{_HEADS['system']}{system}{TURN_END}" if self._has_system else ""
         # The newline's piece and other models' special tokens too: a text may spell them, but data check says so.

@@ -18,13 +18,13 @@ from mlx_afm.data.blocks import ROLES, BlockRenderer, RenderedBlock, encode_bloc
 from mlx_afm.data.blocks import Block as Block
 from mlx_afm.data.config import DataConfig
 from mlx_afm.data.oddities import unknown_tokens
-from mlx_afm.data.records import MARKS, encode_spans
+from mlx_afm.data.records import encode_spans
 from mlx_afm.data.report import Problem, to_problems
 from mlx_afm.data.rows import DataRow
 from mlx_afm.data.sources import Files, iter_rows
 from mlx_afm.data.truncation import fit
 from mlx_afm.errors import DataError
-from mlx_afm.text.template import NEWLINE, TURN_END, TURN_START, Encoded
+from mlx_afm.text.template import NEWLINE, SPECIAL_TOKENS, TURN_END, TURN_START, Encoded
 from mlx_afm.text.tokenizer import AFMTokenizer
 
 BLOCK_BYTES = 1 << 19  # of JSON; small enough that a few of them in flight are little memory
@@ -43,11 +43,11 @@ class Prepared:
         file, name: of the block.
         rows: how many there were.
         problems: what is wrong with them.
-        examples: int64 (examples, columns): of each good example line, tokens, tokens of each role of `ROLES` (marks
-            included), trained tokens, fingerprints of the example, of its prompt (without the last answer)
+        examples: int64 (examples, columns): of each good example line, tokens, tokens of each role of `ROLES` (special
+            tokens included), trained tokens, fingerprints of the example, of its prompt (without the last answer)
             and of its system turn (0 if there is none); no fingerprints where the tokens are wanted.
         ids, weights: the tokens of all good examples and their loss weights, see `TokenTable`; empty if not wanted.
-        lost: (line, tokens removed, whether it was left out) of each example that overflow changed.
+        lost: (line, tokens removed, whether it was left out) of each example that truncation changed.
     """
 
     file: int
@@ -81,9 +81,9 @@ class Preparer:
     """Does the work on a block."""
 
     def __init__(self, config: DataConfig, tokenizer: AFMTokenizer | None, *, want_tokens: bool) -> None:
-        """Without a tokenizer nothing is encoded: no lengths, no tokens, no overflow."""
+        """Without a tokenizer nothing is encoded: no lengths, no tokens, no truncation."""
         self.config, self.tokenizer, self.want_tokens = config, tokenizer, want_tokens
-        self.render = BlockRenderer(config, MARKS if tokenizer is None else tokenizer.special_pieces)
+        self.render = BlockRenderer(config, SPECIAL_TOKENS if tokenizer is None else tokenizer.special_pieces)
 
     def __call__(self, block: Block) -> Prepared:
         """What became of the block; nothing is raised for what its rows hold."""
@@ -117,7 +117,7 @@ class Preparer:
         for place, row in enumerate(rendered.rows):
             try:
                 whole = encode_spans(self.render.spans(rendered, place), self.tokenizer)
-                fitted = fit(whole, self.config.max_tokens, self.config.overflow)
+                fitted = fit(whole, self.config.max_tokens, self.config.truncation)
             except DataError as error:
                 prepared.problems += to_problems(error, prepared.name, row.line)
                 continue

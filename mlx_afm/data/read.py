@@ -18,12 +18,13 @@ from mlx_afm._version import __version__
 from mlx_afm.data.batches import TokenTable
 from mlx_afm.data.config import DataConfig
 from mlx_afm.data.prepare import Prepared, examples_array, iter_blocks
-from mlx_afm.data.records import MARKS, Example, RecordReader, transform_source
+from mlx_afm.data.records import Example, RecordReader, transform_source
 from mlx_afm.data.report import Problem, to_problems
 from mlx_afm.data.sources import Files, file_faults, iter_rows
 from mlx_afm.data.workers import prepare_all, to_tokenizer
 from mlx_afm.errors import DataError, FormatError
 from mlx_afm.files import atomic_folder, read_json, sha256_of, to_optional_path, to_path, write_json
+from mlx_afm.text.template import SPECIAL_TOKENS
 from mlx_afm.text.tokenizer import AFMTokenizer
 from mlx_afm.tree import shorten
 
@@ -83,7 +84,7 @@ def read_tokens(
 
 
 def read_examples(
-    files: Files, special_pieces: Sequence[str] = MARKS, config: DataConfig | None = None
+    files: Files, special_pieces: Sequence[str] = SPECIAL_TOKENS, config: DataConfig | None = None
 ) -> list[Example]:
     """All examples of a split as conversations, in this process and without the cache.
 

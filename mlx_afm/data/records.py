@@ -1,4 +1,4 @@
-"""Rows to examples: JSON, dialect, transform and messages, each checked; the first fault is the row's."""
+"""Rows to examples: JSON, data format, transform and messages, each checked; the first fault is the row's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_afm.data.config import DataConfig
-from mlx_afm.data.dialects import Conversation, parse_cells, read_record
+from mlx_afm.data.data_formats import Conversation, parse_cells, read_record
 from mlx_afm.data.json_text import parse_json
 from mlx_afm.data.rows import DataRow, not_utf8
 from mlx_afm.errors import DataError, SettingError
@@ -19,10 +19,7 @@ from mlx_afm.files import to_json
 from mlx_afm.text.messages import Message, parse_messages, parse_tools, refuse_special, require_trainable
 from mlx_afm.text.template import (
     DEFAULT_SYSTEM,
-    EXECUTABLE_END,
-    EXECUTABLE_START,
-    TURN_END,
-    TURN_START,
+    SPECIAL_TOKENS,
     Encoded,
     Span,
     encode,
@@ -30,8 +27,6 @@ from mlx_afm.text.template import (
     render,
 )
 from mlx_afm.text.tokenizer import AFMTokenizer
-
-MARKS = (TURN_START, TURN_END, EXECUTABLE_START, EXECUTABLE_END)  # what is special in every tokenizer
 
 Transform = Callable[[list[Any], int], list[Any]]
 
@@ -45,20 +40,20 @@ class Example:
         tools: tool definitions for the system turn.
         where: file and line.
         text: the plain text, if it is one.
-        dialect: the form it was in.
+        data_format: the form it was in.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[Any, ...]
     where: str
     text: str | None = None
-    dialect: str = "toolkit"
+    data_format: str = "toolkit"
 
 
 class RecordReader:
     """Rows to examples, by the rules of a `DataConfig`."""
 
-    def __init__(self, config: DataConfig, special_pieces: Sequence[str] = MARKS) -> None:
+    def __init__(self, config: DataConfig, special_pieces: Sequence[str] = SPECIAL_TOKENS) -> None:
         """Finds the transform.
 
         Args:
@@ -85,10 +80,10 @@ class RecordReader:
         if row.fault is not None:
             raise row.fault
         value = _parse_row(row.text)
-        conversation = read_record(value, self.config.dialect, self.config.fields, in_table=row.in_table)
+        conversation = read_record(value, self.config.data_format, self.config.fields, in_table=row.in_table)
         if conversation.text is not None:
             refuse_special(Message("user", conversation.text), self.special_pieces, None)
-            return Example((), (), where, conversation.text, conversation.dialect)
+            return Example((), (), where, conversation.text, conversation.data_format)
         return self._checked(conversation, index, where)
 
     def _checked(self, conversation: Conversation, index: int, where: str) -> Example:
@@ -101,7 +96,7 @@ class RecordReader:
         messages = parse_messages(value, where=None, special_pieces=self.special_pieces)
         require_trainable(messages, None)
         tools = parse_tools(conversation.tools, where=None, special_pieces=self.special_pieces)
-        return Example(messages, tools, where, None, conversation.dialect)
+        return Example(messages, tools, where, None, conversation.data_format)
 
 
 def as_json_line(row: DataRow, fields: Sequence[tuple[str, str]] = ()) -> bytes:

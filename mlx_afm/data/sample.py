@@ -55,15 +55,15 @@ class Sample:
 
     Attributes:
         file, line: where it stands.
-        dialect: the form it is in.
-        tokens: what is left of it after overflow.
+        data_format: the form it is in.
+        tokens: what is left of it after truncation.
         texts: the text of each run of tokens that are trained, or are not.
-        removed_tokens: what overflow took away; all of it if there are no tokens.
+        removed_tokens: what truncation took away; all of it if there are no tokens.
     """
 
     file: str
     line: int
-    dialect: str
+    data_format: str
     tokens: tuple[Token, ...]
     texts: tuple[tuple[str, bool], ...]
     removed_tokens: int
@@ -73,7 +73,7 @@ class Sample:
         values = {
             "file": self.file,
             "line": self.line,
-            "dialect": self.dialect,
+            "data_format": self.data_format,
             "tokens": len(self.tokens),
             "trained_tokens": sum(token.trained for token in self.tokens),
             "removed_tokens": self.removed_tokens,
@@ -102,14 +102,14 @@ def sample_examples(
     for index, path, row in chosen:
         try:
             example = read(row, index, f"{path.name} line {row.line}")
-            fitted = fit(encode_example(example, tokenizer, config.system), config.max_tokens, config.overflow)
+            fitted = fit(encode_example(example, tokenizer, config.system), config.max_tokens, config.truncation)
         except DataError as error:
             details = [str(problem) for problem in to_problems(error, str(path), row.line)]
             raise DataError("a faulty example", where=path, kind=error.kind, details=details) from error
         encoded = fitted.encoded or Encoded([], [])
         tokens = _tokens(encoded, tokenizer)
         texts = tuple(_texts(encoded, tokenizer))
-        samples.append(Sample(str(path), row.line, example.dialect, tokens, texts, fitted.removed_tokens))
+        samples.append(Sample(str(path), row.line, example.data_format, tokens, texts, fitted.removed_tokens))
     return samples
 
 

@@ -87,7 +87,7 @@ class DataSplit:
 
 
 def split_data(
-    files: Files, folder: Path, config: SplitConfig | None = None, reading: DataConfig | None = None
+    files: Files, folder: Path, config: SplitConfig | None = None, data_config: DataConfig | None = None
 ) -> DataSplit:
     """Writes `train.jsonl` and, by their shares, `valid.jsonl` and `test.jsonl`.
 
@@ -98,7 +98,7 @@ def split_data(
         files: one split, from `find_splits`.
         folder: for the results; files of these names are replaced.
         config: how to split.
-        reading: how to find the prompts.
+        data_config: how to find the prompts.
 
     Raises:
         DataError: faulty records, all of them; or too few groups. Nothing was written.
@@ -109,14 +109,14 @@ def split_data(
     names = config.sides
     targets = {name: folder / f"{name}.jsonl" for name in names}
     require_other_files(files, targets.values())
-    reading = reading or DataConfig()
-    prompts = [_prompt(example) for example in _examples(files, reading)]
+    data_config = data_config or DataConfig()
+    prompts = [_prompt(example) for example in _examples(files, data_config)]
     groups = group_examples(prompts, config.threshold)
     sides = assign(groups, config, where=files[0])
     with ExitStack() as stack:
         partial = {name: stack.enter_context(atomic_file(path)) for name, path in targets.items()}
         handles = {name: stack.enter_context(path.open("wb")) for name, path in partial.items()}
-        _write(files, sides, handles, reading.fields)
+        _write(files, sides, handles, data_config.fields)
         for handle in handles.values():
             handle.close()
     sizes = np.bincount(groups)
@@ -172,8 +172,8 @@ def _prompt(example: Example) -> str:
     return "\n".join(str(message.content) for message in example.messages[:-1] if message.role != "system")
 
 
-def _examples(files: Files, reading: DataConfig) -> Iterator[Example]:
-    read, problems, index = RecordReader(reading), list[Problem](), 0
+def _examples(files: Files, data_config: DataConfig) -> Iterator[Example]:
+    read, problems, index = RecordReader(data_config), list[Problem](), 0
     for path, row in _rows(files):
         try:
             yield read(row, index, f"{path.name} line {row.line}")

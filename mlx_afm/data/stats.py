@@ -1,6 +1,6 @@
 """What training data is made of: how much, how long, how much of it is trained, and what it wastes.
 
-Lengths are those of the whole examples, whatever `--overflow` would make of them.
+Lengths are those of the whole examples, whatever `--truncation` would make of them.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class SplitStats:
         faulty_lines: records that training would refuse for something else than their length.
         tokens: of all examples.
         trained_tokens: those the model learns to say.
-        role_tokens: tokens of each role, the marks of its turns included; the end-of-sequence token in
+        role_tokens: tokens of each role, the special tokens of its turns included; the end-of-sequence token in
             front of an example is nobody's.
         mean, median, percentile_95, longest: of the lengths.
         limit: the longest example allowed.
@@ -136,7 +136,7 @@ def measure_split(
     Cost: about 100 bytes an example.
     """
     config = config or DataConfig()
-    unlimited = replace(config, max_tokens=NO_LIMIT, overflow="error")
+    unlimited = replace(config, max_tokens=NO_LIMIT, truncation="error")
     blocks = _told(iter_blocks(files), files, on_progress)
     parts = list(prepare_all(blocks, unlimited, to_tokenizer(tokenizer), want_tokens=False, workers=workers))
     examples = examples_array(parts)

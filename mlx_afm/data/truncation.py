@@ -23,30 +23,30 @@ class Fitted:
     removed_tokens: int = 0
 
 
-def fit(encoded: Encoded, max_tokens: int, overflow: str) -> Fitted:
+def fit(encoded: Encoded, max_tokens: int, truncation: str) -> Fitted:
     """The example, at most `max_tokens` long.
 
     Args:
         encoded: an example.
         max_tokens: longest allowed.
-        overflow: see `DataConfig`.
+        truncation: see `DataConfig`.
 
     Raises:
-        DataError: it is too long, and `overflow` says that this is an error, or cannot help.
+        DataError: it is too long, and `truncation` says that this is an error, or cannot help.
     """
     excess = len(encoded.ids) - max_tokens
     if excess <= 0:
         return Fitted(encoded)
-    if overflow == "drop":
+    if truncation == "drop":
         return Fitted(None, len(encoded.ids))
-    if overflow == "truncate-answer":
+    if truncation == "truncate-answer":
         kept = Encoded(encoded.ids[:max_tokens], encoded.weights[:max_tokens])
         return Fitted(kept, excess) if any(kept.trained) else Fitted(None, len(encoded.ids))
-    if overflow == "truncate-prompt":
+    if truncation == "truncate-prompt":
         kept = _without_middles(encoded, excess)
         if len(kept.ids) <= max_tokens:
             return Fitted(kept, excess)
-    raise _too_long(encoded, max_tokens, overflow)
+    raise _too_long(encoded, max_tokens, truncation)
 
 
 def _without_middles(encoded: Encoded, excess: int) -> Encoded:
@@ -65,13 +65,13 @@ def _without_middles(encoded: Encoded, excess: int) -> Encoded:
     return Encoded(ids, weights)
 
 
-def _too_long(encoded: Encoded, max_tokens: int, overflow: str) -> DataError:
+def _too_long(encoded: Encoded, max_tokens: int, truncation: str) -> DataError:
     answer, lost = sum(encoded.trained), sum(encoded.trained[max_tokens:])
     advice = (
         f"Cutting its end off would lose {lost:,} of {answer:,} trained tokens. "
-        "Shorten it, choose --overflow, or raise --max-seq-length (the context is 4096)"
+        "Shorten it, choose --truncation, or raise --max-seq-length (the context is 4096)"
     )
-    if overflow == "truncate-prompt":
+    if truncation == "truncate-prompt":
         advice = f"The system message and answers alone are too long ({answer:,} trained tokens)"
     return DataError(
         "too long",

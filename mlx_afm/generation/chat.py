@@ -37,7 +37,7 @@ class ChatTurn:
         finish_reason: `stop`, the model's own end; `length`, `max_tokens`; `context`, the conversation fills the
             model's context; `stopped`, someone did.
         kept: whether question and answer are in the conversation; a question without any answer is not.
-        cleaned: whether marks of the template that the answer spelled out were taken from it.
+        cleaned: whether special tokens that the answer contained as text were removed.
     """
 
     prompt_tokens: int
@@ -109,7 +109,7 @@ class Chat:
             should_stop: asked after every piece of the prompt and every token. Leaving the iterator stops too.
 
         Raises:
-            ConfigError: the conversation fills the context. DataError: a text that spells a mark of the template.
+            ConfigError: the conversation fills the context. DataError: a text that contains a special token.
                 The conversation is then as it was.
         """
         self.last = None
@@ -173,7 +173,7 @@ class Chat:
         return engine, row
 
     def _add(self, question: dict[str, Any], said: str, reason: Ending) -> tuple[bool, bool]:
-        """Adds both to the conversation; whether it did, and whether marks had to go from the answer."""
+        """Adds both to the conversation; whether it did, and whether special tokens were removed from the answer."""
         if not said and reason != "stop":
             return False, False
         content, calls = parse_tool_calls(said)

@@ -173,7 +173,7 @@ class _Pieces:
     def __call__(self, text: bytes) -> list[int]:
         """Ids of a text that only one continuation is left for; as the model would have learnt them, if it can be.
 
-        Not so if the text spells a mark of a conversation, or one that the tokenizer would normalise.
+        Not so if the text contains a special token, or one that the tokenizer would normalise.
         """
         ids = self._tokenizer.encode("\n" + text.decode())[2:]  # behind a newline no space is added
         return ids if b"".join(self.tokens[token] for token in ids) == text else self._longest_pieces(text)

@@ -18,7 +18,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlx_afm.data.dialects import ANSWERS, read_record
+from mlx_afm.data.data_formats import ANSWERS, read_record
 from mlx_afm.data.json_text import parse_json
 from mlx_afm.data.rows import DataRow, not_utf8
 from mlx_afm.data.sources import file_faults, iter_rows
@@ -59,18 +59,18 @@ def read_prompt_rows(
     config: GenerateConfig,
     *,
     question: Mapping[str, Any] | None = None,
-    dialect: str = "auto",
+    data_format: str = "auto",
     fields: Sequence[tuple[str, str]] = (),
 ) -> list[PromptRow]:
     """The prompts of a file: conversations without their last answer, if they end with one.
 
     Args:
-        path: records of any dialect of training data (`mlx_afm.data`), in any form of file; or objects that
+        path: records of any data format of training data (`mlx_afm.data`), in any form of file; or objects that
             have a "prompt" or an "instruction" alone.
         tokenizer: the model's; its `system_prompt` is that of conversations without a system message.
         config: how to answer.
         question: keys that the last message of the user gets, unless it has them.
-        dialect, fields: see `mlx_afm.data.dialects.read_record`.
+        data format, fields: see `mlx_afm.data.data formats.read_record`.
 
     Raises:
         DataError: lines that are no prompts or leave no room for an answer: all of them.
@@ -80,7 +80,7 @@ def read_prompt_rows(
     faults = [f"{path}: {fault}" for fault in file_faults(path)]
     for row in iter_rows(path):
         try:
-            messages, tools = _prompt(row, dialect, fields)
+            messages, tools = _prompt(row, data_format, fields)
             if question and messages[-1].get("role") == "user":
                 messages[-1] = {**question, **messages[-1]}
             ids = to_prompt_ids(tokenizer, messages, tools=tools)
@@ -96,7 +96,7 @@ def read_prompt_rows(
     return rows
 
 
-def _prompt(row: DataRow, dialect: str, fields: Sequence[tuple[str, str]]) -> tuple[list[Any], Any]:
+def _prompt(row: DataRow, data_format: str, fields: Sequence[tuple[str, str]]) -> tuple[list[Any], Any]:
     """Messages without the last answer, and tools; the messages are dicts and have yet to be checked."""
     if row.fault is not None:
         raise row.fault
@@ -106,7 +106,7 @@ def _prompt(row: DataRow, dialect: str, fields: Sequence[tuple[str, str]]) -> tu
         raise not_utf8(error) from error
     if isinstance(value, dict):
         value = {**value, **_awaited(value, fields)}
-    conversation = read_record(value, dialect, fields, in_table=row.in_table)
+    conversation = read_record(value, data_format, fields, in_table=row.in_table)
     if conversation.text is not None:
         raise DataError("plain text asks for no answer", expected="a conversation")
     messages = conversation.messages

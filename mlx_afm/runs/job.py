@@ -22,7 +22,7 @@ class LoRAJob:
         adapter_path: folder for the adapter and its records.
         lora: form of the adapter.
         train: how long and how fast.
-        reading: how the data becomes tokens.
+        data_config: how the data becomes tokens.
         cache: folder that keeps encoded data; None keeps nothing.
         name: name of a package to be exported later; checked before training.
         test: the adapter will be scored on the test split afterwards, so that is checked first too.
@@ -44,7 +44,7 @@ class LoRAJob:
     adapter_path: Path
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    reading: DataConfig = field(default_factory=DataConfig)
+    data_config: DataConfig = field(default_factory=DataConfig)
     cache: Path | None = field(default_factory=default_cache)
     name: str | None = None
     test: bool = False

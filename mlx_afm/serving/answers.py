@@ -14,13 +14,13 @@ from mlx_afm.serving.api_error import APIError
 from mlx_afm.serving.jobs import Delta, End
 from mlx_afm.serving.requests import CompletionRequest
 from mlx_afm.text.token_names import TokenNames
-from mlx_afm.text.tool_calls import MarkFilter, Parsed, ToolCallParser, is_open_block
+from mlx_afm.text.tool_calls import Parsed, ToolCallParser, ToolCallTokenFilter, is_open_block
 
 DONE = b"data: [DONE]\n\n"
 
 
 class ChoiceParser:
-    """Takes tool calls, and the marks of these, out of one choice's text.
+    """Takes tool calls, and their special tokens, out of one choice's text.
 
     Args:
         asked: the request.
@@ -31,22 +31,22 @@ class ChoiceParser:
 
     def __init__(self, asked: CompletionRequest) -> None:
         self._parser = ToolCallParser() if asked.tools else None
-        self._marks = MarkFilter() if asked.chat else None
+        self._filter = ToolCallTokenFilter() if asked.chat else None
         self._one_call = asked.one_call
         self.calls: list[dict[str, Any]] = []
 
     def feed(self, text: str) -> Parsed:
         """What became certain with more text."""
         parsed = Parsed(text, []) if self._parser is None else self._parser.feed(text)
-        return self._kept(parsed if self._marks is None else Parsed(self._marks.push(parsed.content), parsed.calls))
+        return self._kept(parsed if self._filter is None else Parsed(self._filter.push(parsed.content), parsed.calls))
 
     def finish(self, reason: str) -> tuple[Parsed, str]:
         """The rest, and why the choice ended."""
         complete = bool(self.calls)
         rest = Parsed("", []) if self._parser is None else self._parser.finish()
-        if self._marks is not None:
+        if self._filter is not None:
             content = "" if is_open_block(rest.content) else rest.content  # a call that was cut off
-            rest = Parsed(self._marks.push(content) + self._marks.finish(), rest.calls)
+            rest = Parsed(self._filter.push(content) + self._filter.finish(), rest.calls)
         rest = self._kept(rest)
         return rest, "tool_calls" if self.calls and (complete or reason != "length") else reason
 

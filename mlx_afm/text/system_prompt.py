@@ -25,16 +25,12 @@ from mlx_afm.errors import ConfigError, SettingError
 from mlx_afm.text.messages import Message
 from mlx_afm.text.template import (
     DEFAULT_SYSTEM,
-    EXECUTABLE_END,
-    EXECUTABLE_START,
-    TURN_END,
-    TURN_START,
+    SPECIAL_TOKENS,
     TurnEncoder,
     encode,
     render,
 )
 
-MARKS = (TURN_START, TURN_END, EXECUTABLE_START, EXECUTABLE_END)
 SYSTEM_PROMPTS = "system_prompts"  # key of `adapter_config.json`, and of the `config.json` of a fused model
 MAX_RECORDED = 16  # distinct system prompts that an adapter lists
 TOOLS = "\nsystem tools: "  # tool definitions follow it in a system turn
@@ -45,7 +41,7 @@ SystemPrompts = tuple[str | None, ...]
 
 def system_fault(text: str | None) -> str | None:
     """What is wrong with a system prompt, in words; None if nothing is."""
-    found = next((mark for mark in MARKS if mark in (text or "")), None)
+    found = next((token for token in SPECIAL_TOKENS if token in (text or "")), None)
     return None if found is None else f"expected a text without special tokens, found {found}"
 
 

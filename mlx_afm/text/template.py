@@ -23,6 +23,7 @@ from mlx_afm.text.values import parse_arguments
 DEFAULT_SYSTEM = "A conversation between a user and a helpful assistant."
 TURN_START, TURN_END, NEWLINE = "<turn_start>", "<turn_end>", "<n>"
 EXECUTABLE_START, EXECUTABLE_END = "<executable_start>", "<executable_end>"
+SPECIAL_TOKENS = (TURN_START, TURN_END, EXECUTABLE_START, EXECUTABLE_END)
 ASSISTANT = "assistant"
 
 
@@ -149,10 +150,10 @@ def encode(spans: Sequence[Span], tokenizer: TurnEncoder) -> Encoded:
     """Ids of a rendered conversation and their loss weights.
 
     The text is encoded in one call, as the model was trained; turns are then found by the ids of
-    their marks, which ordinary text cannot produce.
+    their special tokens, which ordinary text cannot produce.
 
     Raises:
-        DataError: a text spells out a mark, so that there are other turns than were rendered.
+        DataError: a text contains a special token, so that there are other turns than were rendered.
     """
     ids = tokenizer.encode("".join(span.text for span in spans))
     assert ids[:1] == [tokenizer.prefix_id], "the dummy prefix is a token of its own before a turn"
@@ -163,7 +164,7 @@ def encode(spans: Sequence[Span], tokenizer: TurnEncoder) -> Encoded:
     starts, ends = ids.count(tokenizer.turn_start_id), ids.count(tokenizer.turn_end_id)
     if (starts, ends, len(places)) != (heads, len(bodies), len(bodies)):
         raise DataError(
-            "a text spells out the mark of a turn",
+            "a text contains the special token of a turn",
             kind="special-token",
             expected=f"{heads} times {TURN_START} and {len(bodies)} times {TURN_END}",
             found=f"{starts} and {ends}",

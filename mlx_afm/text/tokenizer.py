@@ -23,7 +23,7 @@ from mlx_afm.text.sentencepiece_model import SPACE, PieceKind, SentencePieceMode
 from mlx_afm.text.system_prompt import with_system_prompt
 from mlx_afm.text.words import Counts, Ids, WordTable, flat, in_full, may_cut_before, words_are_independent
 
-_MARKS = {
+_SPECIAL_TOKENS = {
     "turn_start": template.TURN_START,
     "turn_end": template.TURN_END,
     "newline": template.NEWLINE,
@@ -66,9 +66,9 @@ class AFMTokenizer:
 
     Attributes:
         eos_id, pad_id, unk_id: the model's own; a pad id of -1 means that there is none.
-        turn_start_id, turn_end_id, newline_id, executable_start_id, executable_end_id: marks of
+        turn_start_id, turn_end_id, newline_id, executable_start_id, executable_end_id: special tokens of
             the chat template.
-        prefix_id: the lone space that encoding puts before a text that begins with a mark.
+        prefix_id: the lone space that encoding puts before a text that begins with a special token.
         special_pieces: pieces that no text of a conversation may spell out.
         threads: how many encode many texts at once.
         file, sha256: the `tokenizer.model`, and the hash of its content in hex.
@@ -216,7 +216,7 @@ class AFMTokenizer:
         return text.removeprefix(" ") if strip_prefix else text
 
     def token_bytes(self) -> list[bytes | None]:
-        """UTF-8 bytes that each id adds to a text; None for control tokens and marks of a conversation."""
+        """UTF-8 bytes that each id adds to a text; None for control tokens and the special tokens of a conversation."""
         return [self._bytes_of(token) for token in range(self.vocab_size)]
 
     def _bytes_of(self, token: int) -> bytes | None:
@@ -302,7 +302,7 @@ class AFMTokenizer:
 def _require_symbols(processor: sentencepiece.SentencePieceProcessor, model: SentencePieceModel, where: object) -> None:
     faults = []
     user_defined = set(model.texts(PieceKind.USER_DEFINED))
-    faults += [f"no user-defined symbol {mark}" for mark in _MARKS.values() if mark not in user_defined]
+    faults += [f"no user-defined symbol {token}" for token in _SPECIAL_TOKENS.values() if token not in user_defined]
     if processor.eos_id() < 0:
         faults.append("no end-of-sequence piece")
     if not model.dummy_prefix:

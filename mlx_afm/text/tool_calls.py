@@ -5,11 +5,11 @@
 
 The rules, which hold however the text is cut into pieces:
 
-  - a block goes from a start mark to the first end mark after it; of two start marks in a row the later counts;
+  - a block goes from a start token to the first end token after it; of two start tokens in a row the later counts;
   - its fence holds JSON: a list of calls that is not empty, or one call. A call has a `name` and may have `arguments`;
   - a block that the end of the answer cuts off counts for its finished calls; what is left of it is dropped;
   - a block that breaks a rule, or is cut off before its first call is finished, is text and stays in the content
-    with its marks (`MarkFilter` takes marks out of a text that must not hold any);
+    with its special tokens (`ToolCallTokenFilter` removes them from a text that must not contain any);
   - the content is the text without the blocks, every character kept.
 
 Shape of a call: OpenAI's, with `arguments` as JSON text. Rendered by the template and read again, calls are the same.
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, NoReturn
 from mlx_afm.text.template import EXECUTABLE_END, EXECUTABLE_START
 
 FENCE = "```"
-MARKS = (EXECUTABLE_START, EXECUTABLE_END)
+TOOL_CALL_TOKENS = (EXECUTABLE_START, EXECUTABLE_END)
 _BLOCK_HEAD = f"{FENCE}function["  # with spaces and newlines between
 
 
@@ -50,14 +50,14 @@ def parse_tool_calls(text: str) -> Parsed:
 
 
 class ToolCallParser:
-    """The same for an answer that arrives in pieces, marks cut anywhere.
+    """The same for an answer that arrives in pieces, special tokens split anywhere.
 
         parser.feed("Let me see. <execu")             "Let me see. "  no calls
         parser.feed('table_start> ```function\\n[{')   ""              no calls
         parser.feed('"name": "now"}]```<executable_end>')   ""         now()
         parser.finish()                               ""              no calls
 
-    Only what could still be part of a mark or a block is held back. Calls appear when their block ends.
+    Only what could still be part of a special token or a block is held back. Calls appear when their block ends.
 
     Args:
         new_id: gives each call its id; random ones by default.
@@ -65,8 +65,8 @@ class ToolCallParser:
 
     def __init__(self, new_id: Callable[[], str] | None = None) -> None:
         self._new_id = new_id or _random_id
-        self._held = ""  # not told yet: from a start mark on, or what may become one
-        self._searched = 0  # in `_held` no mark but that at its start begins before this place
+        self._held = ""  # not told yet: from a start token on, or what may become one
+        self._searched = 0  # in `_held` no special token but the one at its start begins before this place
         self._inside = False
 
     def feed(self, piece: str) -> Parsed:
@@ -116,13 +116,13 @@ class ToolCallParser:
         return True
 
 
-class MarkFilter:
-    """Takes the marks of tool calls out of a text that arrives in pieces.
+class ToolCallTokenFilter:
+    """Removes the special tokens of tool calls from a text that arrives in pieces.
 
         push("a <executable_start> b <exec")     "a  b "
         push("ution")                            "<execution"
 
-    Only what could still become a mark is held back, also by what stands around a mark that was taken out.
+    Only what could still become a special token is held back, also what stands around one that was removed.
     """
 
     def __init__(self) -> None:
@@ -131,11 +131,11 @@ class MarkFilter:
     def push(self, piece: str) -> str:
         """What became certain with this piece."""
         text = self._held + piece
-        while any(mark in text for mark in MARKS):
-            for mark in MARKS:
-                text = text.replace(mark, "")
+        while any(token in text for token in TOOL_CALL_TOKENS):
+            for token in TOOL_CALL_TOKENS:
+                text = text.replace(token, "")
         certain = len(text)
-        while size := max(_overlap(text[:certain], mark) for mark in MARKS):
+        while size := max(_overlap(text[:certain], token) for token in TOOL_CALL_TOKENS):
             certain -= size
         self._held = text[certain:]
         return text[:certain]
@@ -158,13 +158,13 @@ def _random_id() -> str:
     return f"call_{uuid.uuid4().hex[:24]}"
 
 
-def _overlap(text: str, mark: str) -> int:
-    """How many characters at the end of the text may begin the mark."""
-    return next((size for size in range(min(len(text), len(mark) - 1), 0, -1) if mark.startswith(text[-size:])), 0)
+def _overlap(text: str, token: str) -> int:
+    """How many characters at the end of the text may begin the token."""
+    return next((size for size in range(min(len(text), len(token) - 1), 0, -1) if token.startswith(text[-size:])), 0)
 
 
 def _parse_block(text: str) -> list[dict[str, str]] | None:
-    """The functions called in the text between the marks, or None if it is no block."""
+    """The functions called in the text between the special tokens, or None if it is no block."""
     text = text.strip()
     if len(text) < 2 * len(FENCE) or not (text.startswith(FENCE) and text.endswith(FENCE)):
         return None

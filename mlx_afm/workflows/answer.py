@@ -37,7 +37,7 @@ class AnswerJob:
         config: how to answer; prompt n, counted from 0, draws with seed + n.
         batch_size: answered at once.
         system: see `load_for_answers`.
-        dialect, fields: see `read_prompt_rows`.
+        data format, fields: see `read_prompt_rows`.
         response_format: JSON file of what every answer is to follow, see `read_response_format`.
         draft_model: MLX folder of a draft model, or the hub id of one; it proposes tokens to all prompts of a batch.
         num_draft_tokens: how many at a time; None adapts.
@@ -50,7 +50,7 @@ class AnswerJob:
     config: GenerateConfig = field(default_factory=GenerateConfig)
     batch_size: int = BATCH_SIZE
     system: str | None = None
-    dialect: str = "auto"
+    data_format: str = "auto"
     fields: tuple[tuple[str, str], ...] = ()
     response_format: Path | None = None
     draft_model: Path | None = None
@@ -139,7 +139,7 @@ def _rows(job: AnswerJob, tokenizer: AFMTokenizer, wanted: ResponseFormat | None
         tokenizer,
         job.config,
         question=question,
-        dialect=job.dialect,
+        data_format=job.data_format,
         fields=job.fields,
     )
     return rows if wanted is None else [row.guided(guided_when_asked(tokenizer, wanted.guide)) for row in rows]

@@ -38,7 +38,7 @@ class Calibration:
     Attributes:
         data: a file of examples, or a folder whose train split is taken; str or `Path`.
         examples: so many, evenly spread over the file; all if there are fewer.
-        reading: how they become tokens.
+        data_config: how they become tokens.
 
     Raises:
         SettingError: fewer than one example.
@@ -46,7 +46,7 @@ class Calibration:
 
     data: Path
     examples: int = EXAMPLES
-    reading: DataConfig = field(default_factory=DataConfig)
+    data_config: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
         set_paths(self, "data")
@@ -87,7 +87,7 @@ def calibrated(
         raise ConfigError("calibration data changes nothing here: only balanced scales are fitted", advice=advice)
     if source.tokenizer is None:
         raise ConfigError("calibration data without a tokenizer", advice="Put tokenizer.model beside the model.")
-    table = read_tokens(require_splits(calibration.data, "train")["train"], source.tokenizer, calibration.reading)
+    table = read_tokens(require_splits(calibration.data, "train")["train"], source.tokenizer, calibration.data_config)
     count = min(calibration.examples, len(table))
     chosen = [table[int(index)] for index in np.linspace(0, len(table) - 1, count).round()]
     weights = column_weights(_model_of(source), _counted(chosen, on_event))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from mlx_afm.data.check import OnProgress, check_data
@@ -21,7 +22,7 @@ from mlx_afm.text.tokenizer import AFMTokenizer
 
 def check(
     data: str | Path,
-    reading: DataConfig | None = None,
+    data_config: DataConfig | None = None,
     *,
     model: str | Path | None = None,
     fix: str | Path | None = None,
@@ -32,7 +33,7 @@ def check(
 
     Args:
         data: a folder with train, valid and test files, or one file.
-        reading: how the data becomes tokens.
+        data_config: how the data becomes tokens.
         model: model folder, or the hub id of one; its tokenizer tells how long examples are.
         fix: folder for a copy without the problems; None writes none.
         on_progress: told of bytes read and in all.
@@ -49,11 +50,11 @@ def check(
     unread = tuple(map(str, find_unread(data, splits)))
     tokenizer = None if model is None else tokenizer_of(model)
     if fix is None:
-        report = check_data(splits, reading, tokenizer, on_progress=on_progress)
+        report = check_data(splits, data_config, tokenizer, on_progress=on_progress)
         return replace(report, unread_files=unread), None
     with lock_folder(fix, on_note=on_note):
         require_replaceable(fix, "folder")
-        fixed = fix_data(splits, fix, reading, tokenizer, on_progress=on_progress)
+        fixed = fix_data(splits, fix, data_config, tokenizer, on_progress=on_progress)
     return replace(fixed.report, unread_files=unread), fixed
 
 
@@ -73,27 +74,28 @@ def tokenizer_of(model: str | Path) -> AFMTokenizer:
 
 
 def stats(
-    data: str | Path, model: str | Path, reading: DataConfig | None = None, *, on_progress: OnProgress | None = None
+    data: str | Path, model: str | Path, data_config: DataConfig | None = None, *, on_progress: OnProgress | None = None
 ) -> dict[str, SplitStats]:
     """Each split in numbers; see `measure_split`.
 
     Args:
         data: a folder with train, valid and test files, or one file.
         model: model folder, or the hub id of one, for its tokenizer.
-        reading: how the data becomes tokens.
+        data_config: how the data becomes tokens.
         on_progress: told of bytes read and in all, for each split.
     """
     data = to_path(data)
     model = to_path(model)
     splits, tokenizer = require_splits(data), tokenizer_of(model)
-    return {name: measure_split(files, tokenizer, reading, on_progress=on_progress) for name, files in splits.items()}
+    measured = partial(measure_split, tokenizer=tokenizer, config=data_config, on_progress=on_progress)
+    return {name: measured(files) for name, files in splits.items()}
 
 
 def samples(
     data: str | Path,
     model: str | Path,
     choice: ExampleChoice,
-    reading: DataConfig | None = None,
+    data_config: DataConfig | None = None,
     split: str | None = None,
 ) -> list[Sample]:
     """Some examples of a split as the model sees them; see `sample_examples`.
@@ -105,4 +107,4 @@ def samples(
     model = to_path(model)
     splits = require_splits(data, *([] if split is None else [split]))
     name = next(iter(splits)) if split is None else split
-    return sample_examples(splits[name], tokenizer_of(model), choice, reading)
+    return sample_examples(splits[name], tokenizer_of(model), choice, data_config)

@@ -37,8 +37,8 @@ from mlx_afm.formats.fmadapter_report import PackageReport
 from mlx_afm.model_folder import ModelFolder
 from mlx_afm.runs.lineage import base_differs, lineage_of
 from mlx_afm.text.system_prompt import SYSTEM_PROMPTS
-from mlx_afm.workflows.ladder import PROMPTS, write_ladder
 from mlx_afm.workflows.logit_change import LogitChange, logit_change
+from mlx_afm.workflows.reference_answers import PROMPTS, write_reference_answers
 
 PUBLIC_NOTICE = (
     "Signature of toolkit 26.0.0, which OS 26.1 and 26.4 were seen to take: devices whose base model has another "
@@ -66,7 +66,7 @@ class ExportConfig:
         creator_defined: what the app can read at run time; `mlx_afm` is the library's.
         reduce_rank, zero_untrained: see `DeviceForm`.
         compare: with a model, compare the logits of adapter and package.
-        ladder: with a model, write prompts and greedy answers beside the package.
+        reference_answers: with a model, write prompts and greedy answers beside the package.
         prompts: for both.
     """
 
@@ -83,14 +83,14 @@ class ExportConfig:
     reduce_rank: bool = False
     zero_untrained: bool = False
     compare: bool = True
-    ladder: bool = False
+    reference_answers: bool = False
     prompts: tuple[str, ...] = PROMPTS
 
     def __post_init__(self) -> None:
         set_paths(self, "adapter", "output_dir", "model", "toolkit")
         require_adapter_name(self.name)
-        if self.ladder and self.model is None:
-            raise SettingError("a ladder needs the base model", where="ladder", advice="Give it with --model.")
+        if self.reference_answers and self.model is None:
+            raise SettingError("no base model", where="reference_answers", advice="Give it with --model.")
         if OURS in self.creator_defined:
             raise SettingError("creatorDefined: this key is the library's", where=OURS, advice="Choose another name.")
 
@@ -106,7 +106,7 @@ class Exported:
         form: what was done to rank, scale and modules.
         rounding: what becoming float16 cost.
         logits: how much the model's answers changed; None if that was not asked for.
-        ladder: the file of prompts and answers, or None.
+        reference_answers: the file of prompts and answers, or None.
         base_differs: the adapter was trained on another base model than the one given.
     """
 
@@ -116,7 +116,7 @@ class Exported:
     form: FormChange
     rounding: Rounding
     logits: LogitChange | None = None
-    ladder: Path | None = None
+    reference_answers: Path | None = None
     base_differs: bool = False
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class Exported:
             "form": self.form.to_dict(),
             "rounding": self.rounding.to_dict(),
             "logits": None if self.logits is None else self.logits.to_dict(),
-            "ladder": None if self.ladder is None else str(self.ladder),
+            "reference_answers": None if self.reference_answers is None else str(self.reference_answers),
             "base_differs": self.base_differs,
         }
 
@@ -174,8 +174,9 @@ def _export(config: ExportConfig, model: ModelFolder | None, add_files: AddFiles
     if config.compare:
         adapter = _open(config.adapter, model)
         exported = replace(exported, logits=logit_change(model, adapter, target, config.prompts))
-    if config.ladder:
-        exported = replace(exported, ladder=write_ladder(target, exported.metadata, model.path, config.prompts))
+    if config.reference_answers:
+        written = write_reference_answers(target, exported.metadata, model.path, config.prompts)
+        exported = replace(exported, reference_answers=written)
     return exported
 
 

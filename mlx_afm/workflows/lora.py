@@ -254,7 +254,7 @@ def score(
     data: str | Path,
     *,
     batch_size: int = 4,
-    reading: DataConfig | None = None,
+    data_config: DataConfig | None = None,
     cache: str | Path | None = None,
     own_system_prompt: bool = False,
     on_event: Callback = ignore,
@@ -266,10 +266,10 @@ def score(
         adapter_path: an adapter of any form, or None.
         data: a folder, or one file.
         batch_size: examples at once.
-        reading: how to read the data.
+        data_config: how to read the data.
         cache: folder that keeps encoded data; None keeps nothing.
         own_system_prompt: conversations without a system message get the system prompt that `load` finds, in place
-            of the one of `reading`; always so without `reading`.
+            of the one of `data_config`; always so without `data_config`.
         on_event: is given the progress, in batches.
     """
     adapter_path = to_optional_path(adapter_path)
@@ -277,10 +277,10 @@ def score(
     cache = to_optional_path(cache)
     folder = ModelFolder(model_path)
     tokenizer = folder.require_tokenizer()
-    if reading is None or own_system_prompt:
+    if data_config is None or own_system_prompt:
         own = default_system_prompt(folder.system_prompts_at(adapter_path))
-        reading = replace(reading or DataConfig(), system=own)
-    examples = read_tokens(split_files(data, "test"), tokenizer, reading, cache=cache)
+        data_config = replace(data_config or DataConfig(), system=own)
+    examples = read_tokens(split_files(data, "test"), tokenizer, data_config, cache=cache)
     adapter = None if adapter_path is None else folder.open_adapter(adapter_path)
     model = folder.load_with(adapter, where=adapter_path)
 
@@ -346,7 +346,7 @@ def _settings_of_validation(job: LoRAJob) -> list[str]:
 
 def read_split(job: LoRAJob, tokenizer: AFMTokenizer, split: str) -> TokenTable:
     """The encoded examples of a split, every record checked."""
-    return read_tokens(split_files(job.data, split), tokenizer, job.reading, cache=job.cache)
+    return read_tokens(split_files(job.data, split), tokenizer, job.data_config, cache=job.cache)
 
 
 def _require_folder(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Training data written anew: split into train, valid and test, or in another dialect."""
+"""Training data written anew: split into train, valid and test, or in another data format."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def split(
     data: str | Path,
     out: str | Path,
     config: SplitConfig,
-    reading: DataConfig | None = None,
+    data_config: DataConfig | None = None,
     *,
     overwrite: bool = False,
     on_note: OnNote = ignore_note,
@@ -39,7 +39,7 @@ def split(
     require_other_files(files, [out / f"{name}.jsonl" for name in config.sides])
     with lock_folder(out, on_note=on_note):
         _require_room(out, config, overwrite)
-        return split_data(files, out, config, reading)
+        return split_data(files, out, config, data_config)
 
 
 def _require_room(out: Path, config: SplitConfig, overwrite: bool) -> None:
@@ -59,21 +59,21 @@ def _require_room(out: Path, config: SplitConfig, overwrite: bool) -> None:
 def convert(
     source: str | Path,
     target: str | Path,
-    dialect: str,
-    reading: DataConfig | None = None,
+    data_format: str,
+    data_config: DataConfig | None = None,
     columns: Sequence[str] = (),
     *,
     overwrite: bool = False,
     on_note: OnNote = ignore_note,
 ) -> dict[str, int]:
-    """Writes data in another dialect; see `convert_data`.
+    """Writes data in another data format; see `convert_data`.
 
     Args:
         source: a file; or a folder with train, valid and test files, which become as many `.jsonl` files
             in the folder `target`, all or none.
         target: file or folder.
-        dialect: one of `DIALECTS`.
-        reading: how to read.
+        data_format: one of `DATA_FORMATS`.
+        data_config: how to read.
         columns: names of the columns of tables whose first line does not name them.
         overwrite: replace the file `target` if it is there.
         on_note: see `lock_folder`.
@@ -92,12 +92,12 @@ def convert(
         if target.is_file() and not overwrite:
             advice = "Choose another name, or replace it with --overwrite."
             raise ConfigError("the file exists", where=target, advice=advice)
-        return {str(target): convert_data(splits["train"], target, dialect, reading, columns)}
+        return {str(target): convert_data(splits["train"], target, data_format, data_config, columns)}
     written: dict[str, int] = {}
     with new_folder(target, "target", on_note), atomic_folder(target) as partial:
         for name, files in splits.items():
             written[str(target / f"{name}.jsonl")] = convert_data(
-                files, partial / f"{name}.jsonl", dialect, reading, columns
+                files, partial / f"{name}.jsonl", data_format, data_config, columns
             )
     return written
 

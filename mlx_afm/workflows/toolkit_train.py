@@ -175,7 +175,7 @@ def _job(settings: ToolkitTraining) -> LoRAJob:
             steps_per_eval=0,
             save_every=sys.maxsize,  # at the ends of epochs, by leaving and resuming
         ),
-        reading=DataConfig() if length is None else DataConfig(max_tokens=length, overflow="truncate-answer"),
+        data_config=DataConfig() if length is None else DataConfig(max_tokens=length, truncation="truncate-answer"),
     )
 
 

@@ -103,18 +103,18 @@ def test_export_tells_what_it_did(adapter_forms, model_folder, tmp_path, copy_of
     edit_json(folder / "adapter_config.json", lora_parameters={"rank": 32, "scale": 1.0, "dropout": 0.0})
     (tmp_path / "more.json").write_text('{"stage": {"beta": 2}, "team": "file"}')
     ran = cli("export", "--adapter-path", folder, "--name", "box", "--output-dir", tmp_path / "out", "--json",
-              "--model", model_folder, "--license", "MIT", "--ladder", "--prompt", "copy abc",
+              "--model", model_folder, "--license", "MIT", "--reference-answers", "--prompt", "copy abc",
               "--creator-defined", tmp_path / "more.json", "--creator-defined", "team=me=you")  # fmt: skip
     told = ran.json
     assert told["form"]["scale"] == 1.0
     assert told["rounding"]["max_error"] == 0, "twice a float16 is a float16"
     assert told["logits"]["same_choice"] == 1
-    assert told["ladder"] == str(tmp_path / "out" / "box.ladder.json")
+    assert told["reference_answers"] == str(tmp_path / "out" / "box.reference_answers.json")
     for text in (
         "scale 1 folded into B (times 2)",
         "rounding to float16: 0 at most",
         "logits change by",
-        "box.ladder.json",
+        "box.reference_answers.json",
     ):
         assert text in ran.err
     creator = json.loads((tmp_path / "out" / "box.fmadapter" / "metadata.json").read_text())["creatorDefined"]
@@ -125,7 +125,7 @@ def test_export_tells_what_it_did(adapter_forms, model_folder, tmp_path, copy_of
 def test_export_without_comparing(adapter_forms, model_folder, tmp_path, cli):
     told = cli("export", "--adapter-path", adapter_forms["pt"], "--name", "box", "--output-dir", tmp_path, "--json",
                "--model", model_folder, "--no-compare").json  # fmt: skip
-    assert (told["logits"], told["ladder"]) == (None, None)
+    assert (told["logits"], told["reference_answers"]) == (None, None)
 
 
 @pytest.mark.parametrize("given", ["nothing-there.json", "{folder}/list.json", "=x"])

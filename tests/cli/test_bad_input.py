@@ -295,7 +295,7 @@ def test_all_faulty_lines_come_in_one_message(tmp_path, expect_data_refusal):
         11: ('[{"role": "assistant", "content": "a"}]', "no user message (found 1 messages)"),
         12: ('[{"role": "user", "content": "a", "wait": 1}]', "unknown keys for role 'user': wait"),
         13: ("[" + "9" * 5000 + "]", "not JSON"),
-        14: ('{"prompt": "a", "answer": "b"}', "a record of no dialect we know"),
+        14: ('{"prompt": "a", "answer": "b"}', "a record of no data format we know"),
         15: ("[" * 100_000, "JSON nested too deeply"),
     }
     lines = [faults[number][0] if number in faults else ["", line("a", "b")][number % 2] for number in range(1, 16)]
@@ -316,7 +316,7 @@ def test_of_very_many_faults_twenty_are_shown(expect_data_refusal):
 
 def test_examples_that_are_too_long(expect_data_refusal):
     lines = [line("a", "b"), line("word " * 90, "b"), line("a", "b"), line("a", "word " * 90)]
-    says = ["2 faulty line(s)", "too long (expected at most 60 tokens", "--max-seq-length", "--overflow"]
+    says = ["2 faulty line(s)", "too long (expected at most 60 tokens", "--max-seq-length", "--truncation"]
     message = expect_data_refusal(lines, says, "--max-seq-length", 60)
     assert [text.partition(":")[0].strip() for text in message.splitlines()[1:]] == [
         "train.jsonl line 2",

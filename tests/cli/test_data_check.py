@@ -83,13 +83,13 @@ def test_warnings_alone_do_not_fail(cli, folder):
     assert ran.out.endswith("0 errors, 1 warnings: ready for training\n")
 
 
-def test_lengths_and_overflow(cli, folder, model_folder):
+def test_lengths_and_truncation(cli, folder, model_folder):
     data = folder(train=[GOOD, LONG])
     arguments = ("data", "check", "--data", data, "--model", model_folder, "--max-seq-length", 100)
     refused = cli(*arguments)
     assert refused.code == 3
     assert "ERROR too-long: 1" in refused.out
-    dropped = cli(*arguments, "--overflow", "drop")
+    dropped = cli(*arguments, "--truncation", "drop")
     assert dropped.code == 0
     assert "  too long: 1 left out, 0 cut, " in dropped.out
 
@@ -98,7 +98,7 @@ def test_options_reach_the_reader(cli, folder, tmp_path, monkeypatch):
     data = folder(train=[{"q": "a", "a": "b"}])
     assert cli("data", "check", data).code == 3
     assert cli("data", "check", data, "--field", "prompt=q", "--field", "completion=a").code == 0
-    assert cli("data", "check", data, "--field", "prompt=q", "--dialect", "prompt-response").code == 3
+    assert cli("data", "check", data, "--field", "prompt=q", "--data-format", "prompt-response").code == 3
     (tmp_path / "hooks_of_check.py").write_text(
         "def upper(messages, index):\n    return [{**m, 'content': ''} for m in messages]\n"
     )
@@ -147,7 +147,7 @@ def test_what_is_refused(expect_refusal, cli, folder, tmp_path, model_folder):
     expect_refusal(*check, data, "--transform", "gone:f", says=["no such transform"], code=2)
     folder(train=["{"])
     expect_refusal(*check, data, "--fix", tmp_path / "fixed", says=["no example would be left"])
-    for wrong in ((), (data, "--data", data), (data, "--field", "prompt"), (data, "--overflow", "x")):
+    for wrong in ((), (data, "--data", data), (data, "--field", "prompt"), (data, "--truncation", "x")):
         assert cli(*check, *wrong).code == 2
 
 

@@ -72,7 +72,7 @@ def test_render(cli, folder, model_folder):
 def test_render_for_programs(cli, folder, model_folder):
     options = ("--model", model_folder, "--split", "valid", "--line", 2, "--ids", "--json")
     (example,) = cli("data", "render", folder, *options).json["examples"]
-    assert (example["line"], example["dialect"]) == (2, "toolkit")
+    assert (example["line"], example["data_format"]) == (2, "toolkit")
     assert [part["trained"] for part in example["texts"]] == [False, True]
     assert example["texts"][1]["text"] == "say\n1<turn_end>"
     assert example["tokens"] == len(example["ids"])
@@ -137,7 +137,7 @@ def test_split_refusals(folder, tmp_path, expect_refusal):
 def test_convert(cli, folder, tmp_path):
     target = tmp_path / "out.csv"
     told = cli("data", "convert", folder / "valid.jsonl", target, "--to", "prompt-response", "--json").json
-    assert told == {"dialect": "prompt-response", "records": 3, "files": {str(target): 3}}
+    assert told == {"data_format": "prompt-response", "records": 3, "files": {str(target): 3}}
     assert target.read_text().splitlines()[:2] == ['"prompt","response"', '"valid ","say']
 
 
@@ -157,7 +157,7 @@ def test_convert_a_folder(cli, folder, tmp_path):
 
 def test_convert_refusals(folder, tmp_path, expect_refusal):
     (folder / "valid.jsonl").write_text(json.dumps({"text": "plain"}) + "\n")
-    says = ["valid.jsonl line 1: the dialect sharegpt cannot say this", "Nothing was written"]
+    says = ["valid.jsonl line 1: the data format sharegpt cannot say this", "Nothing was written"]
     expect_refusal("data", "convert", folder, tmp_path / "out", "--to", "sharegpt", says=says)
     expect_refusal("data", "convert", folder, folder, says=["the target exists already"])
     expect_refusal("data", "convert", tmp_path / "none", tmp_path / "out", says=["no such file or folder"])

@@ -108,9 +108,9 @@ def test_a_conversation_without_a_trained_turn_is_refused(write, cli):
 
 def test_converting_keeps_weights(write, cli, shown, tmp_path):
     path = write({"messages": [USER, {**ANSWER, "train": False}, AGAIN, {**RIGHT, "weight": 0.5}]})
-    for dialect in ("sharegpt", "prompt-completion", "toolkit"):
-        target = tmp_path / f"{dialect}.jsonl"
-        assert cli("data", "convert", path, target, "--to", dialect, "--json").json["records"] == 1
+    for data_format in ("sharegpt", "prompt-completion", "toolkit"):
+        target = tmp_path / f"{data_format}.jsonl"
+        assert cli("data", "convert", path, target, "--to", data_format, "--json").json["records"] == 1
         assert shown(target) == shown(path)
 
 

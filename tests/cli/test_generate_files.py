@@ -57,7 +57,7 @@ def test_the_command_answers_a_file_in_order(cli, model_folder, prompts):
     [
         ({"prompt": "list the files in docs"}, []),
         ({"question": "list the files in docs"}, ["--field", "prompt=question"]),
-        ({"question": "list the files in docs"}, ["--field", "prompt=question", "--dialect", "prompt-completion"]),
+        ({"question": "list the files in docs"}, ["--field", "prompt=question", "--data-format", "prompt-completion"]),
         ({"q": "list the files in docs", "a": "no"}, ["--field", "prompt=q", "--field", "completion=a"]),
         ({"q": "list the files in docs"}, ["--field", "prompt=q", "--field", "completion=a"]),
         ({"instruction": "list the files in docs"}, []),

@@ -31,7 +31,7 @@ def test_defaults_are_the_dataclasses():
     request = request_from(None, {**PLACES, "iters": None, "rank": None})
     job = request.job
     assert (job.lora, job.train) == (LoRAConfig(), TrainConfig())
-    assert (job.adapter_path, job.name, job.reading.max_tokens) == (Path("adapters"), None, 4096)
+    assert (job.adapter_path, job.name, job.data_config.max_tokens) == (Path("adapters"), None, 4096)
     assert (request.train, request.test, request.adapter_given) == (False, False, False)
 
 
@@ -40,7 +40,7 @@ def test_defaults_then_file_then_flags(yaml_file):
     request = request_from(file, {"iters": 2, "data": Path("elsewhere"), "seed": None})
     job = request.job
     assert (job.train.iters, job.train.seed, job.train.batch_size) == (2, 3, TrainConfig().batch_size)
-    assert (job.model, job.data, job.reading.max_tokens, job.name) == (Path("m"), Path("elsewhere"), 99, "tidy")
+    assert (job.model, job.data, job.data_config.max_tokens, job.name) == (Path("m"), Path("elsewhere"), 99, "tidy")
     assert (request.train, request.test, job.test) == (False, True, True)
 
 

@@ -1,4 +1,4 @@
-"""Conversations of every sort, and what training sees of them, for the tests of dialects."""
+"""Conversations of every sort, and what training sees of them, for the tests of data formats."""
 
 import json
 
@@ -36,10 +36,10 @@ CONVERSATIONS = {
 }  # fmt: skip
 
 
-def read(record, dialect="auto"):
+def read(record, data_format="auto"):
     """The example of a record."""
     raw = record if isinstance(record, bytes) else json.dumps(record).encode()
-    return RecordReader(DataConfig(dialect=dialect))(DataRow(1, raw), 0, "x")
+    return RecordReader(DataConfig(data_format=data_format))(DataRow(1, raw), 0, "x")
 
 
 def seen(example):

@@ -45,7 +45,7 @@ FAULTS = [
     ("half-surrogate", [user("half \ud83d"), answer("x")]),
     ("half-surrogate", [user("x"), answer("half \ude00")]),
     ("huge-line", b'[{"role": "user", "content": "' + b"x" * (5 << 20) + b'"}]'),
-    ("unknown-form", {"question": "no", "reply": "dialect"}),
+    ("unknown-form", {"question": "no", "reply": "unknown"}),
     ("unknown-form", 17),
     ("unknown-form", b"null"),
     ("unknown-form", "only a string"),

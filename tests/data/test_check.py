@@ -109,18 +109,18 @@ def _length_of(path, tokenizer_file, index):
     return len(tokens), tokens.trained_tokens
 
 
-def test_overflow_is_counted(write, tokenizer_file):
+def test_truncation_is_counted(write, tokenizer_file):
     long = [{"role": "user", "content": "words " * 200}, GOOD[1]]
     path = write("train.jsonl", GOOD, long, [*long, *example(1)])
     sizes = [_length_of(path, tokenizer_file, index)[0] for index in (1, 2)]
-    for overflow, counts in (("drop", (2, 0, sum(sizes))), ("truncate-prompt", (0, 2, sum(sizes) - 200))):
-        config = DataConfig(max_tokens=100, overflow=overflow)
+    for truncation, counts in (("drop", (2, 0, sum(sizes))), ("truncate-prompt", (0, 2, sum(sizes) - 200))):
+        config = DataConfig(max_tokens=100, truncation=truncation)
         report = check_data({"train": (path,)}, config, tokenizer_file)
         (file,) = report.files
         assert report.ok
         assert (file.dropped, file.shortened, file.removed_tokens) == counts
     path = write("long.jsonl", long)
-    report = check_data({"train": (path,)}, DataConfig(max_tokens=100, overflow="drop"), tokenizer_file)
+    report = check_data({"train": (path,)}, DataConfig(max_tokens=100, truncation="drop"), tokenizer_file)
     assert found(report) == [("long.jsonl", 1, "no-examples")]
     assert "all 1 are too long and left out" in report.problems[0].message
 

@@ -63,11 +63,11 @@ def _damage(draw, value):
     return draw(VALUES)
 
 
-@pytest.mark.parametrize("dialect", ["auto", "messages", "toolkit", "sharegpt", "instruction"])
+@pytest.mark.parametrize("data_format", ["auto", "messages", "toolkit", "sharegpt", "instruction"])
 @given(line=damaged_bytes() | damaged_values())
 @SETTINGS
-def test_a_line_is_an_example_or_a_data_error(line, dialect, tokenizer):
-    config = DataConfig(dialect=dialect)
+def test_a_line_is_an_example_or_a_data_error(line, data_format, tokenizer):
+    config = DataConfig(data_format=data_format)
     with suppress(DataError):
         assert isinstance(RecordReader(config)(DataRow(1, line), 0, "x"), Example)
     prepared = Preparer(config, tokenizer, want_tokens=True)(Block(0, "x", 0, [DataRow(1, line)]))

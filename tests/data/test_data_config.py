@@ -9,8 +9,8 @@ from mlx_afm.errors import SettingError
 @pytest.mark.parametrize(
     ("settings", "fault"),
     [
-        ({"dialect": "alpaka"}, "dialect: expected auto or one of .*, found alpaka"),
-        ({"overflow": "cut"}, "overflow: expected one of .*, found cut"),
+        ({"data_format": "alpaka"}, "data_format: expected auto or one of .*, found alpaka"),
+        ({"truncation": "cut"}, "truncation: expected one of .*, found cut"),
         ({"fields": (("promt", "q"),)}, "field: expected one of .* before =, found promt=q; is it prompt[?]"),
         ({"fields": (("prompt", "q"), ("prompt", "r"))}, "field: expected each name once, found prompt more than once"),
         ({"max_tokens": 1}, "max_tokens: expected at least 2, found 1"),
@@ -26,8 +26,8 @@ def test_settings_out_of_range(settings, fault):
 
 def test_all_faults_are_told_at_once():
     with pytest.raises(SettingError) as error:
-        DataConfig(dialect="alpaka", fields=(("promt", "q"),), max_tokens=0)
-    assert [fault.split(":")[0] for fault in error.value.details] == ["dialect", "field", "max_tokens"]
+        DataConfig(data_format="alpaka", fields=(("promt", "q"),), max_tokens=0)
+    assert [fault.split(":")[0] for fault in error.value.details] == ["data_format", "field", "max_tokens"]
 
 
 def test_what_is_just_allowed():

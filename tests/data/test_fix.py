@@ -123,18 +123,18 @@ def test_other_forms_become_json_lines(write, tmp_path):
 
 def test_the_same_options_read_the_copy(write, tmp_path):
     path = write("train.jsonl", {"question": "a", "completion": "b"}, {"question": "a"})
-    config = DataConfig(dialect="prompt-completion", fields=(("prompt", "question"),))
+    config = DataConfig(data_format="prompt-completion", fields=(("prompt", "question"),))
     fixed = fix_data({"train": (path,)}, tmp_path / "fixed", config)
     assert fixed.counts == {"unknown-form": 1}
     assert check_data({"train": fixed.files}, config).ok
 
 
-def test_what_overflow_drops_is_left_out_and_what_it_cuts_stays(write, tmp_path, tokenizer_file):
+def test_what_truncation_drops_is_left_out_and_what_it_cuts_stays(write, tmp_path, tokenizer_file):
     long = [{"role": "user", "content": "words " * 200}, {"role": "assistant", "content": "x"}]
     path = write("train.jsonl", long, example(1))
-    for overflow, kept in (("error", 1), ("drop", 1), ("truncate-prompt", 2)):
-        config = DataConfig(max_tokens=100, overflow=overflow)
-        fixed = fix_data({"train": (path,)}, tmp_path / overflow, config, tokenizer_file)
+    for truncation, kept in (("error", 1), ("drop", 1), ("truncate-prompt", 2)):
+        config = DataConfig(max_tokens=100, truncation=truncation)
+        fixed = fix_data({"train": (path,)}, tmp_path / truncation, config, tokenizer_file)
         assert len(fixed.files[0].read_bytes().splitlines()) == kept
         assert changes(fixed) == ([(1, "too-long")] if kept == 1 else [])
 

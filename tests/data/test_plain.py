@@ -80,12 +80,12 @@ def test_what_is_plain_is_read_the_same(texts, system, tokenizer):
 
 @given(
     texts=st.lists(lines(), max_size=6),
-    dialect=st.sampled_from(["auto", "toolkit", "messages", "sharegpt"]),
+    data_format=st.sampled_from(["auto", "toolkit", "messages", "sharegpt"]),
     fields=st.sampled_from([(), (("tools", "messages"),), (("prompt", "messages"),)]),
 )
 @SETTINGS
-def test_blocks_are_prepared_the_same_without_it(texts, dialect, fields, tokenizer):
-    block, config = Block(0, "x.jsonl", 0, rows_of(*texts)), DataConfig(dialect=dialect, fields=fields)
+def test_blocks_are_prepared_the_same_without_it(texts, data_format, fields, tokenizer):
+    block, config = Block(0, "x.jsonl", 0, rows_of(*texts)), DataConfig(data_format=data_format, fields=fields)
     for want_tokens in (True, False):
         with_it = Preparer(config, tokenizer, want_tokens=want_tokens)
         without = Preparer(config, tokenizer, want_tokens=want_tokens)

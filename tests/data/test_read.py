@@ -10,8 +10,8 @@ import pytest
 
 from mlx_afm.data import DataConfig, read_examples, read_tokens
 from mlx_afm.data import workers as workers_module
-from mlx_afm.data.records import MARKS
 from mlx_afm.errors import ConfigError, DataError, FormatError
+from mlx_afm.text.template import SPECIAL_TOKENS
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
 TRANSFORM = """
@@ -70,7 +70,7 @@ def test_every_faulty_line_is_named_in_one_error(write, tokenizer_file):
     assert "line 1:" not in message
     assert "line 3" not in message
     with pytest.raises(DataError, match="6 faulty line"):
-        read_examples((path,), MARKS)
+        read_examples((path,), SPECIAL_TOKENS)
 
 
 def test_files_that_are_none(write, tokenizer_file, tmp_path):
@@ -240,18 +240,18 @@ def test_entries_unused_for_a_month_go(write, tokenizer_file, tmp_path):
     assert entries(cache) != [old]
 
 
-def test_a_record_of_the_dialects_own_field_names(write, tokenizer, tokenizer_file):
+def test_a_record_of_the_data_formats_own_field_names(write, tokenizer, tokenizer_file):
     path = write("train.jsonl", {"q": "why", "a": "because"})
     config = DataConfig(fields=(("prompt", "q"), ("completion", "a")))
     (tokens,) = read_tokens((path,), tokenizer_file, config)
     assert tokenizer.decode(tokens.ids[tokens.weights > 0].tolist()) == "because<turn_end>"
-    with pytest.raises(DataError, match="of no dialect we know"):
+    with pytest.raises(DataError, match="of no data format we know"):
         read_tokens((path,), tokenizer_file)
 
 
 def test_settings_are_checked_together():
     with pytest.raises(ConfigError) as error:
-        DataConfig(dialect="x", overflow="y", max_tokens=1, transform="no_colon", system=" z")
+        DataConfig(data_format="x", truncation="y", max_tokens=1, transform="no_colon", system=" z")
     assert len(error.value.details) == 5
 
 

@@ -25,7 +25,7 @@ def test_an_example_literally(write, tokenizer):
         ),
         ("ls\n-a<turn_end>", True),
     )
-    assert (sample.line, sample.dialect, sample.removed_tokens) == (2, "toolkit", 0)
+    assert (sample.line, sample.data_format, sample.removed_tokens) == (2, "toolkit", 0)
     assert [token.piece for token in sample.tokens][:4] == ["</s>", "<turn_start>", "▁system", "<n>"]
     values = sample.to_dict(with_ids=True)
     assert values["ids"][0] == {"id": tokenizer.eos_id, "piece": "</s>", "trained": False}
@@ -39,7 +39,7 @@ def test_an_example_literally(write, tokenizer):
 def test_tokens_are_those_of_training(write, tokenizer, tokenizer_file):
     records = [{"text": text} if text else {"messages": m, "tools": tools} for m, tools, text in CONVERSATIONS.values()]
     files = (write("a.jsonl", *records),)
-    for config in (DataConfig(), DataConfig(system="other"), DataConfig(max_tokens=90, overflow="truncate-answer")):
+    for config in (DataConfig(), DataConfig(system="other"), DataConfig(max_tokens=90, truncation="truncate-answer")):
         kept = [s for s in sample_examples(files, tokenizer, ExampleChoice(count=99), config) if s.tokens]
         for sample, tokens in zip(kept, read_tokens(files, tokenizer_file, config), strict=True):
             assert [token.id for token in sample.tokens] == tokens.ids.tolist()
@@ -84,14 +84,14 @@ def test_one_line(write, tokenizer):
             sample_examples(files, tokenizer, ExampleChoice(line=line))
 
 
-def test_what_overflow_leaves(write, tokenizer):
+def test_what_truncation_leaves(write, tokenizer):
     long = [{"role": "user", "content": "word " * 50}, PAIR[1]]
     files = (write("a.jsonl", long),)
     with pytest.raises(DataError, match=r"a.jsonl: a faulty example\n  a.jsonl line 1: too long"):
         sample_examples(files, tokenizer, config=DataConfig(max_tokens=80))
-    (cut,) = sample_examples(files, tokenizer, config=DataConfig(max_tokens=80, overflow="truncate-prompt"))
+    (cut,) = sample_examples(files, tokenizer, config=DataConfig(max_tokens=80, truncation="truncate-prompt"))
     assert len(cut.tokens) == 80
-    (gone,) = sample_examples(files, tokenizer, config=DataConfig(max_tokens=80, overflow="drop"))
+    (gone,) = sample_examples(files, tokenizer, config=DataConfig(max_tokens=80, truncation="drop"))
     assert (gone.tokens, gone.texts) == ((), ())
     assert gone.removed_tokens == cut.removed_tokens + 80
 

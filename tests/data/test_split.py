@@ -119,8 +119,8 @@ def test_lines_keep_their_bytes_and_their_order(write, tmp_path):
 def test_other_forms_become_json_lines(write, tmp_path):
     rows = "".join(f'"{noun} {noun}","{number}"\n' for number, noun in enumerate(NOUNS))
     source = write("all.csv", "question,answer\n" + rows)
-    reading = DataConfig(fields=(("prompt", "question"), ("completion", "answer")))
-    split_data((source,), tmp_path / "out", SplitConfig(valid=0.2, test=0.2), reading)
+    data_config = DataConfig(fields=(("prompt", "question"), ("completion", "answer")))
+    split_data((source,), tmp_path / "out", SplitConfig(valid=0.2, test=0.2), data_config)
     records = [json.loads(line) for line in sides_of(tmp_path / "out")]
     assert sorted(records, key=lambda r: int(r["answer"])) == [
         {"question": f"{noun} {noun}", "answer": str(number)} for number, noun in enumerate(NOUNS)

@@ -75,11 +75,11 @@ def test_what_packing_saves(write, tokenizer_file):
     json.dumps(values)
 
 
-def test_lengths_are_whole_whatever_overflow_says(write, tokenizer_file):
+def test_lengths_are_whole_whatever_truncation_says(write, tokenizer_file):
     files = (write("a.jsonl", *talk(20)),)
     whole = measure_split(files, tokenizer_file)
-    for overflow in ("error", "drop", "truncate-prompt", "truncate-answer"):
-        stats = measure_split(files, tokenizer_file, DataConfig(max_tokens=60, overflow=overflow))
+    for truncation in ("error", "drop", "truncate-prompt", "truncate-answer"):
+        stats = measure_split(files, tokenizer_file, DataConfig(max_tokens=60, truncation=truncation))
         assert (stats.tokens, stats.examples, stats.limit) == (whole.tokens, 20, 60)
         assert stats.longer == sum(length > 60 for length in read_tokens(files, tokenizer_file).lengths)
         assert stats.longer > 0

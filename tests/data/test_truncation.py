@@ -24,8 +24,8 @@ def encoded(tokenizer):
 
 def test_what_fits_is_left_alone(encoded):
     example = encoded("a", "b")
-    for overflow in ("error", "drop", "truncate-prompt", "truncate-answer"):
-        assert fit(example, len(example.ids), overflow).encoded is example
+    for truncation in ("error", "drop", "truncate-prompt", "truncate-answer"):
+        assert fit(example, len(example.ids), truncation).encoded is example
 
 
 def test_an_error_says_how_much_of_the_answer_would_be_lost(encoded):
@@ -88,11 +88,11 @@ def test_a_table_counts_what_was_lost(write, tokenizer_file):
     whole = read_tokens((path,), tokenizer_file)
     with pytest.raises(DataError, match="line 2: too long"):
         read_tokens((path,), tokenizer_file, DataConfig(max_tokens=100))
-    dropped = read_tokens((path,), tokenizer_file, DataConfig(max_tokens=100, overflow="drop"))
+    dropped = read_tokens((path,), tokenizer_file, DataConfig(max_tokens=100, truncation="drop"))
     assert (len(dropped), dropped.dropped, dropped.removed_tokens) == (2, 1, len(whole[1]))
     assert [tokens.where for tokens in dropped] == ["train.jsonl line 1", "train.jsonl line 3"]
-    cut = read_tokens((path,), tokenizer_file, DataConfig(max_tokens=100, overflow="truncate-prompt"))
+    cut = read_tokens((path,), tokenizer_file, DataConfig(max_tokens=100, truncation="truncate-prompt"))
     assert (len(cut), cut.dropped, cut.removed_tokens) == (3, 0, len(whole[1]) - 100)
     assert len(cut[1]) == 100
     with pytest.raises(DataError, match="no examples; 1 were too long and left out"):
-        read_tokens((write("long.jsonl", long),), tokenizer_file, DataConfig(max_tokens=100, overflow="drop"))
+        read_tokens((write("long.jsonl", long),), tokenizer_file, DataConfig(max_tokens=100, truncation="drop"))

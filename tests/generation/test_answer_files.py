@@ -118,7 +118,7 @@ def test_settings_that_change_no_answer_do_not_matter(model_folder, prompts):
     assert job.output.read_bytes() == before
 
 
-def test_every_dialect_asks_the_same(model_folder, prompts):
+def test_every_data_format_asks_the_same(model_folder, prompts):
     text = "sort vido.conf in reverse"
     messages = [{"role": "user", "content": text}]
     answered = [*messages, {"role": "assistant", "content": "no"}]

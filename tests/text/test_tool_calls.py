@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mlx_afm.text.messages import parse_messages
 from mlx_afm.text.template import TURN_END, render
-from mlx_afm.text.tool_calls import MarkFilter, Parsed, ToolCallParser, parse_tool_calls
+from mlx_afm.text.tool_calls import Parsed, ToolCallParser, ToolCallTokenFilter, parse_tool_calls
 
 START, END = "<executable_start>", "<executable_end>"
 USER = {"role": "user", "content": "how warm is it in Paris?"}
@@ -208,12 +208,12 @@ def unmarked(text):
 def test_no_mark_gets_through_the_filter_however_it_is_cut(text):
     rng = random.Random(1)
     for trial in range(200):
-        marks, said, place = MarkFilter(), "", 0
+        tokens, said, place = ToolCallTokenFilter(), "", 0
         while place < len(text):
             size = 1 if trial == 0 else rng.randint(1, 12)
-            said += marks.push(text[place : place + size])
+            said += tokens.push(text[place : place + size])
             place += size
-        said += marks.finish()
+        said += tokens.finish()
         assert said == unmarked(text)
 
 

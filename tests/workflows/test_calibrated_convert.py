@@ -194,7 +194,10 @@ def test_what_else_is_refused(model_folder, adapter_forms, data_folder, tmp_path
     (bare / "tokenizer.model").unlink()
     with pytest.raises(ConfigError, match=r"without a tokenizer"):
         convert(
-            bare, tmp_path / "q", quantization=APPLE, calibration=Calibration(data=data_folder, reading=DataConfig())
+            bare,
+            tmp_path / "q",
+            quantization=APPLE,
+            calibration=Calibration(data=data_folder, data_config=DataConfig()),
         )
     active = copy_of(model_folder, "active")
     shutil.rmtree(active / "base_adapter", ignore_errors=True)

@@ -214,16 +214,16 @@ def test_lineage_tells_settings_data_and_base(model_folder, data_folder, new_fol
     assert "another base model" in " ".join(changed.notes())
 
 
-# The ladder.
+# The reference answers.
 
 
-def test_the_ladder_holds_greedy_answers_with_the_packages_values(new_folder, model_folder, tmp_path):
+def test_the_reference_answers_holds_greedy_answers_with_the_packages_values(new_folder, model_folder, tmp_path):
     from mlx_afm.generation import generate
 
     prompts = ("copy abc", "sort vido.conf in reverse")
-    result = exported(new_folder(size=SMALL), tmp_path, model=model_folder, ladder=True, prompts=prompts)
-    content = json.loads(result.ladder.read_text(encoding="utf-8"))
-    assert result.ladder == tmp_path / "out" / "box.ladder.json"
+    result = exported(new_folder(size=SMALL), tmp_path, model=model_folder, reference_answers=True, prompts=prompts)
+    content = json.loads(result.reference_answers.read_text(encoding="utf-8"))
+    assert result.reference_answers == tmp_path / "out" / "box.reference_answers.json"
     assert set(content) == {"adapterIdentifier", "maximumResponseTokens", "steps"}
     assert content["adapterIdentifier"] == "fmadapter-box-9799725"
     model, tokenizer = load(model_folder, result.package)
@@ -234,9 +234,9 @@ def test_the_ladder_holds_greedy_answers_with_the_packages_values(new_folder, mo
         assert step["answer"]
 
 
-def test_the_ladder_needs_the_model(new_folder, tmp_path):
+def test_the_reference_answers_needs_the_model(new_folder, tmp_path):
     with pytest.raises(ConfigError, match="needs the base model"):
-        exported(new_folder(), tmp_path, ladder=True)
+        exported(new_folder(), tmp_path, reference_answers=True)
 
 
 # Comparing.

@@ -1,17 +1,17 @@
-"""Records of every dialect to conversations."""
+"""Records of every data format to conversations."""
 
 import json
 
 import pytest
 
 from conversations import ANSWER, CALL, MORE, SYSTEM, TOOLS, USER
-from mlx_afm.data.dialects import DIALECTS, read_record
+from mlx_afm.data.data_formats import DATA_FORMATS, read_record
 from mlx_afm.errors import DataError
 
 ASK, SAY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 RULES = {"role": "system", "content": "r"}
 
-# dialect -> records of it, with the messages and tools they stand for
+# data format -> records of it, with the messages and tools they stand for
 RECORDS = {
     "toolkit": [
         ([ASK, SAY], [ASK, SAY], ()),
@@ -91,51 +91,51 @@ ROWS = [
     ),
     ("instruction", {"instruction": "q", "output": "a", "history": '[["q", "a"]]'}, [ASK, SAY, ASK, SAY], ()),
 ]
-CASES = [(dialect, *case) for dialect, cases in RECORDS.items() for case in cases]
+CASES = [(data_format, *case) for data_format, cases in RECORDS.items() for case in cases]
 
 
-@pytest.mark.parametrize(("dialect", "record", "messages", "tools"), CASES)
-def test_a_record_is_this_conversation(dialect, record, messages, tools):
-    found = read_record(record, dialect)
+@pytest.mark.parametrize(("data_format", "record", "messages", "tools"), CASES)
+def test_a_record_is_this_conversation(data_format, record, messages, tools):
+    found = read_record(record, data_format)
     assert list(found.messages) == messages
     assert list(found.tools) == list(tools)
-    assert (found.text, found.dialect) == (None, dialect)
+    assert (found.text, found.data_format) == (None, data_format)
 
 
-@pytest.mark.parametrize(("dialect", "record", "messages", "tools"), ROWS)
-def test_a_row_of_a_table_is_this_conversation(dialect, record, messages, tools):
+@pytest.mark.parametrize(("data_format", "record", "messages", "tools"), ROWS)
+def test_a_row_of_a_table_is_this_conversation(data_format, record, messages, tools):
     found = read_record(record, in_table=True)
     assert list(found.messages) == messages
     assert list(found.tools) == list(tools)
-    assert found.dialect == dialect
+    assert found.data_format == data_format
     named = {f"my {name}": value for name, value in record.items()}
     fields = tuple((name, f"my {name}") for name in record)
     assert read_record(named, fields=fields, in_table=True) == found
 
 
-@pytest.mark.parametrize(("dialect", "record", "messages", "tools"), CASES)
-def test_the_dialect_is_told_from_the_keys(dialect, record, messages, tools):
+@pytest.mark.parametrize(("data_format", "record", "messages", "tools"), CASES)
+def test_the_data_format_is_told_from_the_keys(data_format, record, messages, tools):
     found = read_record(record)
     assert list(found.messages) == messages
     assert list(found.tools) == list(tools)
-    assert found.dialect == dialect
+    assert found.data_format == data_format
 
 
 def test_plain_text():
-    for dialect in ("auto", "text"):
-        found = read_record({"text": "one\ntwo", "id": 1}, dialect)
-        assert (found.text, list(found.messages), found.dialect) == ("one\ntwo", [], "text")
+    for data_format in ("auto", "text"):
+        found = read_record({"text": "one\ntwo", "id": 1}, data_format)
+        assert (found.text, list(found.messages), found.data_format) == ("one\ntwo", [], "text")
 
 
-def test_every_dialect_is_here():
-    assert {*RECORDS, "text"} == set(DIALECTS)
+def test_every_data_format_is_here():
+    assert {*RECORDS, "text"} == set(DATA_FORMATS)
 
 
-def test_of_several_dialects_the_one_with_most_meaning():
+def test_of_several_data_formats_the_one_with_most_meaning():
     record = {"text": "t", "prompt": "q", "completion": "a", "messages": [ASK, SAY]}
-    assert read_record(record).dialect == "messages"
+    assert read_record(record).data_format == "messages"
     del record["messages"]
-    assert read_record(record).dialect == "prompt-completion"
+    assert read_record(record).data_format == "prompt-completion"
     assert read_record(record, "text").text == "t"
 
 
@@ -144,7 +144,7 @@ def test_fields_by_other_names():
     record = {"question": "q", "best answer": "a", "rules": "r", "prompt": "no"}
     assert list(read_record(record, fields=fields).messages) == [RULES, ASK, SAY]
     assert read_record({"body": "words"}, fields=(("text", "body"),)).text == "words"
-    with pytest.raises(DataError, match=r"no field 'prompt'.*expected a record of the dialect prompt-response"):
+    with pytest.raises(DataError, match=r"no field 'prompt'.*expected a prompt-response record"):
         read_record({"response": "a"}, "prompt-response", (("prompt", "question"),))
 
 
@@ -155,11 +155,11 @@ def test_text_that_only_looks_like_messages_stays_text():
 
 
 @pytest.mark.parametrize(
-    ("record", "dialect", "fault", "kind"),
+    ("record", "data_format", "fault", "kind"),
     [
         (3, "auto", "not a record .expected a list of messages or an object, found int", "unknown-form"),
-        ([ASK], "messages", "not a record .expected a record of the dialect messages, found list", "unknown-form"),
-        ({}, "auto", "a record of no dialect we know .*found fields none", "unknown-form"),
+        ([ASK], "messages", "not a record .expected a messages record, found list", "unknown-form"),
+        ({}, "auto", "a record of no data format we know .*found fields none", "unknown-form"),
         ({"q": "x", "a": "y"}, "auto", "found fields 'q', 'a'.*--field prompt=question", "unknown-form"),
         ({"prompt": "q"}, "prompt-completion", "no field 'completion'", "unknown-form"),
         ({}, "instruction", "no field 'instruction' and no field 'output'", "unknown-form"),
@@ -183,9 +183,9 @@ def test_text_that_only_looks_like_messages_stays_text():
         ({"text": " \n"}, "auto", "an empty text", "empty-answer"),
     ],
 )  # fmt: skip
-def test_faults(record, dialect, fault, kind):
+def test_faults(record, data_format, fault, kind):
     with pytest.raises(DataError, match=fault) as error:
-        read_record(record, dialect)
+        read_record(record, data_format)
     assert error.value.kind == kind
 
 

@@ -1,6 +1,6 @@
 """Prompts and our greedy answers, beside a package, for a program on a device to compare its own with.
 
-`NAME.ladder.json`:
+`NAME.reference_answers.json`:
 
     adapterIdentifier         of the package
     maximumResponseTokens     length of the answers
@@ -20,7 +20,7 @@ from mlx_afm.generation import generate
 from mlx_afm.text.template import DEFAULT_SYSTEM
 from mlx_afm.workflows.load import load
 
-SUFFIX = ".ladder.json"
+SUFFIX = ".reference_answers.json"
 PROMPTS = (
     "Name three fruits.",
     "What is the capital of France?",
@@ -29,7 +29,7 @@ PROMPTS = (
 MAX_TOKENS = 64
 
 
-def write_ladder(package: Path, metadata: Metadata, model_folder: Path, prompts: Sequence[str]) -> Path:
+def write_reference_answers(package: Path, metadata: Metadata, model_folder: Path, prompts: Sequence[str]) -> Path:
     """Answers each prompt with the package's own values, greedily; returns the file written beside the package.
 
     Raises:

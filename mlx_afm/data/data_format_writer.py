@@ -1,4 +1,4 @@
-"""Conversations to records of every dialect; `dialects` has the table of them and reads them."""
+"""Conversations to records of every data format; `data_formats` has the table of them and reads them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from mlx_afm.errors import DataError
 Messages = Sequence[Mapping[str, Any]]
 
 
-def write_record(messages: Messages, tools: Sequence[Any], text: str | None, dialect: str) -> Any:
-    """The record of a dialect that reads back as the same conversation.
+def write_record(messages: Messages, tools: Sequence[Any], text: str | None, data_format: str) -> Any:
+    """The record of a data format that reads back as the same conversation.
 
     Whether it does is for the caller to see (`convert` does): an odd text may look like something else.
 
@@ -20,22 +20,22 @@ def write_record(messages: Messages, tools: Sequence[Any], text: str | None, dia
         messages: checked messages as dicts (`to_dict`), the system message included if there is one.
         tools: tool definitions beside the messages.
         text: plain text, in place of messages.
-        dialect: one of `DIALECTS`.
+        data_format: one of `DATA_FORMATS`.
 
     Raises:
-        DataError: the dialect cannot say this.
+        DataError: the data format cannot say this.
     """
-    if (text is None) == (dialect == "text"):
-        raise cannot_say(dialect, "plain text is no conversation, and the other way round")
-    if dialect == "text":
+    if (text is None) == (data_format == "text"):
+        raise cannot_say(data_format, "plain text is no conversation, and the other way round")
+    if data_format == "text":
         return {"text": text}
-    return _WRITERS[dialect](messages, tools)
+    return _WRITERS[data_format](messages, tools)
 
 
-def cannot_say(dialect: str, reason: str) -> DataError:
-    """The fault of a conversation that a dialect has no words for."""
-    advice = "Convert to messages, which holds every conversation" if dialect != "text" else None
-    return DataError(f"the dialect {dialect} cannot say this: {reason}", kind="not-expressible", advice=advice)
+def cannot_say(data_format: str, reason: str) -> DataError:
+    """The fault of a conversation that a data format has no words for."""
+    advice = "Convert to messages, which holds every conversation" if data_format != "text" else None
+    return DataError(f"the data format {data_format} cannot say this: {reason}", kind="not-expressible", advice=advice)
 
 
 def _messages(messages: Messages, tools: Sequence[Any]) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def _sharegpt_turn(turn: Mapping[str, Any]) -> dict[str, Any]:
     return {"from": speaker, "value": turn["content"], **weight}
 
 
-def _pair(dialect: str, answer: str) -> Callable[[Messages, Sequence[Any]], dict[str, Any]]:
+def _pair(data_format: str, answer: str) -> Callable[[Messages, Sequence[Any]], dict[str, Any]]:
     """Texts where there is one request and one answer that nobody takes for a list; else lists of messages."""
 
     def write(messages: Messages, tools: Sequence[Any]) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def _pair(dialect: str, answer: str) -> Callable[[Messages, Sequence[Any]], dict
             head = {"system": system["content"]} if system else {}
             return {**head, "prompt": turns[0]["content"], answer: turns[1]["content"], **_beside(tools)}
         if not messages[:-1]:
-            raise cannot_say(dialect, "it needs a request before the answer")
+            raise cannot_say(data_format, "it needs a request before the answer")
         return {"prompt": list(messages[:-1]), answer: list(messages[-1:]), **_beside(tools)}
 
     return write

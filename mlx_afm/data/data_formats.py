@@ -1,6 +1,6 @@
-"""Records of every dialect to conversations; `dialect_writer` goes back.
+"""Records of every data format to conversations; `data_format_writer` goes back.
 
-| dialect | a record |
+| data format | a record |
 |---|---|
 | `toolkit` | a list of messages, or an object whose first value is one |
 | `messages` | `{"messages": [...], "tools": [...]}` |
@@ -24,7 +24,7 @@ from typing import Any
 from mlx_afm.data.json_text import parse_json
 from mlx_afm.errors import DataError
 
-# Tells the dialect of an object: the first of these whose keys are all there.
+# Tells the data format of an object: the first of these whose keys are all there.
 KEYS = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
@@ -73,58 +73,58 @@ class Conversation:
         messages: what should be a list of messages.
         tools: what should be a list of tool definitions.
         text: plain text, in place of messages.
-        dialect: the form it was in.
+        data_format: the form it was in.
     """
 
     messages: Any
     tools: Any = ()
     text: str | None = None
-    dialect: str = "toolkit"
+    data_format: str = "toolkit"
 
 
 def read_record(
-    value: object, dialect: str = "auto", fields: Sequence[tuple[str, str]] = (), *, in_table: bool = False
+    value: object, data_format: str = "auto", fields: Sequence[tuple[str, str]] = (), *, in_table: bool = False
 ) -> Conversation:
     """The conversation in a record. A field that is null is absent.
 
     Args:
         value: the parsed JSON.
-        dialect: one of the module's table, or "auto".
-        fields: (name, column) pairs: use the object's `column` where the dialect says `name`.
+        data_format: one of the module's table, or "auto".
+        fields: (name, column) pairs: use the object's `column` where the data format says `name`.
         in_table: the record is a row of a table, see `parse_cells`.
 
     Raises:
-        DataError: no dialect fits, or a field is missing or of the wrong type.
+        DataError: no data format fits, or a field is missing or of the wrong type.
     """
-    if isinstance(value, list) and dialect in ("auto", "toolkit"):
+    if isinstance(value, list) and data_format in ("auto", "toolkit"):
         _refuse_records(value)
         return Conversation(value)
     if not isinstance(value, dict):
-        expected = "a list of messages or an object" if dialect == "auto" else f"a record of the dialect {dialect}"
+        expected = "a list of messages or an object" if data_format == "auto" else f"a {data_format} record"
         raise DataError("not a record", kind="unknown-form", expected=expected, found=_kind(value))
     cells = parse_cells(value, fields) if in_table else value
     record = {**cells, **{name: cells[column] for name, column in fields if column in cells}}
-    dialect = _dialect_of(record) if dialect == "auto" else dialect
-    if missing := [key for key in KEYS.get(dialect, ()) if key not in record]:
+    data_format = _data_format_of(record) if data_format == "auto" else data_format
+    if missing := [key for key in KEYS.get(data_format, ()) if key not in record]:
         raise DataError(
             f"no field {' and no field '.join(map(repr, missing))}",
             kind="unknown-form",
-            expected=f"a record of the dialect {dialect}",
+            expected=f"a {data_format} record",
             found=f"fields {', '.join(map(repr, value)) or 'none'}"[:200],
         )
     if absent := [column for name, column in fields if column not in value and name not in value]:
         found = f"columns {', '.join(map(repr, value)) or 'none'}"[:200]
         expected = f"a record with {', '.join(column for _, column in fields)}"
         raise DataError(f"no column {absent[0]!r}", kind="unknown-form", expected=expected, found=found)
-    if record.get("functions") and dialect != "text":
+    if record.get("functions") and data_format != "text":
         advice = 'Write them as \'tools\': [{"type": "function", "function": ...}]'
         raise DataError("'functions' would have no effect", kind="unknown-key", expected="'tools'", advice=advice)
-    return _READERS[dialect](record)
+    return _READERS[data_format](record)
 
 
 def _refuse_records(items: list[Any]) -> None:
     """Raises DataError for a list of records in place of one record."""
-    if items and all(isinstance(item, dict) and "role" not in item and _dialect_with(list(item)) for item in items):
+    if items and all(isinstance(item, dict) and "role" not in item and _data_format_with(list(item)) for item in items):
         advice = "Write each record on a line of its own, or name the file .json"
         facts: dict[str, Any] = {"expected": "one record", "found": f"a list of {len(items)}", "advice": advice}
         raise DataError("several records in one", kind="over-lines", **facts)
@@ -155,8 +155,8 @@ def parse_cells(record: dict[str, Any], fields: Sequence[tuple[str, str]] = ()) 
     return row
 
 
-def _dialect_with(names: Sequence[str]) -> str | None:
-    return next((dialect for dialect, keys in KEYS.items() if all(key in names for key in keys)), None)
+def _data_format_with(names: Sequence[str]) -> str | None:
+    return next((data_format for data_format, keys in KEYS.items() if all(key in names for key in keys)), None)
 
 
 def _message_list(value: object) -> list[Any] | None:
@@ -167,16 +167,16 @@ def _message_list(value: object) -> list[Any] | None:
     return found if isinstance(found, list) and all(isinstance(i, dict) and "role" in i for i in found) else None
 
 
-def _dialect_of(record: Mapping[str, Any]) -> str:
+def _data_format_of(record: Mapping[str, Any]) -> str:
     present = [key for key, value in record.items() if value is not None and value != []]
-    if (dialect := _dialect_with(present)) is not None:
-        return dialect
+    if (data_format := _data_format_with(present)) is not None:
+        return data_format
     if isinstance(_first(record), list):
         return "toolkit"
-    if (dialect := _dialect_with(list(record))) is not None:
-        return dialect  # whose reader says which of its fields is null
+    if (data_format := _data_format_with(list(record))) is not None:
+        return data_format  # whose reader says which of its fields is null
     raise DataError(
-        "no messages: a record of no dialect we know",
+        "no messages: a record of no data format we know",
         kind="unknown-form",
         expected="messages, conversations, instruction and output, prompt and completion or response, or text",
         found=f"fields {', '.join(map(repr, record)) or 'none'}"[:200],
@@ -185,7 +185,7 @@ def _dialect_of(record: Mapping[str, Any]) -> str:
 
 
 def _toolkit(record: dict[str, Any]) -> Conversation:
-    return Conversation(_first(record), _parsed(record.get("tools")), dialect="toolkit")
+    return Conversation(_first(record), _parsed(record.get("tools")), data_format="toolkit")
 
 
 def _first(record: Mapping[str, Any]) -> Any:
@@ -194,17 +194,17 @@ def _first(record: Mapping[str, Any]) -> Any:
 
 
 def _messages(record: dict[str, Any]) -> Conversation:
-    return Conversation(_list(record["messages"], "messages"), _parsed(record.get("tools")), dialect="messages")
+    return Conversation(_list(record["messages"], "messages"), _parsed(record.get("tools")), data_format="messages")
 
 
-def _pair(answer: str, dialect: str) -> Callable[[dict[str, Any]], Conversation]:
+def _pair(answer: str, data_format: str) -> Callable[[dict[str, Any]], Conversation]:
     def read(record: dict[str, Any]) -> Conversation:
         messages = [
             *_system(record),
             *_turn("user", record["prompt"], "prompt"),
             *_turn("assistant", record[answer], answer),
         ]
-        return Conversation(messages, _parsed(record.get("tools")), dialect=dialect)
+        return Conversation(messages, _parsed(record.get("tools")), data_format=data_format)
 
     return read
 
@@ -219,7 +219,7 @@ def _instruction(record: dict[str, Any]) -> Conversation:
         messages += [*_turn("user", request, "history"), *_turn("assistant", answer, "history")]
     messages += _turn("user", "\n\n".join(text for text in texts if text), "instruction")
     messages += _turn("assistant", record["output"], "output")
-    return Conversation(messages, _parsed(record.get("tools")), dialect="instruction")
+    return Conversation(messages, _parsed(record.get("tools")), data_format="instruction")
 
 
 def _sharegpt(record: dict[str, Any]) -> Conversation:
@@ -227,7 +227,7 @@ def _sharegpt(record: dict[str, Any]) -> Conversation:
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise DataError("conversations has the wrong form", kind="no-messages", expected="a list of turns")
     messages = [*_system(record), *(_from_sharegpt(turn, index) for index, turn in enumerate(turns))]
-    return Conversation(messages, _parsed(record.get("tools")), dialect="sharegpt")
+    return Conversation(messages, _parsed(record.get("tools")), data_format="sharegpt")
 
 
 def _from_sharegpt(turn: dict[str, Any], index: int) -> dict[str, Any]:
@@ -257,7 +257,7 @@ def _plain_text(record: dict[str, Any]) -> Conversation:
     text = _text(record["text"], "text")
     if not text.strip():
         raise DataError("an empty text", kind="empty-answer", advice="Drop the record")
-    return Conversation([], text=text, dialect="text")
+    return Conversation([], text=text, data_format="text")
 
 
 _READERS: dict[str, Callable[[dict[str, Any]], Conversation]] = {
@@ -269,7 +269,7 @@ _READERS: dict[str, Callable[[dict[str, Any]], Conversation]] = {
     "sharegpt": _sharegpt,
     "text": _plain_text,
 }
-DIALECTS = tuple(_READERS)
+DATA_FORMATS = tuple(_READERS)
 
 
 def _system(record: Mapping[str, Any]) -> list[dict[str, Any]]:
