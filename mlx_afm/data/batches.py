@@ -6,14 +6,14 @@ Shape suffixes: B batch, L tokens, N targets of the row that has most.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import overload
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_afm.model import KeyIndices, Packing
+from mlx_afm.model import Activations, KeyIndices, Packing
 
 Ints = npt.NDArray[np.int32]
 ROW_STEP = 32  # lengths are rounded up to a multiple of this
@@ -33,6 +33,7 @@ class PackedRow:
         output_positions_T: int32, ascending, the index whose prediction counts; twice if it has two targets.
         targets_T: int32.
         weights_T: float32, summed over the examples that train the same target behind the same tokens.
+        places: of each example, in the order given, int32 (T,), the index in the row of each token that it reads.
 
     Example: `a b x` and `a b c y`, all targets trained: ids `a b c`, subtree ends `2 2 2`, output positions
     `0 1 1 2`, targets `b c x y`, weights `2 1 1 1`.
@@ -44,6 +45,7 @@ class PackedRow:
     output_positions_T: Ints
     targets_T: Ints
     weights_T: npt.NDArray[np.float32]
+    places: tuple[Ints, ...]
 
 
 def common_tokens(first: Ints, second: Ints) -> int:
@@ -63,13 +65,15 @@ def pack(examples: Sequence[Tokens]) -> PackedRow:
     ids, positions, outputs, targets, weights = [], [], [], [], []
     subtree_end = np.zeros(sum(map(len, examples)), np.int32)
     path = read = np.empty(0, np.int32)
-    count = 0
-    for example in sorted(examples, key=lambda example: example.ids[:-1].tolist()):
+    count, places = 0, [read] * len(examples)
+    for index in sorted(range(len(examples)), key=lambda index: examples[index].ids[:-1].tolist()):
+        example = examples[index]
         before, read = read, example.ids[:-1]
         shared = common_tokens(before, read)
         subtree_end[path[shared:]] = count - 1
         path = np.concatenate([path[:shared], np.arange(count, count + len(read) - shared, dtype=np.int32)])
         count += len(read) - shared
+        places[index] = path
         ids.append(read[shared:])
         positions.append(np.arange(shared, len(read), dtype=np.int32))
         trained = np.flatnonzero(example.weights[1:])
@@ -84,6 +88,7 @@ def pack(examples: Sequence[Tokens]) -> PackedRow:
         np.concatenate([*positions, padding]),
         np.concatenate([subtree_end[:count], np.arange(count, length, dtype=np.int32)]),
         *_summed(np.concatenate(outputs), np.concatenate(targets), np.concatenate(weights)),
+        tuple(places),
     )
 
 
@@ -217,6 +222,9 @@ class Batch:
         weights_BN: float32, weight of each target; 0 is padding.
         read_tokens: how many tokens the examples read, those in common counted for each.
         packing: how the examples share a row; None if each has its own.
+        rows: the examples.
+        places: of each example, int32 (T,), the index into B * L of each token that it reads.
+        activations: of frozen layers, if they are not to be computed; see `training.frozen`.
 
     A padded input changes nothing before it, since a token sees no later token.
 
@@ -229,6 +237,9 @@ class Batch:
     weights_BN: mx.array
     read_tokens: int = 0
     packing: Packing | None = None
+    rows: Sequence[Tokens] = ()
+    places: Sequence[Ints] = ()
+    activations: Activations | None = None
 
 
 def make_batch(rows: Sequence[Tokens]) -> Batch:
@@ -239,7 +250,7 @@ def make_batch(rows: Sequence[Tokens]) -> Batch:
     packed = pack(rows) if len(rows) > 1 else None
     if packed is None or len(packed.ids_L) > WORTH_PACKING * len(rows) * (max(map(len, rows)) - 1):
         return padded_batch(rows)
-    return packed_batch(packed, read_tokens=_read_tokens(rows))
+    return replace(packed_batch(packed, read_tokens=_read_tokens(rows)), rows=rows, places=packed.places)
 
 
 def padded_batch(rows: Sequence[Tokens]) -> Batch:
@@ -256,7 +267,15 @@ def padded_batch(rows: Sequence[Tokens]) -> Batch:
         outputs[index, : len(trained)] = trained
         targets[index, : len(trained)] = row.ids[trained + 1]
         weights[index, : len(trained)] = row.weights[trained + 1]
-    return Batch(mx.array(inputs), mx.array(outputs), mx.array(targets), mx.array(weights), _read_tokens(rows))
+    return Batch(
+        mx.array(inputs),
+        mx.array(outputs),
+        mx.array(targets),
+        mx.array(weights),
+        read_tokens=_read_tokens(rows),
+        rows=rows,
+        places=[np.arange(len(row) - 1, dtype=np.int32) + index * length for index, row in enumerate(rows)],
+    )
 
 
 def packed_batch(row: PackedRow, *, read_tokens: int) -> Batch:

@@ -59,6 +59,22 @@ class KVReuseDecoderLayer(nn.Module):
         return self.mlp(x, self.post_attention_layernorm)
 
 
+@dataclass(frozen=True)
+class Activations:
+    """The residual stream between two layers: what the layers above need of those below.
+
+    Attributes:
+        layer: how many layers it has passed.
+        x: float (B, L, D) at all tokens; from the last ordinary layer on (B, N, D), at the output positions.
+        keys, values: (B, K, S, E) of the last ordinary layer; None before it.
+    """
+
+    layer: int
+    x: mx.array
+    keys: mx.array | None = None
+    values: mx.array | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Call:
     """What `Model.hidden` was asked for besides the tokens; its arguments say what each means."""
@@ -70,6 +86,7 @@ class Call:
     packing: Packing | None = None
     output_positions_BN: mx.array | None = None
     grad_checkpoint: bool = False
+    activations: Activations | None = None
 
 
 class AFMModel(nn.Module):
@@ -86,25 +103,36 @@ class AFMModel(nn.Module):
     def __call__(self, tokens_BL: mx.array, call: Call) -> mx.array:
         """Final hidden states; see `Model.hidden`."""
         one_token = call.cache is not None and call.output_positions_BN is None and tokens_BL.shape[1] == 1
-        x = self.embedding(tokens_BL[:, 0] if one_token else tokens_BL)
-        length, output_positions_BN = tokens_BL.shape[1], call.output_positions_BN
-        caches = [None] * len(self.layers) if call.cache is None else list(call.cache)
-        if len(caches) != len(self.layers):
-            raise ConfigError("wrong number of caches", expected=len(self.layers), found=len(caches))
+        passed = self.run_layers(tokens_BL, call, self.config.num_layers, one_token=one_token)
+        x = self.output_norm(passed.x)
+        return x[:, None] if one_token else x
+
+    def run_layers(self, tokens_BL: mx.array, call: Call, stop: int, *, one_token: bool = False) -> Activations:
+        """The residual stream behind the first `stop` layers, starting from `call.activations` if there are any."""
+        given, output_positions_BN = call.activations, call.output_positions_BN
+        if given is None:
+            given = Activations(0, self.embedding(tokens_BL[:, 0] if one_token else tokens_BL))
+        length, ordinary = tokens_BL.shape[1], len(self.layers)
+        caches = [None] * ordinary if call.cache is None else list(call.cache)
+        if len(caches) != ordinary:
+            raise ConfigError("wrong number of caches", expected=ordinary, found=len(caches))
+        x, k, v = given.x, given.keys, given.values
         tables = x.dtype if self.training else mx.float32  # one kernel rotates in inference, and rounds once
         context = self._context(tables, length, call, caches[0])
 
         def run(layer: nn.Module, function: Callable[..., Any], *arrays: mx.array) -> Any:
             return recomputed([layer], function, *arrays) if call.grad_checkpoint else function(*arrays)
 
-        for layer, cache in zip(self.layers[:-1], caches):
+        for number in range(given.layer, min(stop, ordinary - 1)):
+            layer, cache = self.layers[number], caches[number]
             x = run(layer, lambda x, layer=layer, cache=cache: layer(x, context, cache)[0], x)
-        x, k, v = run(self.layers[-1], lambda x: self.layers[-1](x, context, caches[-1], output_positions_BN), x)
-        read = context if output_positions_BN is None else context.at(output_positions_BN, length, k.shape[2])
-        for layer in self.kv_reuse_layers:
-            x = run(layer, lambda x, k, v, layer=layer: layer(x, read, k, v), x, k, v)
-        x = self.output_norm(x)
-        return x[:, None] if one_token else x
+        if given.layer < ordinary <= stop:
+            x, k, v = run(self.layers[-1], lambda x: self.layers[-1](x, context, caches[-1], output_positions_BN), x)
+        if k is not None and v is not None and stop > ordinary:
+            read = context if output_positions_BN is None else context.at(output_positions_BN, length, k.shape[2])
+            for layer in self.kv_reuse_layers[max(0, given.layer - ordinary) : stop - ordinary]:
+                x = run(layer, lambda x, k, v, layer=layer: layer(x, read, k, v), x, k, v)
+        return Activations(stop, x, k, v)
 
     def _context(self, dtype: mx.Dtype, length: int, call: Call, cache: Any) -> AttentionContext:
         if call.packing is not None:
@@ -148,6 +176,7 @@ class Model(nn.Module):
         packing: Packing | None = None,
         output_positions: mx.array | None = None,
         grad_checkpoint: bool = False,
+        activations: Activations | None = None,
     ) -> mx.array:
         """Hidden states after the final norm.
 
@@ -166,6 +195,7 @@ class Model(nn.Module):
                 ordinary layer and of all later layers is then not computed. Exact.
             grad_checkpoint: keep one array per layer for the backward pass, and K and V of the last ordinary
                 layer, and compute everything else again: about a third more time.
+            activations: of the layers below, from `activations` with the same tokens; these are then not computed.
 
         Returns: (B, L, D), or (B, N, D) with `output_positions`.
         Raises: ConfigError for a wrong number of caches, or arguments that exclude each other.
@@ -187,8 +217,30 @@ class Model(nn.Module):
             packing=packing,
             output_positions_BN=output_positions,
             grad_checkpoint=grad_checkpoint,
+            activations=activations,
         )
         return self.model(tokens_BL, call)
+
+    def activations(
+        self,
+        tokens_BL: mx.array,
+        layer: int,
+        *,
+        cache: Sequence[Any] | None = None,
+        output_positions: mx.array | None = None,
+    ) -> Activations:
+        """The residual stream behind the first `layer` layers, for `hidden` to go on from.
+
+        Args:
+            tokens_BL, cache, output_positions: see `hidden`.
+            layer: from 0, behind the embedding, to `num_layers`, before the final norm.
+
+        Raises: ConfigError for a layer that the model does not have, or a wrong number of caches.
+        """
+        if not 0 <= layer <= self.args.num_layers:
+            raise ConfigError("no such layer", expected=f"0 to {self.args.num_layers}", found=layer)
+        call = Call(cache=cache, output_positions_BN=output_positions)
+        return self.model.run_layers(tokens_BL, call, layer)
 
     def next_logits(self, tokens_BL: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
         """Logits (B, V) of the token after the last one; what they do not depend on is not computed."""

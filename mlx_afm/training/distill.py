@@ -109,6 +109,7 @@ def distillation_from(teacher: Model) -> Loss:
             packing=batch.packing,
             output_positions=batch.output_positions_BN,
             grad_checkpoint=grad_checkpoint,
+            activations=batch.activations,
         )
         hidden_TD, wanted_TD = (array.reshape(-1, array.shape[-1]) for array in (hidden_BND, wanted_BND))
         weights_T = batch.weights_BN.reshape(-1)

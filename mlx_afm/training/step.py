@@ -20,6 +20,7 @@ from mlx_afm.training.loss import chunked_cross_entropy, cross_entropy, summed_l
 
 Loss = Callable[[Model, Batch, bool], mx.array]  # model, batch, grad_checkpoint -> sum of weighted losses, nats
 
+BatchOf = Callable[[Sequence[Tokens]], Batch]
 OnBatches = Callable[[int, int], None]  # batches done, batches in all
 
 
@@ -68,6 +69,7 @@ def batch_loss(model: Model, batch: Batch, grad_checkpoint: bool = False) -> mx.
         packing=batch.packing,
         output_positions=batch.output_positions_BN,
         grad_checkpoint=grad_checkpoint,
+        activations=batch.activations,
     )
     hidden_TD = hidden_BND.reshape(-1, hidden_BND.shape[-1])
     targets_T, weights_T = batch.targets_BN.reshape(-1), batch.weights_BN.reshape(-1)
@@ -142,7 +144,12 @@ def evaluate(model: Model, batches: Iterable[Batch]) -> tuple[float, float]:
     model.eval()
     loss = tokens = 0.0
     for batch in batches:
-        hidden_BND = model.hidden(batch.inputs_BL, packing=batch.packing, output_positions=batch.output_positions_BN)
+        hidden_BND = model.hidden(
+            batch.inputs_BL,
+            packing=batch.packing,
+            output_positions=batch.output_positions_BN,
+            activations=batch.activations,
+        )
         hidden_TD = hidden_BND.reshape(-1, hidden_BND.shape[-1])
         targets_T, weights_T = batch.targets_BN.reshape(-1), batch.weights_BN.reshape(-1)
         loss += _number(summed_loss(hidden_TD, model.logits, targets_T, weights_T))
@@ -159,6 +166,7 @@ def evaluate_data(
     *,
     ranks: Ranks = ALONE,
     on_batches: OnBatches = lambda done, total: None,
+    batch_of: BatchOf = make_batch,
 ) -> tuple[float, float]:
     """Sum of losses (nats) and of target weights over examples, in their order; dealt to the ranks.
 
@@ -166,12 +174,12 @@ def evaluate_data(
     """
     plan = plan_in_order(len(data), batch_size)
     plan = shard(plan if max_batches < 0 else plan[:max_batches], ranks)
-    loss, tokens = ranks.sum_numbers(*evaluate(model, _batches(data, plan, on_batches)))
+    loss, tokens = ranks.sum_numbers(*evaluate(model, _batches(data, plan, on_batches, batch_of)))
     return loss, tokens
 
 
-def _batches(data: Sequence[Tokens], plan: Sequence[Any], on_batches: OnBatches) -> Iterator[Batch]:
+def _batches(data: Sequence[Tokens], plan: Sequence[Any], on_batches: OnBatches, batch_of: BatchOf) -> Iterator[Batch]:
     """The batches of a plan; each is done when the next one is asked for."""
     for done, indices in enumerate(plan, 1):
-        yield make_batch([data[index] for index in indices])
+        yield batch_of([data[index] for index in indices])
         on_batches(done, len(plan))

@@ -35,7 +35,7 @@ from mlx_afm.training.optimizers import GroupedOptimizer
 from mlx_afm.training.order import DataOrder
 from mlx_afm.training.schedule import learning_rate
 from mlx_afm.training.state import Snapshot, TrainState, Window, random_state, set_random_state
-from mlx_afm.training.step import Loss, StepResult, batch_loss, evaluate_data, require_float32, train_step
+from mlx_afm.training.step import BatchOf, Loss, StepResult, batch_loss, evaluate_data, require_float32, train_step
 from mlx_afm.tree import require_same_tensors
 
 
@@ -49,6 +49,7 @@ def train(
     resume: Snapshot | None = None,
     ranks: Ranks = ALONE,
     loss_of: Loss = batch_loss,
+    batch_of: BatchOf = make_batch,
 ) -> TrainState:
     """Trains whatever is trainable in the model, in place.
 
@@ -62,6 +63,7 @@ def train(
         ranks: the processes that train this model together, each given the same; all but rank 0 are silent:
             of their hooks only `should_stop` is called, and all stop if one is asked to.
         loss_of: what the steps lower; evaluations always tell the next token's cross entropy.
+        batch_of: makes the batch of some examples, for steps and evaluations; see `training.frozen`.
 
     Raises:
         ConfigError: nothing to train, or not float32, or no data; or the run diverged: trained tensors or the
@@ -72,7 +74,7 @@ def train(
     require_float32(model)
     if not train_data:
         raise ConfigError("no training examples")
-    run = _Run(model, train_data, valid_data, config, hooks or Hooks(), ranks, loss_of)
+    run = _Run(model, train_data, valid_data, config, hooks or Hooks(), ranks, loss_of, batch_of)
     if resume is None:
         mx.random.seed(config.seed)  # dropout draws from the default stream
     else:
@@ -90,8 +92,10 @@ class _Run:
         hooks: Hooks,
         ranks: Ranks,
         loss_of: Loss,
+        batch_of: BatchOf,
     ) -> None:
         self.model, self.config, self.ranks, self.loss_of = model, config, ranks, loss_of
+        self.batch_of = batch_of
         self.hooks = hooks if ranks.is_main_process else Hooks(should_stop=hooks.should_stop)
         self.train_data, self.valid_data = train_data, valid_data
         self.order = DataOrder(train_data, config)
@@ -236,7 +240,7 @@ class _Run:
             raise diverged(f"{state.skipped} of {state.step} steps had no finite gradient", state.step, self.saved)
         if not self.valid_data:
             first = [self.train_data[index] for index in range(min(config.batch_size, len(self.train_data)))]
-            loss, _ = evaluate_data(self.model, first, config.batch_size, ranks=self.ranks)
+            loss, _ = evaluate_data(self.model, first, config.batch_size, ranks=self.ranks, batch_of=self.batch_of)
             if not math.isfinite(loss):
                 raise diverged(f"the loss of a training batch is {loss}", state.step, self.saved)
 
@@ -254,7 +258,7 @@ class _Run:
         if state.cursor >= len(plan):
             state.epoch, state.cursor = state.epoch + 1, 0
         mine = self.order.share(chosen, self.ranks)
-        return [make_batch([self.train_data[index] for index in indices]) for indices in mine]
+        return [self.batch_of([self.train_data[index] for index in indices]) for indices in mine]
 
     def _watch_for_spike(self, result: StepResult) -> None:
         loss = result.loss / result.tokens
@@ -300,6 +304,7 @@ class _Run:
             config.val_batches,
             ranks=self.ranks,
             on_batches=self._on_batches,
+            batch_of=self.batch_of,
         )
         mean = loss / tokens
         if not math.isfinite(mean):
