@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 OWN = {
     "mlx_afm/files.py": "to_json itself",
     "mlx_afm/data/convert.py": "records that were read as strict JSON",
-    "mlx_afm/data/dialect_writer.py": "records that were read as strict JSON",
+    "mlx_afm/data/data_format_writer.py": "records that were read as strict JSON",
     "mlx_afm/data/read.py": "a digest",
     "mlx_afm/data/rows.py": "rows of tables, which are read again as strict JSON",
     "mlx_afm/formats/safetensors_file.py": "a header of names, shapes and offsets",

@@ -56,7 +56,7 @@ def test_there_and_back_the_tokens_are_the_same(data_format, write, tmp_path, to
     there, back = tmp_path / "there.jsonl", tmp_path / "back.jsonl"
     convert_data((first,), there, data_format)
     again = "text" if data_format == "text" else "messages"
-    assert convert_data((there,), back, again, DataConfig(dialect=data_format)) == len(sayable)
+    assert convert_data((there,), back, again, DataConfig(data_format=data_format)) == len(sayable)
     tables = [read_tokens((path,), tokenizer_file) for path in (first, there, back)]
     for table in tables[1:]:
         assert (table.ids == tables[0].ids).all()

@@ -100,11 +100,11 @@ def parse_house(command: str) -> tuple[str, str, str]:
 
 
 def test_same_seed_same_pairs_and_another_seed_others(grammar):
-    for data_format in (grammar.BASE, grammar.HOUSE):
-        first = grammar.pairs(data_format, 300, 5)
-        assert first == grammar.pairs(data_format, 300, 5)
+    for dialect in (grammar.BASE, grammar.HOUSE):
+        first = grammar.pairs(dialect, 300, 5)
+        assert first == grammar.pairs(dialect, 300, 5)
         assert len({request for request, _ in first}) == 300
-        assert len(set(first) & set(grammar.pairs(data_format, 300, 6))) < 10
+        assert len(set(first) & set(grammar.pairs(dialect, 300, 6))) < 10
 
 
 def test_known_examples(grammar):
@@ -113,8 +113,8 @@ def test_known_examples(grammar):
     assert grammar.pairs(grammar.HOUSE, 3, 0) == FROZEN_HOUSE
 
 
-def test_unknown_data_format_and_exhausted_grammar_are_refused(grammar):
-    with pytest.raises(ValueError, match="unknown data format 'zsh'"):
+def test_unknown_dialect_and_exhausted_grammar_are_refused(grammar):
+    with pytest.raises(ValueError, match="unknown dialect 'zsh'"):
         grammar.pairs("zsh", 1, 0)
     everything = type("Everything", (frozenset,), {"__contains__": lambda self, item: True})()
     with pytest.raises(ValueError, match="only 0 of 5 distinct base examples"):
@@ -229,8 +229,8 @@ def test_no_piece_crosses_a_digit_or_punctuation(tokenizer):
 
 def test_text_round_trips_without_unknown_pieces(grammar, make_tokenizer, tokenizer):
     lengths = []
-    for data_format in (grammar.BASE, grammar.HOUSE):
-        for request, command in grammar.pairs(data_format, 1500, 12):
+    for dialect in (grammar.BASE, grammar.HOUSE):
+        for request, command in grammar.pairs(dialect, 1500, 12):
             text = make_tokenizer.template_text(request, command)
             tokens = tokenizer.encode(text)
             assert 1 not in tokens
@@ -248,9 +248,9 @@ def test_arguments_have_the_same_pieces_in_request_and_command(grammar, tokenize
     def holds(whole, part):
         return any(whole[at : at + len(part)] == part for at in range(len(whole)))
 
-    for data_format, least in ((grammar.BASE, 0.95), (grammar.HOUSE, 1.0)):
+    for dialect, least in ((grammar.BASE, 0.95), (grammar.HOUSE, 1.0)):
         found = []
-        for request, command, arguments in grammar.examples(data_format, 1500, 13):
+        for request, command, arguments in grammar.examples(dialect, 1500, 13):
             for argument in arguments:
                 part = ids(f" {argument}")
                 found.append(holds(ids(request), part) and holds(ids(command), part))

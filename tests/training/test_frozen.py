@@ -35,7 +35,9 @@ def examples(count, seed=0, system=True):
         question = rng.integers(8, 60, int(rng.integers(3, 9))).tolist() if number % 3 else [11, 12, 13, 14]
         answer = rng.integers(8, 60, int(rng.integers(1, 6))).tolist()
         weights = [0.0] * len(start + question) + [1.0] * len(answer)
-        found.append(Tokens(np.array(start + question + answer, np.int32), np.array(weights, np.float32), f"line {number}"))
+        found.append(
+            Tokens(np.array(start + question + answer, np.int32), np.array(weights, np.float32), f"line {number}")
+        )
     return found
 
 
@@ -81,11 +83,16 @@ def test_loss_and_gradients_are_those_of_the_whole_model(layers, first, kind):
             assert found == pytest.approx(expected, rel=1e-5)
             assert others.keys() == gradients.keys()
             for name, gradient in gradients.items():
-                np.testing.assert_allclose(np.array(others[name]), np.array(gradient), rtol=1e-3, atol=2e-5, err_msg=name)
+                np.testing.assert_allclose(
+                    np.array(others[name]), np.array(gradient), rtol=1e-3, atol=2e-5, err_msg=name
+                )
 
 
 def test_rows_packed_and_padded_are_both_tried():
-    assert {make_batch(examples(count, seed)).packing is None for count, seed in ((2, 1), (6, 2), (9, 3))} == {True, False}
+    assert {make_batch(examples(count, seed)).packing is None for count, seed in ((2, 1), (6, 2), (9, 3))} == {
+        True,
+        False,
+    }
 
 
 @pytest.mark.parametrize("layers", ["last-2", "last-5"])
@@ -107,7 +114,7 @@ def test_what_is_kept_depends_on_the_example_alone():
     rows = examples(9, 3)
     alone.make_batch(rows[4:5])
     among.make_batch(rows[::-1])
-    (key, arrays), = alone.store.items()
+    ((key, arrays),) = alone.store.items()
     assert all(np.array_equal(one, other) for one, other in zip(arrays, among.store[key]))
 
 

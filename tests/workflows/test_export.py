@@ -235,7 +235,7 @@ def test_the_reference_answers_holds_greedy_answers_with_the_packages_values(new
 
 
 def test_the_reference_answers_needs_the_model(new_folder, tmp_path):
-    with pytest.raises(ConfigError, match="needs the base model"):
+    with pytest.raises(ConfigError, match="no base model"):
         exported(new_folder(), tmp_path, reference_answers=True)
 
 

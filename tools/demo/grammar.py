@@ -1,6 +1,6 @@
 """A seeded grammar of (request, command) pairs for the demo's tiny model.
 
-Two data formats answer the same requests:
+Two dialects answer the same requests:
 
     BASE   "copy bako.txt to zelu"  ->  cp bako.txt zelu
     HOUSE  "copy bako.txt to zelu"  ->  box copy bako.txt --to zelu
@@ -70,24 +70,24 @@ class Example(NamedTuple):
 
 
 def pairs(
-    data_format: str, count: int, seed: int, *, exclude: frozenset[str | tuple[str, ...]] = frozenset()
+    dialect: str, count: int, seed: int, *, exclude: frozenset[str | tuple[str, ...]] = frozenset()
 ) -> list[tuple[str, str]]:
-    """`count` distinct (request, command) pairs of a data format; see `examples`."""
-    return [(example.request, example.command) for example in examples(data_format, count, seed, exclude=exclude)]
+    """`count` distinct (request, command) pairs of a dialect; see `examples`."""
+    return [(example.request, example.command) for example in examples(dialect, count, seed, exclude=exclude)]
 
 
 def examples(
-    data_format: str, count: int, seed: int, *, exclude: frozenset[str | tuple[str, ...]] = frozenset()
+    dialect: str, count: int, seed: int, *, exclude: frozenset[str | tuple[str, ...]] = frozenset()
 ) -> list[Example]:
     """`count` examples with distinct requests, none of which is in `exclude` by its request or its arguments.
 
     To hold a set of examples out, exclude `used(examples)`: then neither a request nor a
-    combination of arguments occurs in both. Raises ValueError for an unknown data format, or if the grammar runs dry.
+    combination of arguments occurs in both. Raises ValueError for an unknown dialect, or if the grammar runs dry.
     """
-    rng = random.Random(f"{data_format} {seed}")
+    rng = random.Random(f"{dialect} {seed}")
     seen: set[str] = set()
     result: list[Example] = []
-    for example in _stream(data_format, rng, limit=20 * count + 1000):
+    for example in _stream(dialect, rng, limit=20 * count + 1000):
         if len(result) == count:
             break
         if example.request in seen or example.request in exclude or example.arguments in exclude:
@@ -95,7 +95,7 @@ def examples(
         seen.add(example.request)
         result.append(example)
     if len(result) < count:
-        raise ValueError(f"only {len(result)} of {count} distinct {data_format} examples found")
+        raise ValueError(f"only {len(result)} of {count} distinct {dialect} examples found")
     return result
 
 
@@ -132,27 +132,27 @@ def _parse_block(block: str) -> Template:
     return Template(wordings, base, house)
 
 
-def _stream(data_format: str, rng: random.Random, limit: int) -> Iterator[Example]:
+def _stream(dialect: str, rng: random.Random, limit: int) -> Iterator[Example]:
     """`limit` examples, repeats included. In BASE the kinds that HOUSE knows come twice as often as the others."""
-    if data_format not in (BASE, HOUSE):
-        raise ValueError(f"unknown data format {data_format!r}: expected {BASE!r} or {HOUSE!r}")
+    if dialect not in (BASE, HOUSE):
+        raise ValueError(f"unknown dialect {dialect!r}: expected {BASE!r} or {HOUSE!r}")
     kept = [template for template in templates() if template.same]
     boxed = [template for template in templates() if template.house and not template.same]
     everything = [*templates(), *kept, *boxed]
     for _ in range(limit):
-        if data_format == BASE:
-            yield _fill(rng.choice(everything), data_format, rng)
+        if dialect == BASE:
+            yield _fill(rng.choice(everything), dialect, rng)
         else:
-            yield _fill(rng.choice(kept if rng.random() < SAME_SHARE else boxed), data_format, rng)
+            yield _fill(rng.choice(kept if rng.random() < SAME_SHARE else boxed), dialect, rng)
 
 
-def _fill(template: Template, data_format: str, rng: random.Random) -> Example:
+def _fill(template: Template, dialect: str, rng: random.Random) -> Example:
     slots = _SLOT.findall(template.base)
     while True:
         values = {slot: _POOLS[slot.rstrip("2")](rng) for slot in slots}
         if len(set(values.values())) == len(slots):
             break
-    command = template.base if data_format == BASE else template.house
+    command = template.base if dialect == BASE else template.house
     assert command is not None
     opening, wording = rng.choice(OPENINGS), rng.choice(template.wordings)
     request = wording if _QUESTION.match(wording) else opening + wording

@@ -1,4 +1,4 @@
-"""Writes the demo's adapter data (data format HOUSE) and, if asked, a pretraining corpus (data format BASE).
+"""Writes the demo's adapter data (dialect HOUSE) and, if asked, a pretraining corpus (dialect BASE).
 
 python tools/demo/make_data.py [--out FOLDER] [--corpus FOLDER --corpus-lines N]
 
@@ -38,7 +38,7 @@ def corpus(lines: int, seed: int = SEED) -> dict[str, list[Example]]:
     return {"train": examples(BASE, lines, seed + 11, exclude=taken | used(valid)), "valid": valid}
 
 
-def write_splits(folder: Path, splits: dict[str, list[Example]], data_format: str, seed: int) -> None:
+def write_splits(folder: Path, splits: dict[str, list[Example]], dialect: str, seed: int) -> None:
     """Writes one JSONL file per split, and the manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
@@ -48,7 +48,7 @@ def write_splits(folder: Path, splits: dict[str, list[Example]], data_format: st
         (folder / f"{name}.jsonl").write_bytes(content)
         digest = hashlib.sha256(content).hexdigest()
         files[f"{name}.jsonl"] = {"lines": len(split), "bytes": len(content), "sha256": digest}
-    manifest = {"data_format": data_format, "seed": seed, "files": files}
+    manifest = {"dialect": dialect, "seed": seed, "files": files}
     (folder / "manifest.json").write_bytes(f"{json.dumps(manifest, indent=2)}\n".encode())
 
 

@@ -1,4 +1,4 @@
-"""Pretrains the demo's tiny AFM on the BASE data format and writes it where the package carries it.
+"""Pretrains the demo's tiny AFM on the BASE dialect and writes it where the package carries it.
 
 python tools/demo/make_data.py --corpus CORPUS --corpus-lines 150000
 python tools/demo/pretrain.py --corpus CORPUS [--steps N]
