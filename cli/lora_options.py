@@ -57,6 +57,12 @@ LENGTH = [
         default=None,
         help="Train even if the estimated peak memory is above this machine's.",
     ),
+    click.option(
+        "--frozen-cache",
+        metavar="auto|SIZE|recompute|off",
+        help="Where the lower layers are not trained (--num-layers): keep what they compute for each example on disk, "
+        "and do not compute it again. SIZE is the most that is kept, such as 20GB.  [default: auto, where it pays]",
+    ),
     click.option("--seed", type=int, help="[default: 0]"),
     click.option(
         "--rank-timeout-seconds",

@@ -19,7 +19,7 @@ from mlx_afm.training.config import OPTIMIZERS
 from .data_options import data_config_from
 from .settings_file import LORA_KEYS, SWITCHES, TRAIN_KEYS, read_settings
 
-JOB_DEFAULTS = ("sample_tokens", "report_to", "project_name", "ignore_memory")
+JOB_DEFAULTS = ("sample_tokens", "report_to", "project_name", "ignore_memory", "frozen_cache")
 EXCLUSIVE = (("alpha", "scale"), ("layers", "num_layers"), ("iters", "epochs"))
 SAME = (*EXCLUSIVE, ("system_prompt", "no_system_prompt"))  # two ways to say it
 LOW_RANK_KEYS = ("rank", "scale", "alpha", "use_rslora", "dropout", "loraplus_ratio")

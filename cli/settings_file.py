@@ -19,7 +19,7 @@ from .parameters import RENAMED, current_name
 LORA_KEYS = {field.name for field in fields(LoRAConfig)} | {"alpha", "use_rslora"}
 TRAIN_KEYS = {field.name for field in fields(TrainConfig)}
 JOB_KEYS = {"model", "data", "adapter_path", "name", "resume_adapter_file", "project_name", "no_cache", *DATA_FIELDS}
-JOB_KEYS |= {"sample_prompt", "sample_tokens", "report_to", "ignore_memory", "no_system_prompt"}
+JOB_KEYS |= {"sample_prompt", "sample_tokens", "report_to", "ignore_memory", "no_system_prompt", "frozen_cache"}
 DERIVED_KEYS = {"num_layers": "int", "loraplus_ratio": "float"}  # other ways to say layers and rate_factors
 SWITCHES = {"train", "test", "resume", "overwrite", "best"}
 KNOWN = LORA_KEYS | TRAIN_KEYS | JOB_KEYS | SWITCHES | set(DERIVED_KEYS) | {"lora_parameters"}

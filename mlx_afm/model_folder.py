@@ -195,11 +195,13 @@ class ModelFolder:
         files += [path for path in visible((self.path / BASE_ADAPTER).glob("*")) if path.is_file()]
         return fingerprint_of_files(files, self._files)
 
-    def load_model(self, *, lazy: bool = False) -> Model:
+    def load_model(self, *, lazy: bool = False, layers: range | None = None) -> Model:
         """The model without any adapter; names and shapes are checked before a value is read.
 
         Args:
             lazy: leave the weights on disk until they are used.
+            layers: those whose weights are wanted, None for all. The others stay on disk until they are used, and are
+                not checked.
 
         Raises:
             FormatError, ConfigError: see `config` and `schemes`. TensorsError: weights of another model, or NaN or
@@ -207,7 +209,7 @@ class ModelFolder:
 
         Cost: the check is one pass over the weights in memory, some percent of the time to read them from disk.
         """
-        return load_weights(self.path, self.config, self.schemes, self.tensors, lazy=lazy)
+        return load_weights(self.path, self.config, self.schemes, self.tensors, lazy=lazy, layers=layers)
 
     def load_with(self, adapter: Adapter | None, *, where: object = None, lazy: bool = False) -> Model:
         """The model in evaluation mode with an adapter on it; None: with the active base adapter, if there is one.

@@ -13,10 +13,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_afm.adapters.config import WHOLE_WEIGHTS, LoRAConfig
-from mlx_afm.adapters.layers import ALL, chosen_layers, coded_projections, layer_of
+from mlx_afm.adapters.layers import ALL, chosen_layers, coded_projections
 from mlx_afm.adapters.store import Adapter
 from mlx_afm.checkpoints.arrays import to_mlx
-from mlx_afm.checkpoints.names import PROJECTIONS, Projection, target_of
+from mlx_afm.checkpoints.names import PROJECTIONS, Projection, layer_of, target_of
 from mlx_afm.errors import AdapterError
 from mlx_afm.model import Model
 from mlx_afm.model.dora import DoRAFusedLinear, DoRALinear

@@ -9,13 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from mlx_afm.checkpoints.names import QKV, Kind, plan_names, target_of
+from mlx_afm.checkpoints.names import QKV, Kind, layer_of, plan_names, target_of
 from mlx_afm.errors import SettingError
 from mlx_afm.model import AFMConfig, ToolkitConfig
 
 ALL = "all"
 _PART = re.compile(r"all|ordinary|reuse|last-(?P<last>\d{1,4})|(?P<first>\d{1,4})(?:-(?P<end>\d{1,4}))?", re.ASCII)
-_NAME = re.compile(r"model\.(?P<kind>layers|kv_reuse_layers)\.(?P<number>\d+)\.")
 
 
 def layer_faults(spec: object) -> list[str]:
@@ -53,14 +52,6 @@ def chosen_layers(spec: str, base: AFMConfig) -> frozenset[int]:
             raise SettingError("the model has no such layers", expected=expected, found=part)
         chosen |= set(found)
     return frozenset(chosen)
-
-
-def layer_of(name: str, base: AFMConfig) -> int | None:
-    """The number of the layer that a tensor belongs to; None for the embedding and the last norm."""
-    match = _NAME.match(name)
-    if match is None:
-        return None
-    return int(match["number"]) + (base.num_ordinary_layers if match["kind"] == "kv_reuse_layers" else 0)
 
 
 def coded_projections(layers: str, targets: Sequence[str], base: AFMConfig) -> dict[str, tuple[int, int]]:

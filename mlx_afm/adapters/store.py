@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mlx_afm.adapters.config import DEFAULT_SCALE, LoRAConfig, parse_adapter_json, to_adapter_json
-from mlx_afm.adapters.layers import ALL, chosen_layers, coded_projections, layer_of
+from mlx_afm.adapters.layers import ALL, chosen_layers, coded_projections
 from mlx_afm.checkpoints.arrays import cast
 from mlx_afm.checkpoints.finite import require_finite
 from mlx_afm.checkpoints.names import (
@@ -24,6 +24,7 @@ from mlx_afm.checkpoints.names import (
     TensorEntry,
     adapter_ids,
     count_layers,
+    layer_of,
     plan_adapter,
     plan_names,
     target_of,

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 
 from mlx_afm.checkpoints.arrays import cast
 from mlx_afm.checkpoints.finite import finite_while_read, require_finite, require_finite_arrays
-from mlx_afm.checkpoints.names import Kind, TensorEntry, plan_names
+from mlx_afm.checkpoints.names import Kind, TensorEntry, layer_of, plan_names
 from mlx_afm.checkpoints.quantized import KEY
 from mlx_afm.checkpoints.toolkit import ToolkitCheckpoint, quantizer_scale, range_of_scale
 from mlx_afm.errors import ConfigError, FormatError
@@ -84,6 +84,7 @@ def load_weights(
     tensors: Mapping[str, LazyTensor],
     *,
     lazy: bool = False,
+    layers: range | None = None,
 ) -> Model:
     """The model of a folder in evaluation mode; names and shapes are checked before a value is read.
 
@@ -91,6 +92,7 @@ def load_weights(
         folder: whose shards MLX reads.
         config, schemes, tensors: what was read of it; see `ModelFolder`.
         lazy: leave the weights on disk until they are used.
+        layers: those whose weights are wanted, None for all; the others stay on disk and are not checked.
 
     Raises:
         TensorsError: weights of another model, or NaN or infinite ones, all named.
@@ -102,16 +104,19 @@ def load_weights(
     expected = {name: tuple(array.shape) for name, array in tree_flatten(model.parameters())}
     found = {name: tensor.shape for name, tensor in tensors.items()}
     require_same_tensors(expected, found, where=folder)
+    wanted = {name for name in tensors if layers is None or (layer_of(name, config) in (None, *layers))}
     if lazy:
-        require_finite({n: t for n, t in tensors.items() if len(t.shape) < 2 or n.endswith(SMALL)}, where=folder)
+        small = {n: t for n, t in tensors.items() if n in wanted and (len(t.shape) < 2 or n.endswith(SMALL))}
+        require_finite(small, where=folder)
     weights: dict[str, mx.array] = {}
     for file in sorted(folder.glob("model*.safetensors")):
         weights.update(mx.load(str(file)))  # type: ignore[arg-type]
     model.load_weights(list(weights.items()))
     model.eval()
     if not lazy:
-        mx.eval(model.parameters())
-        require_finite_arrays(dict(tree_flatten(model.parameters())), where=folder)
+        arrays = {name: array for name, array in tree_flatten(model.parameters()) if name in wanted}
+        mx.eval(arrays)
+        require_finite_arrays(arrays, where=folder)
     return model
 
 

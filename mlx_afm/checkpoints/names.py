@@ -20,6 +20,8 @@ from mlx_afm.model import AdapterSpec, AFMConfig, ToolkitConfig
 
 DEFAULT_ADAPTER = "base_adapter"  # the id the toolkit's files use
 
+_IN_LAYER = re.compile(r"model\.(?P<kind>layers|kv_reuse_layers)\.(?P<number>\d+)\.")
+
 
 class Kind(Enum):
     """What a tensor of the state dict is to us."""
@@ -181,3 +183,11 @@ def count_layers(names: Iterator[str] | list[str]) -> tuple[int, int]:
             reuse = match["segment"] == "segment_1." or match["kind"] == "kv_reuse_layers"
             highest[reuse] = max(highest[reuse], int(match["n"]))
     return highest[0] + 1, highest[1] + 1
+
+
+def layer_of(name: str, base: AFMConfig) -> int | None:
+    """The number of the layer that a tensor belongs to; None for the embedding and the last norm."""
+    match = _IN_LAYER.match(name)
+    if match is None:
+        return None
+    return int(match["number"]) + (base.num_ordinary_layers if match["kind"] == "kv_reuse_layers" else 0)

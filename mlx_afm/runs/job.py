@@ -8,8 +8,20 @@ from pathlib import Path
 from mlx_afm.adapters import LoRAConfig
 from mlx_afm.data import DataConfig, default_cache
 from mlx_afm.errors import SettingError
-from mlx_afm.files import set_paths
+from mlx_afm.files import parse_bytes, set_paths
 from mlx_afm.training import TrainConfig
+
+AUTO, OFF, RECOMPUTE = "auto", "off", "recompute"  # of `LoRAJob.frozen_cache`
+
+
+def frozen_cache_fault(value: str) -> str | None:
+    """What is wrong with a `LoRAJob.frozen_cache`, in words."""
+    try:
+        if value not in (AUTO, OFF, RECOMPUTE):
+            parse_bytes(value)
+    except SettingError:
+        return f"frozen_cache: expected {AUTO}, {OFF}, {RECOMPUTE} or a size such as 20GB, found {value!r}"
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +46,9 @@ class LoRAJob:
         report_to: some of wandb, swanlab, tensorboard.
         project_name: the project of these reports.
         ignore_memory: train even if the estimated peak is above this machine's memory.
+        frozen_cache: of the layers below the first trained one, what is done with their activations: `auto` keeps them
+            in `cache` where that saves time, a size such as 20GB keeps so much, `recompute` computes the same in every
+            step and keeps nothing, `off` computes these layers with the others.
 
     Raises:
         ConfigError: settings out of range, or that exclude each other; all in one error.
@@ -56,6 +71,7 @@ class LoRAJob:
     report_to: tuple[str, ...] = ()
     project_name: str = "mlx-afm"
     ignore_memory: bool = False
+    frozen_cache: str = "auto"
 
     def __post_init__(self) -> None:
         set_paths(self, "model", "data", "adapter_path", "cache", "resume_adapter_file")
@@ -64,6 +80,8 @@ class LoRAJob:
             faults.append(f"sample_tokens: expected at least 1, found {self.sample_tokens!r}")
         if not all(isinstance(prompt, str) and prompt for prompt in self.sample_prompts):
             faults.append(f"sample_prompts: expected texts that are not empty, found {self.sample_prompts!r}")
+        if (fault := frozen_cache_fault(self.frozen_cache)) is not None:
+            faults.append(fault)
         if self.resume and self.overwrite:
             faults.append("overwrite: expected without resume, which continues the run that is there")
         if faults:

@@ -72,7 +72,7 @@ def start_adapter(
                 advice=f"Train in its form (--fine-tune-type lora {_flags(base.config)}), or {_fuse_advice(folder)}",
             )
         add_adapter(model, lora, seed=seed)
-        mx.eval(model.parameters())
+        mx.eval(adapter_weights(model))
         return lora
     form = LoRAConfig(rank=lora.rank, scale=lora.scale, dropout=lora.dropout)
     add_adapter(model, form, seed=seed)
@@ -91,7 +91,7 @@ def _set_values(
     trained = dict(tree_flatten(model.trainable_parameters()))
     started, restarted = restart_dead_components(trained, fresh)
     model.load_weights(list(started.items()), strict=False)
-    mx.eval(model.parameters())
+    mx.eval(adapter_weights(model))
     if restarted:
         modules = sum(name.endswith(".lora_a") for name in trained)
         count = f"{len(restarted)} of {modules} trained adapter modules"
@@ -152,5 +152,5 @@ def _start_from_whole(model: Model, adapter: Adapter, lora: LoRAConfig, *, where
     model.load_weights(
         [(name, to_mlx(tensor).astype(mx.float32)) for name, tensor in adapter.weights.items()], strict=False
     )
-    mx.eval(model.parameters())
+    mx.eval(adapter_weights(model))
     return lora

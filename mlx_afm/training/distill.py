@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlx_afm.data import Batch
 from mlx_afm.errors import ConfigError
 from mlx_afm.model import Model
+from mlx_afm.training.frozen import FrozenLayers
 from mlx_afm.training.loss import CHUNK_TOKENS, Head
 from mlx_afm.training.step import Loss
 
@@ -89,20 +90,30 @@ def _chunk(hidden_TD: mx.array, head: Head, teacher_TV: mx.array, weights_T: mx.
     return loss, gradients[0]
 
 
-def distillation_from(teacher: Model) -> Loss:
+def distillation_from(teacher: Model, layers: FrozenLayers | None = None) -> Loss:
     """A loss for `train`: KL(teacher || model) at the trained positions.
 
     Args:
         teacher: read only; its weights are frozen here and it draws no random numbers. It needs the model's
-            tokens, so also its vocabulary.
+            tokens, so also its vocabulary. With `layers` only its final norm and its head are used.
+        layers: all layers of the teacher, whose activations come from there.
 
     Cost: a forward pass of the teacher, whose hidden states at trained positions alone are kept.
     """
     teacher.freeze()
     teacher.eval()
 
+    def wanted(batch: Batch) -> mx.array:
+        activations = None if layers is None else layers.activations_of(batch)
+        return teacher.hidden(
+            batch.inputs_BL,
+            packing=batch.packing,
+            output_positions=batch.output_positions_BN,
+            activations=activations,
+        )
+
     def loss_of(model: Model, batch: Batch, grad_checkpoint: bool = False) -> mx.array:
-        wanted_BND = teacher.hidden(batch.inputs_BL, packing=batch.packing, output_positions=batch.output_positions_BN)
+        wanted_BND = wanted(batch)
         mx.eval(wanted_BND)  # before the student's pass, so that the two never stand in memory together
         hidden_BND = model.hidden(
             batch.inputs_BL,

@@ -97,6 +97,7 @@ class FrozenLayers:
         self._load, self._prefix_end_id = load, prefix_end_id
         self._model: Model | None = None
         self._prefixes: dict[bytes, _Prefix] = {}
+        self._missing: set[bytes] = set()  # of those that `expect` was given
         self.computed = self.found = 0
 
     @property
@@ -138,25 +139,35 @@ class FrozenLayers:
             digest.update(np.flatnonzero(row.weights[1:]).astype(np.int32).tobytes())
         return digest.digest()
 
-    def missing(self, data: Sequence[Tokens]) -> int:
-        """How many examples the store lacks."""
-        return len(data) if self.store is None else sum(self.key(row) not in self.store for row in data)
+    def expect(self, *splits: Sequence[Tokens]) -> int:
+        """How many of these examples the store lacks; when each of them was there once, the model is let go."""
+        if self.store is not None:
+            keys = {self.key(row) for data in splits for row in data}
+            self._missing = {key for key in keys if key not in self.store}
+        return len(self._missing)
 
-    def release(self) -> None:
-        """Lets the model go; it is loaded again if an example is missing."""
-        self._model = None
-        self._prefixes.clear()
+    def _note_seen(self, key: bytes) -> None:
+        """Lets the model go when nothing is missing any more; it is loaded again if that was too early."""
+        if key in self._missing:
+            self._missing.discard(key)
+            if not self._missing:
+                self._model = None
+                self._prefixes.clear()
+                mx.clear_cache()
 
     def _example(self, row: Tokens) -> list[Array]:
         key = self.key(row)
-        if self.store is not None and (kept := self.store.get(key)) is not None:
+        kept = None if self.store is None else self.store.get(key)
+        if kept is not None:
             self.found += 1
-            return kept
-        self.computed += 1
-        arrays = self._compute(row)
-        if self.store is not None:
-            self.store.put(key, arrays)
-        return arrays
+        else:
+            self.computed += 1
+            kept = self._compute(row)
+            if self.store is not None:
+                self.store.put(key, kept)
+        if self._missing:
+            self._note_seen(key)
+        return kept
 
     def _compute(self, row: Tokens) -> list[Array]:
         if self._model is None:
