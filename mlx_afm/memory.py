@@ -22,7 +22,7 @@ from typing import Any
 from mlx_afm.adapters import LoRAConfig, adapter_shapes
 from mlx_afm.adapters.config import WHOLE_WEIGHTS
 from mlx_afm.adapters.layers import ALL, chosen_layers
-from mlx_afm.checkpoints.names import Kind, plan_names
+from mlx_afm.checkpoints.names import Kind, layer_of, plan_names
 from mlx_afm.data import Batch
 from mlx_afm.model import AFMConfig, ToolkitConfig
 from mlx_afm.quant import Scheme
@@ -130,6 +130,7 @@ def estimate_training(
     grad_checkpoint: bool = False,
     accumulated: bool = False,
     backend: str = "cpu",
+    unloaded_layers: int = 0,
 ) -> MemoryEstimate:
     """Peak memory of a step as `mx.get_peak_memory` counts it; buffers that MLX keeps for reuse are not in it.
 
@@ -142,13 +143,14 @@ def estimate_training(
         grad_checkpoint: whether each layer is computed again.
         accumulated: whether a step has several micro-batches: their summed gradients are held as well.
         backend: "cpu" or "gpu"; the CPU multiplies codes by making them dense.
+        unloaded_layers: lower layers whose weights are not in memory, since their activations are kept on disk.
 
     Source: within 15 % of the measured peak, `docs/memory.md` has the figures.
     """
     full = adapter.fine_tune_type in WHOLE_WEIGHTS
     trained = adapter_shapes(model, adapter)
     trained_bytes = WIDE * sum(map(math.prod, trained.values()))
-    weights = weight_bytes(model, Base(dtype="float32") if full else base)
+    weights = weight_bytes(model, Base(dtype="float32") if full else base, unloaded_layers)
     steps = _Step(model, base, adapter, layout, grad_checkpoint, backend)
     optimizer_bytes = WIDE * sum(_state_size(optimizer, name, shape) for name, shape in trained.items())
     in_flight = sorted((WIDE * math.prod(shape) for shape in trained.values()), reverse=True)[:OPERATIONS_IN_FLIGHT]
@@ -170,10 +172,13 @@ def estimate_training(
     )
 
 
-def weight_bytes(model: AFMConfig, base: Base) -> int:
-    """Bytes of the base model's tensors, exactly."""
+def weight_bytes(model: AFMConfig, base: Base, unloaded_layers: int = 0) -> int:
+    """Bytes of the base model's tensors, exactly, without the lowest layers if they are not loaded."""
     size = 0
     for entry in plan_names(ToolkitConfig(model=model, adapter=None)):
+        layer = layer_of(entry.ours, model)
+        if layer is not None and layer < unloaded_layers:
+            continue
         scheme = base.schemes.get(entry.ours.removesuffix(".weight"))
         if entry.kind is Kind.RANGE:
             size += WIDE

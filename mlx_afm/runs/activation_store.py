@@ -121,7 +121,7 @@ class DiskStore:
 
     def _open(self) -> tuple[int, int]:
         if self._writer is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not (self.folder / ABOUT).is_file():
                 write_json(self.folder / ABOUT, self.about)
             name = uuid.uuid4().hex[:12]

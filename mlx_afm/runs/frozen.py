@@ -1,18 +1,17 @@
-"""Which layers of a run are computed once and for all, where that is kept, and why not if not."""
+"""Which layers of a run are computed once for each example, where that is kept, and why not if not."""
 
 from __future__ import annotations
 
-import hashlib
 import platform
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import mlx.core as mx
-import numpy as np
-from mlx.utils import tree_flatten
 
 from mlx_afm.adapters.config import WHOLE_WEIGHTS
 from mlx_afm.adapters.layers import ALL, chosen_layers
+from mlx_afm.checkpoints.mlx_checkpoint import NORM
 from mlx_afm.data import TokenTable
 from mlx_afm.files import format_bytes, free_bytes, parse_bytes
 from mlx_afm.memory import DTYPE_BYTES
@@ -20,19 +19,24 @@ from mlx_afm.model import AFMConfig, Model
 from mlx_afm.model_folder import ModelFolder
 from mlx_afm.runs.activation_store import STORES, DiskStore
 from mlx_afm.runs.job import AUTO, OFF, RECOMPUTE, LoRAJob
+from mlx_afm.runs.start import start_adapter, takes_base_adapter
+from mlx_afm.runs.state import SavedRun
+from mlx_afm.training import Callback, Notice, Ranks
 from mlx_afm.training.frozen import FrozenLayers
+from mlx_afm.training.hooks import notes_of
 
 FORMAT = 1  # of what a store holds; counted up when the arithmetic of the layers changes
 DISK_SHARE = 0.5  # of the free disk that a store may fill
-BACKWARD = 2.0  # forward passes that the backward pass of an unfrozen layer costs, with its products recomputed
+BACKWARD = 2.0  # forward passes that the backward pass of a layer costs
+STUDENT, TEACHER = "frozen layers", "frozen layers of the teacher"  # among what decides a run
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FrozenPlan:
-    """What is done about the layers below the first trained one.
+    """What is done about the lower layers of a model.
 
     Attributes:
-        layer: how many there are; 0 if they are computed with the others.
+        layer: how many are frozen and computed for each example by itself; 0 if all are computed with the others.
         limit_bytes: of the store; 0 to keep nothing.
         size_bytes: estimated size of the activations of all examples.
         reason: why they are computed with the others, in words; None if they are not, or nobody would expect it.
@@ -44,148 +48,192 @@ class FrozenPlan:
     reason: str | None = None
 
 
-def plan_frozen(
-    job: LoRAJob,
-    config: AFMConfig,
-    data: Sequence[TokenTable],
-    *,
-    dtype: str,
-    epochs: float,
-    adapter_below: bool = False,
-) -> FrozenPlan:
-    """Decides before anything is loaded, from settings and sizes alone.
+@dataclass(frozen=True, kw_only=True)
+class EpochData:
+    """What a run reads in every epoch, and what is done about its frozen layers.
 
-    Args:
-        job: the run.
-        config: sizes of the model.
-        data: the splits that are read in every epoch.
-        dtype: of the residual stream.
-        epochs: how often the run goes over its data.
-        adapter_below: whether there may be an adapter on the layers below.
+    Attributes:
+        job: settings of the run.
+        splits: the training examples, then the validation examples if there are any.
+        epochs: how often the run reads the training examples.
+        prefix_end_id: see `FrozenLayers`.
+        on_event: told of what happens to the activations.
+        plans: by `STUDENT` and `TEACHER`; see `with_plans`.
     """
-    wanted = job.frozen_cache
-    layer = min(chosen_layers(job.lora.layers, config))
-    if job.lora.fine_tune_type in WHOLE_WEIGHTS and job.lora.layers == ALL:
-        layer = 0
-    if wanted == OFF or (wanted == AUTO and layer == 0):
+
+    job: LoRAJob
+    splits: tuple[TokenTable, ...]
+    epochs: float
+    prefix_end_id: int
+    on_event: Callback
+    plans: dict[str, FrozenPlan] = field(default_factory=dict)
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """What of the plans decides the numbers of a run; whether something is kept does not."""
+        return {name: f"{plan.layer}, each example by itself" for name, plan in self.plans.items() if plan.layer}
+
+    def plan(self, folder: ModelFolder, teacher: ModelFolder | None, saved: SavedRun | None, ranks: Ranks) -> None:
+        """Decides about both models, from settings and sizes alone: the same on all ranks, and as a saved run did."""
+        self.plans[STUDENT] = _plan_student(self, folder)
+        if teacher is not None:
+            self.plans[TEACHER] = _plan_store(self, teacher, teacher.config.num_layers, self.splits[:1])
+        if saved is not None and self.job.frozen_cache == AUTO:
+            for name, plan in self.plans.items():
+                self.plans[name] = _as_before(plan, saved.fingerprint["from"].get(name))
+        for name, plan in self.plans.items():
+            if ranks.size > 1 and ranks.any(plan.reason is not None):
+                self.plans[name] = FrozenPlan(reason=plan.reason or "another process cannot keep their activations")
+
+
+def _as_before(plan: FrozenPlan, before: str | None) -> FrozenPlan:
+    """The plan, computing in the way in which the run has computed so far."""
+    if before is None:
         return FrozenPlan()
+    return plan if plan.layer else FrozenPlan(layer=int(before.partition(",")[0]))  # the disk has less room now
+
+
+def _plan_student(run: EpochData, folder: ModelFolder) -> FrozenPlan:
+    job, layer = run.job, min(chosen_layers(run.job.lora.layers, folder.config))
+    if job.lora.fine_tune_type in WHOLE_WEIGHTS and job.lora.layers == ALL:
+        layer = 0  # the embedding is trained
     if layer == 0:
-        return FrozenPlan(reason="layer 0 is trained, so no layer is frozen from the bottom")
-    if adapter_below and job.lora.dropout > 0:
-        return FrozenPlan(reason="the adapter of the layers below has dropout")
-    return plan_store(job, config, layer, data, dtype=dtype, epochs=epochs)
+        asked = job.frozen_cache not in (AUTO, OFF)
+        return FrozenPlan(reason="the lowest layer is trained, so none is frozen" if asked else None)
+    if _adapter_below(job, folder) is not None and job.lora.dropout > 0:
+        return FrozenPlan(reason="the adapter of the lower layers has dropout")
+    return _plan_store(run, folder, layer, run.splits)
 
 
-def plan_store(
-    job: LoRAJob, config: AFMConfig, layer: int, data: Sequence[TokenTable], *, dtype: str, epochs: float
-) -> FrozenPlan:
-    """Where the activations behind `layer` layers go; of a teacher all layers are frozen."""
-    wanted = job.frozen_cache
+def _plan_store(run: EpochData, folder: ModelFolder, layer: int, splits: tuple[TokenTable, ...]) -> FrozenPlan:
+    """Where the activations behind `layer` layers go."""
+    wanted, cache = run.job.frozen_cache, run.job.cache
     if wanted == OFF:
         return FrozenPlan()
-    size = stored_bytes(config, layer, data, dtype)
+    size = stored_bytes(folder.config, layer, splits, _dtype_of(folder))
     if wanted == RECOMPUTE:
-        return FrozenPlan(layer, 0, size)
-    if wanted == AUTO and epochs <= 1:
+        return FrozenPlan(layer=layer, size_bytes=size)
+    if wanted == AUTO and run.epochs <= 1:
         return FrozenPlan(reason="the run reads its data once; --frozen-cache SIZE keeps them for later runs")
-    if job.cache is None:
+    if cache is None:
         return FrozenPlan(reason="there is no cache folder (--no-cache, or MLX_AFM_CACHE=off)")
-    limit = int(DISK_SHARE * free_bytes(job.cache)) if wanted == AUTO else parse_bytes(wanted)
+    limit = int(DISK_SHARE * free_bytes(cache)) if wanted == AUTO else parse_bytes(wanted)
     if wanted == AUTO and size > limit:
-        free = f"{format_bytes(2 * limit)} of disk are free"
+        free = f"{format_bytes(limit / DISK_SHARE)} of disk are free"
         return FrozenPlan(reason=f"their activations would take {format_bytes(size)}, and {free}")
-    return FrozenPlan(layer, limit, size)
+    return FrozenPlan(layer=layer, limit_bytes=limit, size_bytes=size)
 
 
-def stored_bytes(config: AFMConfig, layer: int, data: Sequence[TokenTable], dtype: str) -> int:
+def _dtype_of(folder: ModelFolder) -> str:
+    """The dtype of the residual stream."""
+    norm = folder.tensors.get(NORM)
+    return "float32" if norm is None else norm.dtype
+
+
+def _adapter_below(job: LoRAJob, folder: ModelFolder) -> str | None:
+    """What is on the lower layers besides the base model's own files."""
+    if job.resume_adapter_file is not None:
+        return "of another file"
+    return "the base model's" if takes_base_adapter(folder, job.lora) else None
+
+
+def stored_bytes(config: AFMConfig, layer: int, splits: tuple[TokenTable, ...], dtype: str) -> int:
     """Bytes that the activations of all examples take, without the heads of the records."""
     width = DTYPE_BYTES[dtype] * config.hidden_dim
-    read = sum(len(table.ids) - len(table) for table in data)
+    read = sum(len(table.ids) - len(table) for table in splits)
     if layer < config.num_ordinary_layers:
         return width * read
-    trained = sum(int(table.trained.sum()) for table in data)
+    trained = sum(int(table.trained.sum()) for table in splits)
     keys = 2 * config.kv_dim * (1 if config.kv_quant else DTYPE_BYTES[dtype])
     return width * trained + (keys * read if layer < config.num_layers else 0)
 
 
-def saved_share(config: AFMConfig, plan: FrozenPlan, data: Sequence[TokenTable]) -> float:
-    """Share of an epoch's time that is saved once all is kept, from products alone, without what rows share."""
-    read = sum(len(table.ids) - len(table) for table in data)
-    trained = sum(int(table.trained.sum()) for table in data)
+def remaining_share(config: AFMConfig, layer: int, splits: tuple[TokenTable, ...]) -> float:
+    """Share of an epoch's time that is left once all is kept: counted in products, as if rows had nothing in common."""
+    read = sum(len(table.ids) - len(table) for table in splits)
+    trained = sum(int(table.trained.sum()) for table in splits)
     tokens = [read] * (config.num_ordinary_layers - 1) + [trained] * (config.num_kv_reuse_layers + 1)
-    below, above = sum(tokens[: plan.layer]), sum(tokens[plan.layer :])
-    head = trained * config.vocab_size / (12 * config.hidden_dim)  # in layers: two products of it beside twelve squares
-    return below / (below + (1 + BACKWARD) * above + head)
+    head = trained * config.vocab_size / (12 * config.hidden_dim)  # two products beside the 24 D^2 of a layer
+    above = (1 + BACKWARD) * sum(tokens[layer:]) + head
+    return above / (above + sum(tokens[:layer]))
 
 
-def frozen_layers(
-    plan: FrozenPlan,
-    job: LoRAJob,
-    folder: ModelFolder,
-    *,
-    adapter_below: str | None = None,
-    load: Callable[[], Model],
-    prefix_end_id: int,
-    on_note: Callable[[str], None],
-) -> FrozenLayers:
-    """The frozen layers of a run, over the store that has their activations.
+@contextmanager
+def frozen_below(run: EpochData, folder: ModelFolder, sources: dict[str, str]) -> Iterator[FrozenLayers | None]:
+    """The lower layers of the model that is trained, if they are frozen.
 
     Args:
-        plan: from `plan_frozen` or `plan_store`.
-        job: the run.
-        folder: of the model that has these layers.
-        adapter_below: see `adapter_digest`.
-        load: gives a model with the layers below.
-        prefix_end_id: see `FrozenLayers`.
-        on_note: told if the store takes no more.
+        run: with its plans.
+        folder: of the model.
+        sources: what decides the run: files by their fingerprints.
     """
+    job, plan = run.job, run.plans[STUDENT]
+    if plan.reason is not None:
+        run.on_event(Notice(text=f"the lower layers are computed in every step: {plan.reason}"))
+    if not plan.layer:
+        yield None
+        return
+    adapter = _adapter_below(job, folder)
+
+    def load() -> Model:
+        below = folder.load_model(layers=range(plan.layer))
+        if adapter is not None:
+            start_adapter(below, folder, job.lora, seed=job.train.seed, adapter_file=job.resume_adapter_file)
+        below.train()
+        return below
+
+    about = {"adapter": adapter, "adapter file": sources.get("adapter to start from")}
+    with _opened(run, plan, folder, about, load) as layers:
+        layers.expect(*run.splits)
+        what = f"the {plan.layer} layers below the first trained one are frozen: their activations"
+        share = f". An epoch then takes about {remaining_share(folder.config, plan.layer, run.splits):.0%} of its time"
+        run.on_event(Notice(text=what + _describe(plan, layers, run.splits) + (share if plan.limit_bytes else "")))
+        yield layers
+
+
+@contextmanager
+def frozen_teacher(run: EpochData, folder: ModelFolder) -> Iterator[FrozenLayers | None]:
+    """All layers of a teacher, in inference, if the run computes them for each example by itself."""
+    plan = run.plans[TEACHER]
+    if not plan.layer:
+        yield None
+        return
+    about = {"adapter": "its own", "arithmetic": "inference"}
+    with _opened(run, plan, folder, about, lambda: folder.load_with(None)) as layers:
+        layers.expect(run.splits[0])
+        run.on_event(Notice(text="the teacher's hidden states" + _describe(plan, layers, run.splits[:1])))
+        yield layers
+
+
+@contextmanager
+def _opened(
+    run: EpochData, plan: FrozenPlan, folder: ModelFolder, about: Mapping[str, str | None], load: Callable[[], Model]
+) -> Iterator[FrozenLayers]:
+    """Frozen layers over the store that has their activations, or over none."""
     about = {
-        "format": FORMAT,
+        "format": str(FORMAT),
         "base model": folder.fingerprint,
-        "layers": plan.layer,
-        "adapter below": adapter_below,
-        "prefix end": prefix_end_id,
+        "layers": str(plan.layer),
+        **about,
+        "prefix end": str(run.prefix_end_id),
         "MLX": mx.__version__,  # type: ignore[attr-defined]
         "device": f"{mx.default_device()} {platform.machine()}",
     }
-    store = None
-    if plan.limit_bytes and job.cache is not None:
-        store = DiskStore(job.cache / STORES, about, plan.limit_bytes, on_note)
-    return FrozenLayers(folder.config, plan.layer, load, store, prefix_end_id=prefix_end_id)
+    if not plan.limit_bytes or run.job.cache is None:
+        yield FrozenLayers(folder.config, plan.layer, load, prefix_end_id=run.prefix_end_id)
+        return
+    store = DiskStore(run.job.cache / STORES, about, plan.limit_bytes, notes_of(run.on_event))
+    try:
+        yield FrozenLayers(folder.config, plan.layer, load, store, prefix_end_id=run.prefix_end_id)
+    finally:
+        store.close()
 
 
-def adapter_digest(model: Model, layer: int) -> str | None:
-    """SHA-256 of the adapters on the layers below; None if there are none."""
-    digest, some = hashlib.sha256(), False
-    for number, part in enumerate(model.layers[:layer]):
-        for name, array in tree_flatten(part.parameters()):
-            if "lora_" in name:
-                digest.update(f"{number} {name} {array.shape}".encode())
-                digest.update(np.array(array.astype(mx.float32)).tobytes())
-                some = True
-    return digest.hexdigest() if some else None
-
-
-def describe_frozen(plan: FrozenPlan, frozen: FrozenLayers, missing: int, data: Sequence[TokenTable]) -> str:
-    """What is done about the layers below, in a sentence."""
-    what = f"the {plan.layer} layers below the first trained one are frozen"
-    if frozen.store is None:
-        return f"{what}: their activations are computed for each example by itself, and not kept"
-    there = sum(map(len, data)) - missing
-    share = saved_share(frozen.config, plan, data)
-    assert isinstance(frozen.store, DiskStore)
+def _describe(plan: FrozenPlan, layers: FrozenLayers, splits: tuple[TokenTable, ...]) -> str:
+    if not isinstance(layers.store, DiskStore):
+        return " are computed for each example by itself, and not kept"
+    total = sum(map(len, splits))
     return (
-        f"{what}: their activations are computed once for each example and kept in {frozen.store.folder} "
-        f"(about {format_bytes(plan.size_bytes)}; {there} of {there + missing} examples are there). "
-        f"An epoch then takes about {1 - share:.0%} of its time"
-    )
-
-
-def describe_teacher(plan: FrozenPlan, frozen: FrozenLayers, missing: int, examples: int) -> str:
-    """What is done about a teacher, in a sentence."""
-    if not isinstance(frozen.store, DiskStore):
-        return "the teacher computes its hidden states for each example by itself, and they are not kept"
-    return (
-        f"the teacher's hidden states are computed once for each example and kept in {frozen.store.folder} "
-        f"(about {format_bytes(plan.size_bytes)}; {examples - missing} of {examples} examples are there)"
+        f" are computed once for each example and kept in {layers.store.folder} "
+        f"(about {format_bytes(plan.size_bytes)}; {max(0, total - layers.missing)} of {total} examples are there)"
     )

@@ -61,8 +61,7 @@ def start_adapter(
         adapter = folder.open_adapter(adapter_file)
         return _start_from(model, adapter, lora, seed=seed, where=adapter_file, on_event=on_event)
     base = folder.base_adapter
-    wanted = (lora.fine_tune_type, lora.rank, lora.scale)
-    if base is None or ("lora", base.config.rank, base.config.scale) != wanted:
+    if base is None or not takes_base_adapter(folder, lora):
         if base is not None and folder.active_base_adapter is not None:
             raise ConfigError(
                 "the base model has an active adapter",
@@ -78,6 +77,13 @@ def start_adapter(
     add_adapter(model, form, seed=seed)
     _set_values(model, base, lora, seed=seed, where=folder.path / BASE_ADAPTER, on_event=on_event)
     return form
+
+
+def takes_base_adapter(folder: ModelFolder, lora: LoRAConfig) -> bool:
+    """Whether training starts from the base model's own adapter: it has one, in the form wanted."""
+    base = folder.base_adapter
+    wanted = (lora.fine_tune_type, lora.rank, lora.scale)
+    return base is not None and ("lora", base.config.rank, base.config.scale) == wanted
 
 
 def _set_values(

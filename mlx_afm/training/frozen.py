@@ -139,12 +139,16 @@ class FrozenLayers:
             digest.update(np.flatnonzero(row.weights[1:]).astype(np.int32).tobytes())
         return digest.digest()
 
-    def expect(self, *splits: Sequence[Tokens]) -> int:
-        """How many of these examples the store lacks; when each of them was there once, the model is let go."""
+    @property
+    def missing(self) -> int:
+        """How many of the expected examples the store still lacks; 0 without a store."""
+        return len(self._missing)
+
+    def expect(self, *splits: Sequence[Tokens]) -> None:
+        """Names the examples that will be asked for; when the store has them all, the model is let go."""
         if self.store is not None:
             keys = {self.key(row) for data in splits for row in data}
             self._missing = {key for key in keys if key not in self.store}
-        return len(self._missing)
 
     def _note_seen(self, key: bytes) -> None:
         """Lets the model go when nothing is missing any more; it is loaded again if that was too early."""

@@ -52,6 +52,7 @@ class RunPlan:
         lora, train: settings.
         layouts: shapes of its largest micro-batches.
         backend: "cpu" or "gpu", where it will run.
+        unloaded_layers: lower layers that are not loaded, see `estimate_training`.
     """
 
     model: AFMConfig
@@ -60,6 +61,7 @@ class RunPlan:
     train: TrainConfig
     layouts: tuple[Layout, ...]
     backend: str
+    unloaded_layers: int = 0
 
     def estimate(self) -> MemoryEstimate:
         """The parts and the peak of the micro-batch that takes most."""
@@ -73,6 +75,7 @@ class RunPlan:
                 grad_checkpoint=self.train.grad_checkpoint,
                 accumulated=self.train.grad_accumulation_steps > 1,
                 backend=self.backend,
+                unloaded_layers=self.unloaded_layers,
             )
             for layout in self.layouts
         )
@@ -117,11 +120,19 @@ def named_base(name: str, model: AFMConfig) -> Base:
     return Base(dtype=dtype, schemes=plan_schemes(quantization, shapes).schemes)
 
 
-def plan_of_folder(folder: ModelFolder, lora: LoRAConfig, train: TrainConfig, layouts: Sequence[Layout]) -> RunPlan:
+def plan_of_folder(
+    folder: ModelFolder, lora: LoRAConfig, train: TrainConfig, layouts: Sequence[Layout], *, unloaded_layers: int = 0
+) -> RunPlan:
     """The run over a model folder, on this machine."""
     layouts = tuple(layouts)
     return RunPlan(
-        model=folder.config, base=base_of(folder), lora=lora, train=train, layouts=layouts, backend=backend()
+        model=folder.config,
+        base=base_of(folder),
+        lora=lora,
+        train=train,
+        layouts=layouts,
+        backend=backend(),
+        unloaded_layers=unloaded_layers,
     )
 
 

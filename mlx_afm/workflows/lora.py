@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,11 @@ from mlx_afm.errors import ConfigError
 from mlx_afm.files import fingerprint_of_files, to_optional_path, to_path, visible
 from mlx_afm.folders import lock_folder
 from mlx_afm.formats.fmadapter import require_adapter_name
-from mlx_afm.model import Model
 from mlx_afm.model_folder import ModelFolder
-from mlx_afm.runs.activation_store import DiskStore
 from mlx_afm.runs.folder import BEST, find_saved_run, require_no_finished_run
-from mlx_afm.runs.frozen import FrozenPlan, adapter_digest, describe_frozen, frozen_layers, plan_frozen, plan_store
+from mlx_afm.runs.frozen import EpochData, frozen_below
 from mlx_afm.runs.hooks import Run, notices, require_prompts
-from mlx_afm.runs.job import AUTO, LoRAJob
+from mlx_afm.runs.job import LoRAJob
 from mlx_afm.runs.lineage import BASE_SOURCE
 from mlx_afm.runs.reports import require_reports
 from mlx_afm.runs.start import start_adapter
@@ -50,41 +48,16 @@ from mlx_afm.training import (
     join_ranks,
 )
 from mlx_afm.training import train as run_training
+from mlx_afm.training.frozen import FrozenLayers
 from mlx_afm.training.hooks import ignore, notes_of
-from mlx_afm.training.step import BatchOf, Loss, batch_loss
+from mlx_afm.training.step import Loss, batch_loss
 from mlx_afm.workflows.estimate import (
     as_event,
-    base_of,
     layouts_of_data,
     machine_memory,
     plan_of_folder,
     require_memory,
 )
-
-FROZEN_SOURCE, TEACHER_SOURCE = "frozen layers", "frozen layers of the teacher"  # among what decides a run
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunInputs:
-    """What a run reads.
-
-    Attributes:
-        job: its settings.
-        splits: those that are read in every epoch.
-        epochs: how often.
-        tokenizer: of the model.
-        frozen: about the layers below the first trained one.
-        teacher: about all layers of the teacher, if there is one.
-        on_event: told of what happens to their activations.
-    """
-
-    job: LoRAJob
-    splits: tuple[TokenTable, ...]
-    epochs: float
-    tokenizer: AFMTokenizer
-    frozen: FrozenPlan
-    teacher: FrozenPlan
-    on_event: Callback
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,19 +65,20 @@ class Objective:
     """What the steps of a run lower, instead of the next token's cross entropy.
 
     Attributes:
-        load: makes the loss, once everything else was found to be right; it is given the run.
+        load: makes the loss, once everything else was found to be right; it is given what the run reads, and a stack
+            for what must be closed when it ends.
         sources: what decides it, by name: recorded with the adapter, and a run is not resumed with others.
         held_bytes: of memory that it holds all along.
         teacher: folder of a model whose final hidden states it needs, or None.
     """
 
-    load: Callable[[RunInputs], Loss]
+    load: Callable[[EpochData, ExitStack], Loss]
     sources: Mapping[str, str] = field(default_factory=dict)
     held_bytes: int = 0
     teacher: ModelFolder | None = None
 
 
-NEXT_TOKEN = Objective(load=lambda run: batch_loss)
+NEXT_TOKEN = Objective(load=lambda run, stack: batch_loss)
 
 
 @dataclass(frozen=True)
@@ -205,35 +179,34 @@ def _train(
     data = _read_data(job, tokenizer, on_event)
     order = DataOrder(data["train"], job.train)
     total_steps = order.total_steps
-    inputs = _inputs(job, folder, ranks, saved, data, tokenizer, order, objective.teacher, on_event)
-    fingerprint = _fingerprint(job, folder, data, objective, inputs)
+    epoch = _epoch_data(job, data, order, tokenizer, on_event)
+    epoch.plan(folder, objective.teacher, saved, ranks)
+    fingerprint = _fingerprint(job, folder, data, objective, epoch)
     if saved is not None:
         require_same_run(saved, fingerprint, job.train, total_steps, where=job.adapter_path)
     ranks.require_same(_facts(fingerprint, total_steps, saved))
     for text in notices(job, saved, total_steps):
         on_event(Notice(text=text))
-    _state_memory(job, folder, data["train"], objective.held_bytes, on_event)
-    frozen = inputs.frozen
-    if frozen.reason is not None:
-        on_event(Notice(text=f"the frozen layers are computed in every step: {frozen.reason}"))
-    model = folder.load_model(layers=range(frozen.layer, folder.config.num_layers) if frozen.layer else None)
-    form = start_adapter(
-        model,
-        folder,
-        job.lora,
-        seed=job.train.seed,
-        adapter_file=job.resume_adapter_file,
-        on_event=on_event if saved is None else ignore,  # a resumed run has its own values
-    )
     snapshot, valid = None if saved is None else saved.snapshot, data.get("valid", ())
     with ExitStack() as stack:
+        below = stack.enter_context(frozen_below(epoch, folder, fingerprint["from"]))
+        lowest = 0 if below is None else below.layer
+        _state_memory(job, folder, data["train"], objective.held_bytes, on_event, below)
+        model = folder.load_model(layers=range(lowest, folder.config.num_layers) if lowest else None)
+        form = start_adapter(
+            model,
+            folder,
+            job.lora,
+            seed=job.train.seed,
+            adapter_file=job.resume_adapter_file,
+            on_event=on_event if saved is None else ignore,  # a resumed run has its own values
+        )
         hooks = Hooks(should_stop=should_stop)
         if ranks.is_main_process:
             system_prompts = trained_system_prompts((example.ids for example in data["train"]), tokenizer)
             tokenizer.system_prompt = default_system_prompt(system_prompts)  # of the sample prompts
             run = Run(job, folder, model, tokenizer, form, fingerprint, total_steps, system_prompts)
             hooks = replace(stack.enter_context(run.hooks(saved, on_event)), should_stop=should_stop)
-        batch_of = stack.enter_context(_frozen_batches(inputs, folder, model)) if frozen.layer else make_batch
         state = run_training(
             model,
             data["train"],
@@ -242,8 +215,8 @@ def _train(
             hooks,
             resume=snapshot,
             ranks=ranks,
-            loss_of=objective.load(inputs),
-            batch_of=batch_of,
+            loss_of=objective.load(epoch, stack),
+            batch_of=make_batch if below is None else below.make_batch,
         )
     ranks.wait()  # until rank 0 has written all there is: a launcher ends the others when the first has ended
     return Trained(
@@ -257,78 +230,16 @@ def _train(
     )
 
 
-def _inputs(
-    job: LoRAJob,
-    folder: ModelFolder,
-    ranks: Ranks,
-    saved: SavedRun | None,
-    data: Mapping[str, TokenTable],
-    tokenizer: AFMTokenizer,
-    order: DataOrder,
-    teacher: ModelFolder | None,
-    on_event: Callback,
-) -> RunInputs:
-    """What the run reads, and what is done about its frozen layers: the same on all ranks, and as it was before."""
-    splits = tuple(table for name, table in data.items() if name != "test")
-    epochs = order.total_steps * job.train.grad_accumulation_steps / len(order.epoch(0))
-    adapter_below = folder.base_adapter is not None or job.resume_adapter_file is not None
-    dtype = base_of(folder).dtype
-    plan = plan_frozen(job, folder.config, splits, dtype=dtype, epochs=epochs, adapter_below=adapter_below)
-    of_teacher = FrozenPlan()
-    if teacher is not None:
-        layers, dtype = teacher.config.num_layers, base_of(teacher).dtype
-        of_teacher = plan_store(job, teacher.config, layers, splits[:1], dtype=dtype, epochs=epochs)
-    if saved is not None and job.frozen_cache == AUTO:
-        plan = _as_before(plan, saved, FROZEN_SOURCE)
-        of_teacher = _as_before(of_teacher, saved, TEACHER_SOURCE)
-    if ranks.any(plan.reason is not None or of_teacher.reason is not None) and ranks.size > 1:
-        plan = FrozenPlan(reason=plan.reason or "another process cannot keep their activations")
-        of_teacher = FrozenPlan()
-    return RunInputs(
+def _epoch_data(
+    job: LoRAJob, data: Mapping[str, TokenTable], order: DataOrder, tokenizer: AFMTokenizer, on_event: Callback
+) -> EpochData:
+    return EpochData(
         job=job,
-        splits=splits,
-        epochs=epochs,
-        tokenizer=tokenizer,
-        frozen=plan,
-        teacher=of_teacher,
+        splits=tuple(data[name] for name in ("train", "valid") if name in data),
+        epochs=order.total_steps * job.train.grad_accumulation_steps / len(order.epoch(0)),
+        prefix_end_id=tokenizer.turn_end_id,
         on_event=on_event,
     )
-
-
-def _as_before(plan: FrozenPlan, saved: SavedRun, source: str) -> FrozenPlan:
-    """The plan, computing in the way in which a saved run has computed so far."""
-    before = saved.fingerprint["from"].get(source)
-    if before is None:
-        return FrozenPlan()
-    return plan if plan.layer else FrozenPlan(layer=int(before.partition(",")[0]))  # the disk has less room now
-
-
-@contextmanager
-def _frozen_batches(inputs: RunInputs, folder: ModelFolder, model: Model) -> Iterator[BatchOf]:
-    """Makes batches with the activations of the frozen layers."""
-    job, plan = inputs.job, inputs.frozen
-    adapter_below = adapter_digest(model, plan.layer)
-
-    def load() -> Model:
-        below = folder.load_model(layers=range(plan.layer))
-        if adapter_below is not None:
-            start_adapter(below, folder, job.lora, seed=job.train.seed, adapter_file=job.resume_adapter_file)
-        below.train()
-        return below
-
-    frozen = frozen_layers(
-        plan,
-        job,
-        folder,
-        adapter_below=adapter_below,
-        load=load,
-        prefix_end_id=inputs.tokenizer.turn_end_id,
-        on_note=notes_of(inputs.on_event),
-    )
-    with closing(frozen.store) if isinstance(frozen.store, DiskStore) else nullcontext():
-        missing = frozen.expect(*inputs.splits)
-        inputs.on_event(Notice(text=describe_frozen(plan, frozen, missing, inputs.splits)))
-        yield frozen.make_batch
 
 
 def _decayed(job: LoRAJob) -> TrainConfig:
@@ -338,13 +249,21 @@ def _decayed(job: LoRAJob) -> TrainConfig:
     return replace(job.train, no_decay=(*job.train.no_decay, ".scales"))
 
 
-def _state_memory(job: LoRAJob, folder: ModelFolder, data: TokenTable, held_bytes: int, on_event: Callback) -> None:
-    """Tells the estimated peak memory.
+def _state_memory(
+    job: LoRAJob,
+    folder: ModelFolder,
+    data: TokenTable,
+    held_bytes: int,
+    on_event: Callback,
+    below: FrozenLayers | None,
+) -> None:
+    """Tells the estimated peak memory; layers whose activations are all there are not loaded.
 
     Raises:
         ConfigError: it is above this machine's memory, and the job does not say to ignore that.
     """
-    plan = plan_of_folder(folder, job.lora, job.train, layouts_of_data(data, job.train))
+    unloaded = 0 if below is None or below.store is None or below.missing else below.layer
+    plan = plan_of_folder(folder, job.lora, job.train, layouts_of_data(data, job.train), unloaded_layers=unloaded)
     told, memory = as_event(plan.estimate()), machine_memory()
     on_event(replace(told, peak_bytes=told.peak_bytes + held_bytes, weights_bytes=told.weights_bytes + held_bytes))
     if not job.ignore_memory:
@@ -352,14 +271,11 @@ def _state_memory(job: LoRAJob, folder: ModelFolder, data: TokenTable, held_byte
 
 
 def _fingerprint(
-    job: LoRAJob, folder: ModelFolder, data: Mapping[str, TokenTable], objective: Objective, inputs: RunInputs
+    job: LoRAJob, folder: ModelFolder, data: Mapping[str, TokenTable], objective: Objective, epoch: EpochData
 ) -> RunFingerprint:
     """What decides where the run goes; see `state.py`."""
     read = {name: table for name, table in data.items() if name != "test"}
-    sources = {**fingerprint_of_data(read), BASE_SOURCE: folder.fingerprint, **objective.sources}
-    for source, plan in ((FROZEN_SOURCE, inputs.frozen), (TEACHER_SOURCE, inputs.teacher)):
-        if plan.layer:
-            sources[source] = f"{plan.layer}, each example by itself"
+    sources = {**fingerprint_of_data(read), BASE_SOURCE: folder.fingerprint, **objective.sources, **epoch.sources}
     if job.resume_adapter_file is not None:
         path = job.resume_adapter_file
         names = [path / CONFIG, path / WEIGHTS] if path.is_dir() and path.suffix != ".fmadapter" else path.rglob("*")

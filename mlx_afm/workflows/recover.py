@@ -21,13 +21,13 @@ from mlx_afm.files import set_paths, sha256_of
 from mlx_afm.folders import lock_folder
 from mlx_afm.model_folder import ModelFolder
 from mlx_afm.runs.folder import BEST
-from mlx_afm.runs.frozen import describe_teacher, frozen_layers
+from mlx_afm.runs.frozen import EpochData, frozen_teacher
 from mlx_afm.runs.job import LoRAJob
-from mlx_afm.training import Callback, Notice, Ranks, join_ranks
+from mlx_afm.training import Callback, Ranks, join_ranks
 from mlx_afm.training.distill import distillation_from
 from mlx_afm.training.hooks import ignore, notes_of
 from mlx_afm.training.step import Loss
-from mlx_afm.workflows.lora import NEXT_TOKEN, Objective, RunInputs, Trained, train
+from mlx_afm.workflows.lora import NEXT_TOKEN, Objective, Trained, train
 
 LOSSES = ("distill", "next-token")
 
@@ -141,17 +141,8 @@ def _objective(trained: ModelFolder, teacher: Path) -> Objective:
     return Objective(load=partial(_distillation, folder), sources=sources, held_bytes=held, teacher=folder)
 
 
-def _distillation(folder: ModelFolder, run: RunInputs) -> Loss:
-    if not run.teacher.layer:
+def _distillation(folder: ModelFolder, epoch: EpochData, stack: ExitStack) -> Loss:
+    layers = stack.enter_context(frozen_teacher(epoch, folder))
+    if layers is None:
         return distillation_from(folder.load_with(None))
-    layers = frozen_layers(
-        run.teacher,
-        run.job,
-        folder,
-        load=lambda: folder.load_with(None),
-        prefix_end_id=run.tokenizer.turn_end_id,
-        on_note=notes_of(run.on_event),
-    )
-    missing = layers.expect(run.splits[0])
-    run.on_event(Notice(text=describe_teacher(run.teacher, layers, missing, len(run.splits[0]))))
     return distillation_from(folder.load_model(layers=range(0)), layers)
