@@ -38,6 +38,7 @@ COMMANDS = {
     "inspect": "Describe a file or folder.",
     "data": "Check, measure, show, split and convert training data.",
     "toolkit": "Apple's toolkit, with its own commands and options.",
+    "cache": "List or delete what is kept on disk to save time.",
     "demo": "Run all steps on the bundled tiny model.",
 }
 

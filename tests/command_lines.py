@@ -63,5 +63,7 @@ def shortest_lines(folder, inputs):
             given["toolkit"],
         ],
         "toolkit train_draft_model": [],
+        "cache list": [],
+        "cache clear": [],
         "demo": ["--out", str(folder)],
     }

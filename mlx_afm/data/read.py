@@ -30,6 +30,7 @@ from mlx_afm.tree import shorten
 
 ARRAYS = ("ids", "weights", "starts", "places")
 META = "meta.json"
+ENCODED = "tokens"  # folder of the cache
 ENCODING = 3  # raise it when the same line becomes other tokens
 KEPT_DAYS = 30
 CACHE_VARIABLE, CACHE_OFF = "MLX_AFM_CACHE", "off"  # with this value nothing encoded is kept
@@ -150,7 +151,7 @@ def _entry(cache: Path, files: Files, tokenizer: AFMTokenizer, config: DataConfi
         return None
     facts = [ENCODING, __version__, asdict(config), source, tokenizer.sha256]
     facts += [[file.name, sha256_of(file)] for file in files]
-    return cache / "tokens" / sha256(json.dumps(facts).encode()).hexdigest()[:32]
+    return cache / ENCODED / sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
 def _load(entry: Path, files: Files) -> TokenTable | None:

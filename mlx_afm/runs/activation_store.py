@@ -20,6 +20,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,8 @@ class DiskStore:
         self._full = False
         self.size_bytes = sum(size_of(path) for path in self.folder.glob(f"*{VALUES}"))
         self._read_indexes()
+        with suppress(OSError):
+            os.utime(self.folder / ABOUT)  # it is used
 
     def __contains__(self, key: bytes) -> bool:
         """Whether the arrays of a key are there."""
@@ -201,6 +204,13 @@ def list_stores(folder: Path) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def remove_unused_stores(folder: Path, days: float) -> None:
+    """Deletes the stores that no run has opened or changed for so many days."""
+    for store in list_stores(folder):
+        if time.time() - store["changed"] > days * 86400:
+            remove_store(folder, store["name"])
 
 
 def remove_store(folder: Path, name: str) -> None:

@@ -13,11 +13,12 @@ from mlx_afm.adapters.config import WHOLE_WEIGHTS
 from mlx_afm.adapters.layers import ALL, chosen_layers
 from mlx_afm.checkpoints.mlx_checkpoint import NORM
 from mlx_afm.data import TokenTable
+from mlx_afm.data.read import KEPT_DAYS
 from mlx_afm.files import format_bytes, free_bytes, parse_bytes
 from mlx_afm.memory import DTYPE_BYTES
 from mlx_afm.model import AFMConfig, Model
 from mlx_afm.model_folder import ModelFolder
-from mlx_afm.runs.activation_store import STORES, DiskStore
+from mlx_afm.runs.activation_store import STORES, DiskStore, remove_unused_stores
 from mlx_afm.runs.job import AUTO, OFF, RECOMPUTE, LoRAJob
 from mlx_afm.runs.start import start_adapter, takes_base_adapter
 from mlx_afm.runs.state import SavedRun
@@ -222,6 +223,7 @@ def _opened(
     if not plan.limit_bytes or run.job.cache is None:
         yield FrozenLayers(folder.config, plan.layer, load, prefix_end_id=run.prefix_end_id)
         return
+    remove_unused_stores(run.job.cache / STORES, KEPT_DAYS)
     store = DiskStore(run.job.cache / STORES, about, plan.limit_bytes, notes_of(run.on_event))
     try:
         yield FrozenLayers(folder.config, plan.layer, load, store, prefix_end_id=run.prefix_end_id)
