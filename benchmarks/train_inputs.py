@@ -44,6 +44,10 @@ def tokenized(data: Path, count: int, system: str | None = None) -> list[tuple[l
     return rows
 
 
+def turn_end_id() -> int:
+    return AFMTokenizer.from_file(ASSETS / "tokenizer.model").turn_end_id
+
+
 def system_prompt(data: Path) -> str:
     """Sentences of the data, until the system turn has 300 tokens."""
     text, lines = "Answer with one shell command.", iter(data.read_text(encoding="utf-8").splitlines())

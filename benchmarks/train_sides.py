@@ -2,7 +2,7 @@
 
                                         ->  {"steps": 40, "warm_up": [0, 7]}   of its own accord
     {"do": "run", "steps": [0, 1, 2]}   ->  {"seconds": [...], "cpu_seconds": [...], "losses": [...]}
-    {"do": "peak"}                      ->  {"mlx_peak_bytes": ...}
+    {"do": "peak"}                      ->  {"mlx_peak_bytes": ...}, and counts anew
 
 A side is a list of steps, and which of them to run before timing: one of each shape if it compiles. mlx-lm's are
 those of its `train`: `default_loss`, compiled with its state, its own batches, the cache cleared after every step as
@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.optimizers as optimizers
@@ -62,6 +63,46 @@ def ours(spec: dict) -> tuple[list[Step], list[int]]:
     return [partial(step, indices) for indices in plan], [0]
 
 
+def ours_frozen(spec: dict) -> tuple[list[Step], list[int]]:
+    """The last layers only, over a store of what those below give; steps of all epochs."""
+    from mlx_afm.adapters import LoRAConfig, add_adapter
+    from mlx_afm.data import Tokens, plan_batches
+    from mlx_afm.model import AFMConfig, Model
+    from mlx_afm.runs.activation_store import DiskStore
+    from mlx_afm.training.frozen import FrozenLayers, first_trained_layer
+    from mlx_afm.training.step import train_step
+
+    def load() -> Model:  # weights are read when they are used
+        model = Model(AFMConfig(**spec["config"]))
+        model.load_weights(spec["weights"])
+        model.train()
+        return model
+
+    model = load()
+    add_adapter(model, LoRAConfig(rank=spec["rank"], scale=spec["scale"], layers=f"last-{spec['num_layers']}"))
+    mx.eval(model.trainable_parameters())
+    model.train()
+    optimizer = optimizers.Adam(learning_rate=1e-4)
+    data = []
+    for number, (ids, first) in enumerate(read_rows(spec["rows"]), 1):
+        weights = (np.arange(len(ids)) >= first).astype(np.float32)
+        data.append(Tokens(ids, weights, f"line {number}"))
+    store = DiskStore(Path(spec["store"]), {"weights": spec["weights"]}, 1 << 40, print)
+    frozen = FrozenLayers(model.args, first_trained_layer(model), load, store, prefix_end_id=spec["prefix_end_id"])
+    frozen.expect(data)
+    lengths = [len(row) for row in data]
+
+    def step(indices: Sequence[int]) -> float:
+        batch = frozen.make_batch([data[index] for index in indices])
+        result = train_step(model, optimizer, [batch], clip_norm=1.0)
+        return result.loss / result.tokens
+
+    plans = [
+        plan_batches(lengths, spec["batching"]["batch_size"], seed=0, epoch=epoch) for epoch in range(spec["epochs"])
+    ]
+    return [partial(step, indices) for plan in plans for indices in plan], []
+
+
 def mlx_lm(spec: dict) -> tuple[list[Step], list[int]]:
     import mlx.nn as nn
     from mlx_lm.models import afm7
@@ -72,7 +113,9 @@ def mlx_lm(spec: dict) -> tuple[list[Step], list[int]]:
     model.load_weights(spec["weights"])
     mx.eval(model.parameters())
     model.freeze()
-    linear_to_lora_layers(model, len(model.layers), {"rank": spec["rank"], "scale": spec["scale"], "dropout": 0.0})
+    linear_to_lora_layers(
+        model, spec.get("num_layers", len(model.layers)), {"rank": spec["rank"], "scale": spec["scale"], "dropout": 0.0}
+    )
     model.train()
     optimizer = optimizers.Adam(learning_rate=1e-4)
     loss_and_grad = nn.value_and_grad(model, default_loss)
@@ -100,6 +143,7 @@ def mlx_lm(spec: dict) -> tuple[list[Step], list[int]]:
             mx.clear_cache()
         return loss.item()
 
+    batches = batches * spec.get("epochs", 1)
     shapes = {batch.shape: index for index, (batch, _) in enumerate(batches)}
     return [partial(step, batch) for batch in batches], sorted(shapes.values())
 
@@ -113,13 +157,14 @@ def timed(step: Step) -> tuple[float, float, float]:
 
 def main() -> None:
     spec = json.loads(sys.argv[1])
-    steps, warm_up = {"ours": ours, "mlx-lm": mlx_lm}[spec["side"]](spec)
+    steps, warm_up = {"ours": ours_frozen if "store" in spec else ours, "mlx-lm": mlx_lm}[spec["side"]](spec)
     mx.reset_peak_memory()
     print(json.dumps({"steps": len(steps), "warm_up": warm_up}), flush=True)
     for line in sys.stdin:
         order = json.loads(line)
         if order["do"] == "peak":
             answer: dict = {"mlx_peak_bytes": mx.get_peak_memory()}
+            mx.reset_peak_memory()
         else:
             done = [timed(steps[index]) for index in order["steps"]]
             answer = dict(zip(("seconds", "cpu_seconds", "losses"), map(list, zip(*done))))

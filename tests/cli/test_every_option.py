@@ -422,7 +422,8 @@ def test_every_option_is_tried_in_one_of_these_ways():
         ("toolkit generate", "prompt"), ("toolkit train_adapter", "activation_checkpointing"),
         ("toolkit train_adapter", "compile_model"), ("toolkit train_adapter", "fixed_sized_sequences"),
         ("toolkit train_adapter", "pack_sequences"), ("toolkit train_adapter", "precision"),
-        *((name, option) for name in ("lora", "recover") for option in ("ignore_memory", "project_name", "frozen_cache")),
+        *((name, option) for name in ("lora", "recover") for option in ("ignore_memory", "project_name")),
+        ("lora", "frozen_cache"), ("recover", "frozen_cache"),
         ("cache clear", "older_than"),
         *(("estimate", option) for option in CHECKED_ONLY),
     }  # fmt: skip
