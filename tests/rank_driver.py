@@ -152,6 +152,13 @@ def stopped(folder: Path) -> None:
     lost(folder, signal.SIGSTOP, 4.0)
 
 
+def frozen(folder: Path) -> None:
+    """A run over kept activations, one that finds them, and one that keeps none."""
+    for name, mode in (("kept", "auto"), ("found", "auto"), ("recomputed", "recompute")):
+        few = LoRAConfig(rank=4, layers="last-1")
+        train_folder(job(folder, name, lora=few, frozen_cache=mode, train=replace(JOB_CONFIG, iters=None, epochs=3)))
+
+
 def patient(folder: Path) -> None:
     """One that nobody meets."""
     join_ranks(2.0)
@@ -159,7 +166,7 @@ def patient(folder: Path) -> None:
 
 SCENARIOS = {
     run.__name__: run
-    for run in (same, sums, not_finite, left_and_resumed, disagreeing, whole, resumed, lost, stopped, patient)
+    for run in (same, sums, not_finite, left_and_resumed, disagreeing, whole, resumed, lost, stopped, frozen, patient)
 }
 
 

@@ -23,6 +23,7 @@ from rank_driver import BASE, LIMIT_SECONDS, SAME, examples, free_ports, run_ran
 
 import mlx_afm
 from mlx_afm.errors import ConfigError, DistributedError
+from mlx_afm.runs.activation_store import STORES, list_stores
 from mlx_afm.runs.state import STATE, read_state
 from mlx_afm.training import DataOrder, Ranks, distributed, join_ranks
 from mlx_afm.training.distributed import ALONE, launched_size, shard
@@ -198,6 +199,15 @@ def test_one_asked_to_stop_stops_all_and_resuming_is_exact(folder):
         assert (folder / "left" / part).read_bytes() == (folder / "whole 0" / part).read_bytes()
     assert metrics_without_times(folder / "left") == metrics_without_times(folder / "whole 0")
     assert not list(folder.rglob("*.part*"))
+
+
+@pytest.mark.slow
+def test_what_the_ranks_keep_of_frozen_layers_is_what_they_compute(folder):
+    require_ends(run_ranks("frozen", folder), 0, 0)
+    written = [(folder / name / "adapters.safetensors").read_bytes() for name in ("kept", "found", "recomputed")]
+    assert written[0] == written[1] == written[2]
+    (store,) = list_stores(folder / "cache" / STORES)
+    assert len(list((folder / "cache" / STORES / store["name"]).glob("*.values"))) == 2, "one of each rank"
 
 
 @pytest.mark.slow
