@@ -248,7 +248,7 @@ def test_before_there_is_anything_to_save_one_signal_is_enough(
     from mlx_afm.workflows import lora
 
     plain = lora.ModelFolder.load_model
-    monkeypatch.setattr(lora.ModelFolder, "load_model", lambda folder: os.kill(os.getpid(), number) or plain(folder))
+    monkeypatch.setattr(lora.ModelFolder, "load_model", lambda *a, **k: os.kill(os.getpid(), number) or plain(*a, **k))
     ran = cli("lora", "--train", "--model", model_folder, "--data", data_folder, "--adapter-path", tmp_path / "a")
     assert ran.code == code
     assert not (tmp_path / "a").exists()
