@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,10 +40,12 @@ def read(path: Path) -> list[Tokens]:
     return list(read_tokens((path,), TOKENIZER, READING))
 
 
-def pretrain(data: Path, folder: Path, config: TrainConfig, on_event: Callable[[Event], None]) -> float:
+def pretrain(
+    data: Path, folder: Path, config: TrainConfig, on_event: Callable[[Event], None], sizes: Mapping[str, int] = SIZES
+) -> float:
     """Writes the model folder; returns the validation loss."""
     mx.random.seed(config.seed)
-    model = Model(AFMConfig(vocab_size=AFMTokenizer.from_file(TOKENIZER).vocab_size, **SIZES))
+    model = Model(AFMConfig(vocab_size=AFMTokenizer.from_file(TOKENIZER).vocab_size, **sizes))
     for layer in model.model.layers:
         layer.self_attn.quant_key_scale = mx.array(KEY_RANGE / 127)
         layer.self_attn.quant_value_scale = mx.array(KEY_RANGE / 127)

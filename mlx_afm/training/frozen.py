@@ -28,6 +28,7 @@ from mlx.utils import tree_flatten
 from mlx_afm.data import Batch, Tokens, make_batch
 from mlx_afm.model import Activations, AFMConfig, KVCache, Model
 from mlx_afm.model.cache import from_int8, to_int8
+from mlx_afm.training.state import random_state, set_random_state
 
 Array = npt.NDArray[Any]
 PREFIXES = 4  # whose keys and values are held in memory
@@ -175,8 +176,10 @@ class FrozenLayers:
 
     def _compute(self, row: Tokens) -> list[Array]:
         if self._model is None:
+            random = random_state()  # making a model draws numbers, which dropout above must not miss
             self._model = self._load()
             self._model.freeze()
+            set_random_state(random)
         model, ids = self._model, row.ids[:-1]
         behind = self.layer >= self.config.num_ordinary_layers
         outputs = self._outputs(row)

@@ -82,6 +82,7 @@ CASES = {
     "packed, full": (FULL, PACKED),
     "dora": (replace(REUSE, fine_tune_type="dora"), CONFIG),
     "full": (LoRAConfig(fine_tune_type="full", layers="last-1"), replace(CONFIG, learning_rate=1e-4)),
+    "dropout above": (replace(REUSE, dropout=0.2), CONFIG),
     "checkpointed": (REUSE, replace(CONFIG, grad_checkpoint=True)),
 }
 
