@@ -1,6 +1,8 @@
 """Kills a small training run with SIGKILL at random moments, resumes it until it ends, and compares.
 
-    python tests/kill_driver.py MODEL DATA OUT      one sitting: trains, or goes on with what is in OUT
+    python tests/kill_driver.py MODEL DATA OUT [frozen]      one sitting: trains, or goes on with what is in OUT
+
+With `frozen` the last layer alone is trained, and what the others give is kept beside OUT, for all runs.
 
 A sitting is a process of its own, as a user's is. It says when it begins and before each step, and is killed
 at a random moment after a random step: while it computes, evaluates, or writes any of its files.
@@ -14,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mlx.utils import tree_flatten
@@ -67,9 +69,9 @@ def write_tiny_folders(folder: Path) -> tuple[Path, Path]:
     return model, data
 
 
-def start(model: Path, data: Path, out: Path) -> subprocess.Popen[str]:
+def start(model: Path, data: Path, out: Path, *how: str) -> subprocess.Popen[str]:
     """A sitting that has begun to train."""
-    command = [sys.executable, str(Path(__file__)), *map(str, (model, data, out))]
+    command = [sys.executable, str(Path(__file__)), *map(str, (model, data, out, *how))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline().strip() == READY
@@ -116,21 +118,21 @@ class Pace:
         time.sleep(rng.uniform(0, 1.1 * self.seconds["step" if steps else "start"]))
 
 
-def kill_and_resume(kills: int, folder: Path, *, seed: int = 0, tell=lambda text: None) -> Tally:
+def kill_and_resume(kills: int, folder: Path, *how: str, seed: int = 0, tell=lambda text: None) -> Tally:
     """Kills sittings of a run until there were so many kills, each run being resumed to its end."""
     model, data = write_tiny_folders(folder)
     rng, pace, tally, started = random.Random(seed), Pace(), Tally(), time.perf_counter()
     whole = folder / "whole"
-    assert finish(start(model, data, whole)) == 0
+    assert finish(start(model, data, whole, *how)) == 0
     while tally.kills < kills:
         out = folder / f"run{tally.runs}"
         for _ in range(min(rng.randint(1, MAX_KILLS_PER_RUN), kills - tally.kills)):
-            process = start(model, data, out)
+            process = start(model, data, out, *how)
             pace.wait(process, rng.randint(0, STEPS_BETWEEN_KILLS), rng)
             process.kill()
             tally.kills += finish(process) == -9  # a run that had ended already is none
             tally.unreadable += unreadable_files(out)
-        assert finish(start(model, data, out)) == 0
+        assert finish(start(model, data, out, *how)) == 0
         tally.runs += 1
         different = [part for part in COMPARED if (out / part).read_bytes() != (whole / part).read_bytes()]
         different += [METRICS] * (metrics_without_times(out) != metrics_without_times(whole))
@@ -142,12 +144,23 @@ def kill_and_resume(kills: int, folder: Path, *, seed: int = 0, tell=lambda text
     return tally
 
 
-def sitting(model: Path, data: Path, out: Path) -> None:
+def sitting(model: Path, data: Path, out: Path, how: str = "") -> None:
     """Trains, or goes on with what is there; says so before each step."""
-    job = LoRAJob(model=model, data=data, adapter_path=out, train=CONFIG, lora=FORM, resume=True, cache=None)
+    cache, lora = (out.parent / "cache", replace(FORM, layers="last-1")) if how == "frozen" else (None, FORM)
+    mode = "recompute" if out.name == "whole" else "auto"
+    job = LoRAJob(
+        model=model,
+        data=data,
+        adapter_path=out,
+        train=CONFIG,
+        lora=lora,
+        resume=True,
+        cache=cache,
+        frozen_cache=mode if how else "off",
+    )
     print(READY, flush=True)
     train(job, should_stop=lambda: print("step", flush=True) or False)
 
 
 if __name__ == "__main__":
-    sitting(*map(Path, sys.argv[1:]))
+    sitting(*map(Path, sys.argv[1:4]), *sys.argv[4:])

@@ -4,13 +4,16 @@ import json
 import shutil
 from dataclasses import replace
 
+import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_afm import LoRAConfig, LoRAJob, TrainConfig, train
 from mlx_afm.data.read import cache_folder
 from mlx_afm.errors import ConfigError, SettingError
 from mlx_afm.formats.safetensors_file import read_safetensors
+from mlx_afm.model import Model
 from mlx_afm.model_folder import ModelFolder
 from mlx_afm.quant import QuantConfig
 from mlx_afm.runs.activation_store import STORES, list_stores
@@ -235,3 +238,56 @@ def test_sources_say_how_it_was_computed(run, tmp_path):
     run("kept")
     sources = json.loads((tmp_path / "kept" / "adapter_config.json").read_text())["sources"]
     assert sources["frozen layers"] == "4, each example by itself"
+
+
+@pytest.fixture(scope="module")
+def deep_folder(model_folder, tmp_path_factory):
+    """35 + 21 layers as the real model, width 64, random weights, the demo's tokenizer."""
+    folder = tmp_path_factory.mktemp("deep") / "model"
+    sizes = {"hidden_dim": 64, "num_layers": 56, "num_kv_reuse_layers": 21, "num_heads": 2, "num_kv_heads": 1}
+    config = replace(ModelFolder(model_folder).config, **sizes)
+    mx.random.seed(3)
+    model = Model(config)
+    for layer in model.model.layers:
+        layer.self_attn.quant_key_scale = layer.self_attn.quant_value_scale = mx.array(0.03)
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    shutil.copy(model_folder / "tokenizer.model", folder)
+    return folder
+
+
+DEEP = TrainConfig(iters=50, batch_size=4, learning_rate=1e-3, steps_per_eval=25, save_every=50, steps_per_report=1)
+LAST_16 = LoRAConfig(rank=4, layers="last-16")
+DEEP_CASES = {
+    "last 16": (LAST_16, DEEP, None),
+    "reuse layers": (replace(LAST_16, layers="reuse"), DEEP, None),
+    "from a full layer on": (replace(LAST_16, layers="30-55"), DEEP, None),
+    "dora": (replace(LAST_16, fine_tune_type="dora"), DEEP, None),
+    "full": (LoRAConfig(fine_tune_type="full", layers="last-2"), replace(DEEP, learning_rate=1e-4), None),
+    "packed": (LAST_16, replace(DEEP, batch_tokens=200), None),
+    "from a full layer on, packed": (replace(LAST_16, layers="30-55"), replace(DEEP, batch_tokens=200), None),
+    "4-bit": (LAST_16, DEEP, QuantConfig(bits=4, group_size=32)),
+    "balanced 2-bit": (LAST_16, DEEP, QuantConfig(recipe="apple")),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DEEP_CASES)
+def test_fifty_steps_of_56_layers(run, deep_folder, tmp_path, name):
+    lora, config, quantization = DEEP_CASES[name]
+    folder = deep_folder
+    if quantization is not None:
+        folder = convert(deep_folder, tmp_path / "q", quantization=quantization).folder
+    _, _, plain, _, _ = run("off", "off", lora, config, folder)
+    _, first, kept, _, _ = run("auto", "auto", lora, config, folder)
+    _, again, found, notice, _ = run("again", "auto", lora, config, folder)
+    _, computed, recomputed, _, _ = run("recompute", "recompute", lora, config, folder)
+    assert len(kept) >= 50
+    assert kept == found == recomputed
+    assert equal(first, computed)
+    assert equal(first, again)
+    assert "24 of 24 examples are there" in notice
+    difference = max(abs(one - other) / other for one, other in zip(kept, plain))
+    print(f"{name}: {difference:.1e}")
+    assert_near(kept, plain)
