@@ -13,11 +13,13 @@ import click
 from . import data_options
 from .parameters import PATH
 
+DATA_PLACE = click.option("--data", type=PATH, help="Folder with train/valid/test.jsonl, or one file.")
+SETTINGS = click.option("--config", "-c", type=PATH, help="YAML file with these options; flags win.")
 PLACES = [
     click.option("--model", type=PATH, help="MLX model folder."),
-    click.option("--data", type=PATH, help="Folder with train/valid/test.jsonl, or one file."),
+    DATA_PLACE,
     click.option("--adapter-path", type=PATH, help="Folder for the adapter.  [default: adapters]"),
-    click.option("--config", "-c", type=PATH, help="YAML file with these options; flags win."),
+    SETTINGS,
 ]
 JOBS = [
     click.option("--train", is_flag=True, help="Train."),
@@ -144,6 +146,11 @@ def with_options(function: Callable[..., int]) -> Callable[..., int]:
 def recovery_options(function: Callable[..., int]) -> Callable[..., int]:
     """The function with the options that `mlx-afm recover` shares."""
     return _with(function, [*PLACES, *RESUME, *DATA, *LENGTH, *RATE, *WATCH, *FORM])
+
+
+def draft_options(function: Callable[..., int]) -> Callable[..., int]:
+    """The function with the options that `mlx-afm draft` shares."""
+    return _with(function, [DATA_PLACE, SETTINGS, *RESUME, *DATA, *LENGTH, *RATE, *WATCH])
 
 
 def _with(function: Callable[..., int], options: list[Callable[..., Any]]) -> Callable[..., int]:

@@ -26,6 +26,7 @@ COMMANDS = {
     "convert": "Toolkit folder to MLX folder, and back.",
     "lora": "Train a LoRA adapter, or score one.",
     "recover": "Train an adapter that recovers what quantization lost.",
+    "draft": "Train a draft model that makes answers faster.",
     "estimate": "Estimate the memory of a training run.",
     "plot": "Draw the loss curves of runs.",
     "fuse": "Merge an adapter into the weights.",

@@ -70,7 +70,7 @@ def read_prompt_rows(
         tokenizer: the model's; its `system_prompt` is that of conversations without a system message.
         config: how to answer.
         question: keys that the last message of the user gets, unless it has them.
-        data format, fields: see `mlx_afm.data.data formats.read_record`.
+        data_format, fields: see `mlx_afm.data.data_formats.read_record`.
 
     Raises:
         DataError: lines that are no prompts or leave no room for an answer: all of them.

@@ -78,7 +78,7 @@ class EpochData:
         """Decides about both models, from settings and sizes alone: the same on all ranks, and as a saved run did."""
         self.plans[STUDENT] = _plan_student(self, folder)
         if teacher is not None:
-            self.plans[TEACHER] = _plan_store(self, teacher, teacher.config.num_layers, self.splits[:1])
+            self.plans[TEACHER] = _plan_store(self, teacher, teacher.config.num_layers, self.splits)
         if saved is not None and self.job.frozen_cache == AUTO:
             for name, plan in self.plans.items():
                 self.plans[name] = _as_before(plan, saved.fingerprint["from"].get(name))
@@ -193,16 +193,32 @@ def frozen_below(run: EpochData, folder: ModelFolder, sources: dict[str, str]) -
 
 
 @contextmanager
-def frozen_teacher(run: EpochData, folder: ModelFolder) -> Iterator[FrozenLayers | None]:
-    """All layers of a teacher, in inference, if the run computes them for each example by itself."""
+def frozen_teacher(
+    run: EpochData,
+    folder: ModelFolder,
+    load: Callable[[], Model] | None = None,
+    *,
+    adapter: str | None = None,
+    evaluates: bool = False,
+) -> Iterator[FrozenLayers | None]:
+    """All layers of a teacher, in inference, if the run computes them for each example by itself.
+
+    Args:
+        run: with its plans.
+        folder: of the teacher.
+        load: gives the teacher; by default with its own adapter.
+        adapter: fingerprint of another adapter that it has.
+        evaluates: whether evaluations ask the teacher too.
+    """
     plan = run.plans[TEACHER]
     if not plan.layer:
         yield None
         return
-    about = {"adapter": "its own", "arithmetic": "inference"}
-    with _opened(run, plan, folder, about, lambda: folder.load_with(None)) as layers:
-        layers.expect(run.splits[0])
-        run.on_event(Notice(text="the teacher's hidden states" + _describe(plan, layers, run.splits[:1])))
+    about = {"adapter": adapter or "its own", "arithmetic": "inference"}
+    with _opened(run, plan, folder, about, load or (lambda: folder.load_with(None))) as layers:
+        splits = run.splits if evaluates else run.splits[:1]
+        layers.expect(*splits)
+        run.on_event(Notice(text="the teacher's hidden states" + _describe(plan, layers, splits)))
         yield layers
 
 

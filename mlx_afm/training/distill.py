@@ -5,6 +5,8 @@ Shape suffixes: T tokens, D model width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 
 from mlx_afm.data import Batch
@@ -90,6 +92,28 @@ def _chunk(hidden_TD: mx.array, head: Head, teacher_TV: mx.array, weights_T: mx.
     return loss, gradients[0]
 
 
+def hidden_states_of(teacher: Model, layers: FrozenLayers | None = None) -> Callable[[Batch], mx.array]:
+    """Gives the final hidden states (B, N, D) of a model at the trained positions of a batch.
+
+    Args:
+        teacher: read only; see `distillation_from`.
+        layers: all layers of the teacher, whose activations come from there.
+    """
+    teacher.freeze()
+    teacher.eval()
+
+    def hidden(batch: Batch) -> mx.array:
+        activations = None if layers is None else layers.activations_of(batch)
+        return teacher.hidden(
+            batch.inputs_BL,
+            packing=batch.packing,
+            output_positions=batch.output_positions_BN,
+            activations=activations,
+        )
+
+    return hidden
+
+
 def distillation_from(teacher: Model, layers: FrozenLayers | None = None) -> Loss:
     """A loss for `train`: KL(teacher || model) at the trained positions.
 
@@ -100,17 +124,7 @@ def distillation_from(teacher: Model, layers: FrozenLayers | None = None) -> Los
 
     Cost: a forward pass of the teacher, whose hidden states at trained positions alone are kept.
     """
-    teacher.freeze()
-    teacher.eval()
-
-    def wanted(batch: Batch) -> mx.array:
-        activations = None if layers is None else layers.activations_of(batch)
-        return teacher.hidden(
-            batch.inputs_BL,
-            packing=batch.packing,
-            output_positions=batch.output_positions_BN,
-            activations=activations,
-        )
+    wanted = hidden_states_of(teacher, layers)
 
     def loss_of(model: Model, batch: Batch, grad_checkpoint: bool = False) -> mx.array:
         wanted_BND = wanted(batch)

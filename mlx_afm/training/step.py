@@ -138,21 +138,25 @@ def _number(scalar: mx.array) -> float:
     return float(scalar.item())  # type: ignore[arg-type]
 
 
-def evaluate(model: Model, batches: Iterable[Batch]) -> tuple[float, float]:
+def next_token_loss(model: Model, batch: Batch, grad_checkpoint: bool = False) -> mx.array:
+    """Sum of the weighted losses of a batch, without gradients, evaluated chunk by chunk."""
+    hidden_BND = model.hidden(
+        batch.inputs_BL,
+        packing=batch.packing,
+        output_positions=batch.output_positions_BN,
+        activations=batch.activations,
+    )
+    hidden_TD = hidden_BND.reshape(-1, hidden_BND.shape[-1])
+    return summed_loss(hidden_TD, model.logits, batch.targets_BN.reshape(-1), batch.weights_BN.reshape(-1))
+
+
+def evaluate(model: Model, batches: Iterable[Batch], score_of: Loss = next_token_loss) -> tuple[float, float]:
     """Sum of losses in nats and of target weights over some batches, without dropout."""
     training = model.training
     model.eval()
     loss = tokens = 0.0
     for batch in batches:
-        hidden_BND = model.hidden(
-            batch.inputs_BL,
-            packing=batch.packing,
-            output_positions=batch.output_positions_BN,
-            activations=batch.activations,
-        )
-        hidden_TD = hidden_BND.reshape(-1, hidden_BND.shape[-1])
-        targets_T, weights_T = batch.targets_BN.reshape(-1), batch.weights_BN.reshape(-1)
-        loss += _number(summed_loss(hidden_TD, model.logits, targets_T, weights_T))
+        loss += _number(score_of(model, batch, False))
         tokens += _number(batch.weights_BN.sum())
     model.train(training)
     return loss, tokens
@@ -167,6 +171,7 @@ def evaluate_data(
     ranks: Ranks = ALONE,
     on_batches: OnBatches = lambda done, total: None,
     batch_of: BatchOf = make_batch,
+    score_of: Loss = next_token_loss,
 ) -> tuple[float, float]:
     """Sum of losses (nats) and of target weights over examples, in their order; dealt to the ranks.
 
@@ -174,7 +179,7 @@ def evaluate_data(
     """
     plan = plan_in_order(len(data), batch_size)
     plan = shard(plan if max_batches < 0 else plan[:max_batches], ranks)
-    loss, tokens = ranks.sum_numbers(*evaluate(model, _batches(data, plan, on_batches, batch_of)))
+    loss, tokens = ranks.sum_numbers(*evaluate(model, _batches(data, plan, on_batches, batch_of), score_of))
     return loss, tokens
 
 

@@ -35,7 +35,16 @@ from mlx_afm.training.optimizers import GroupedOptimizer
 from mlx_afm.training.order import DataOrder
 from mlx_afm.training.schedule import learning_rate
 from mlx_afm.training.state import Snapshot, TrainState, Window, random_state, set_random_state
-from mlx_afm.training.step import BatchOf, Loss, StepResult, batch_loss, evaluate_data, require_float32, train_step
+from mlx_afm.training.step import (
+    BatchOf,
+    Loss,
+    StepResult,
+    batch_loss,
+    evaluate_data,
+    next_token_loss,
+    require_float32,
+    train_step,
+)
 from mlx_afm.tree import require_same_tensors
 
 
@@ -50,6 +59,7 @@ def train(
     ranks: Ranks = ALONE,
     loss_of: Loss = batch_loss,
     batch_of: BatchOf = make_batch,
+    score_of: Loss = next_token_loss,
 ) -> TrainState:
     """Trains whatever is trainable in the model, in place.
 
@@ -62,7 +72,8 @@ def train(
             had never been left, bit for bit on a device whose arithmetic repeats (the CPU's does).
         ranks: the processes that train this model together, each given the same; all but rank 0 are silent:
             of their hooks only `should_stop` is called, and all stop if one is asked to.
-        loss_of: what the steps lower; evaluations always tell the next token's cross entropy.
+        loss_of: what the steps lower.
+        score_of: what evaluations tell, and the best is told by.
         batch_of: makes the batch of some examples, for steps and evaluations; see `training.frozen`.
 
     Raises:
@@ -74,7 +85,7 @@ def train(
     require_float32(model)
     if not train_data:
         raise ConfigError("no training examples")
-    run = _Run(model, train_data, valid_data, config, hooks or Hooks(), ranks, loss_of, batch_of)
+    run = _Run(model, train_data, valid_data, config, hooks or Hooks(), ranks, loss_of, batch_of, score_of)
     if resume is None:
         mx.random.seed(config.seed)  # dropout draws from the default stream
     else:
@@ -93,9 +104,10 @@ class _Run:
         ranks: Ranks,
         loss_of: Loss,
         batch_of: BatchOf,
+        score_of: Loss,
     ) -> None:
         self.model, self.config, self.ranks, self.loss_of = model, config, ranks, loss_of
-        self.batch_of = batch_of
+        self.batch_of, self.score_of = batch_of, score_of
         self.hooks = hooks if ranks.is_main_process else Hooks(should_stop=hooks.should_stop)
         self.train_data, self.valid_data = train_data, valid_data
         self.order = DataOrder(train_data, config)
@@ -305,6 +317,7 @@ class _Run:
             ranks=self.ranks,
             on_batches=self._on_batches,
             batch_of=self.batch_of,
+            score_of=self.score_of,
         )
         mean = loss / tokens
         if not math.isfinite(mean):

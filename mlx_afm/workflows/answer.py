@@ -37,7 +37,7 @@ class AnswerJob:
         config: how to answer; prompt n, counted from 0, draws with seed + n.
         batch_size: answered at once.
         system: see `load_for_answers`.
-        data format, fields: see `read_prompt_rows`.
+        data_format, fields: see `read_prompt_rows`.
         response_format: JSON file of what every answer is to follow, see `read_response_format`.
         draft_model: MLX folder of a draft model, or the hub id of one; it proposes tokens to all prompts of a batch.
         num_draft_tokens: how many at a time; None adapts.

@@ -50,7 +50,7 @@ from mlx_afm.training import (
 from mlx_afm.training import train as run_training
 from mlx_afm.training.frozen import FrozenLayers
 from mlx_afm.training.hooks import ignore, notes_of
-from mlx_afm.training.step import Loss, batch_loss
+from mlx_afm.training.step import BatchOf, Loss, batch_loss, next_token_loss
 from mlx_afm.workflows.estimate import (
     as_event,
     layouts_of_data,
@@ -62,23 +62,26 @@ from mlx_afm.workflows.estimate import (
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What the steps of a run lower, instead of the next token's cross entropy.
+    """What a run is about, instead of the next token's cross entropy.
 
     Attributes:
-        load: makes the loss, once everything else was found to be right; it is given what the run reads, and a stack
-            for what must be closed when it ends.
+        load: makes what steps lower and what evaluations tell, once everything else was found to be right; it is given
+            what the run reads, and a stack for what must be closed when it ends.
         sources: what decides it, by name: recorded with the adapter, and a run is not resumed with others.
         held_bytes: of memory that it holds all along.
-        teacher: folder of a model whose final hidden states it needs, or None.
+        teacher: folder of a model whose final hidden states it needs, or None. Its tokenizer is used if the model that
+            is trained has none.
+        batch_of: makes the batch of some examples.
     """
 
-    load: Callable[[EpochData, ExitStack], Loss]
+    load: Callable[[EpochData, ExitStack], tuple[Loss, Loss]]
     sources: Mapping[str, str] = field(default_factory=dict)
     held_bytes: int = 0
     teacher: ModelFolder | None = None
+    batch_of: BatchOf = make_batch
 
 
-NEXT_TOKEN = Objective(load=lambda run, stack: batch_loss)
+NEXT_TOKEN = Objective(load=lambda run, stack: (batch_loss, next_token_loss))
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,7 @@ def _train(
     objective: Objective,
 ) -> Trained:
     """Trains in a folder that is locked, with settings that are checked by themselves."""
-    tokenizer = folder.require_tokenizer()
+    tokenizer = folder.tokenizer or (objective.teacher or folder).require_tokenizer()
     require_prompts(job, tokenizer)
     if not (job.resume or job.overwrite):
         require_no_finished_run(job.adapter_path)
@@ -207,6 +210,7 @@ def _train(
             tokenizer.system_prompt = default_system_prompt(system_prompts)  # of the sample prompts
             run = Run(job, folder, model, tokenizer, form, fingerprint, total_steps, system_prompts)
             hooks = replace(stack.enter_context(run.hooks(saved, on_event)), should_stop=should_stop)
+        loss_of, score_of = objective.load(epoch, stack)
         state = run_training(
             model,
             data["train"],
@@ -215,8 +219,9 @@ def _train(
             hooks,
             resume=snapshot,
             ranks=ranks,
-            loss_of=objective.load(epoch, stack),
-            batch_of=make_batch if below is None else below.make_batch,
+            loss_of=loss_of,
+            score_of=score_of,
+            batch_of=objective.batch_of if below is None else below.make_batch,
         )
     ranks.wait()  # until rank 0 has written all there is: a launcher ends the others when the first has ended
     return Trained(

@@ -26,7 +26,7 @@ from mlx_afm.runs.job import LoRAJob
 from mlx_afm.training import Callback, Ranks, join_ranks
 from mlx_afm.training.distill import distillation_from
 from mlx_afm.training.hooks import ignore, notes_of
-from mlx_afm.training.step import Loss
+from mlx_afm.training.step import Loss, next_token_loss
 from mlx_afm.workflows.lora import NEXT_TOKEN, Objective, Trained, train
 
 LOSSES = ("distill", "next-token")
@@ -141,8 +141,8 @@ def _objective(trained: ModelFolder, teacher: Path) -> Objective:
     return Objective(load=partial(_distillation, folder), sources=sources, held_bytes=held, teacher=folder)
 
 
-def _distillation(folder: ModelFolder, epoch: EpochData, stack: ExitStack) -> Loss:
+def _distillation(folder: ModelFolder, epoch: EpochData, stack: ExitStack) -> tuple[Loss, Loss]:
     layers = stack.enter_context(frozen_teacher(epoch, folder))
     if layers is None:
-        return distillation_from(folder.load_with(None))
-    return distillation_from(folder.load_model(layers=range(0)), layers)
+        return distillation_from(folder.load_with(None)), next_token_loss
+    return distillation_from(folder.load_model(layers=range(0)), layers), next_token_loss
