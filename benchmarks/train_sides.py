@@ -75,7 +75,7 @@ def ours_frozen(spec: dict) -> tuple[list[Step], list[int]]:
     def load() -> Model:  # weights are read when they are used
         model = Model(AFMConfig(**spec["config"]))
         model.load_weights(spec["weights"])
-        model.train()
+        model.eval()
         return model
 
     model = load()

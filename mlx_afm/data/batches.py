@@ -242,15 +242,27 @@ class Batch:
     activations: Activations | None = None
 
 
-def make_batch(rows: Sequence[Tokens]) -> Batch:
+def make_batch(rows: Sequence[Tokens], *, by_outputs: bool = False) -> Batch:
     """The arrays of some examples: padded rows, or one packed row if that holds fewer tokens.
 
     Either way the loss is the sum of the examples' losses, and so is its gradient.
+
+    Args:
+        rows: the examples.
+        by_outputs: compare the numbers of output positions, for layers that compute nothing else.
     """
     packed = pack(rows) if len(rows) > 1 else None
-    if packed is None or len(packed.ids_L) > WORTH_PACKING * len(rows) * (max(map(len, rows)) - 1):
+    if packed is None or not _is_smaller(packed, rows, by_outputs):
         return padded_batch(rows)
     return replace(packed_batch(packed, read_tokens=_read_tokens(rows)), rows=rows, places=packed.places)
+
+
+def _is_smaller(packed: PackedRow, rows: Sequence[Tokens], by_outputs: bool) -> bool:
+    """Whether a packed row is worth it beside padded ones."""
+    if by_outputs:
+        most = max(int(np.count_nonzero(row.weights[1:])) for row in rows)
+        return rounded_up(len(packed.output_positions_T), TARGET_STEP) <= WORTH_PACKING * len(rows) * most
+    return len(packed.ids_L) <= WORTH_PACKING * len(rows) * (max(map(len, rows)) - 1)
 
 
 def padded_batch(rows: Sequence[Tokens]) -> Batch:

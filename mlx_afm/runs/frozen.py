@@ -37,7 +37,7 @@ class FrozenPlan:
     """What is done about the lower layers of a model.
 
     Attributes:
-        layer: how many are frozen and computed for each example by itself; 0 if all are computed with the others.
+        layer: how many are frozen and computed apart from the others; 0 if all are computed with the others.
         limit_bytes: of the store; 0 to keep nothing.
         size_bytes: estimated size of the activations of all examples.
         reason: why they are computed with the others, in words; None if they are not, or nobody would expect it.
@@ -72,7 +72,7 @@ class EpochData:
     @property
     def sources(self) -> dict[str, str]:
         """What of the plans decides the numbers of a run; whether something is kept does not."""
-        return {name: f"{plan.layer}, each example by itself" for name, plan in self.plans.items() if plan.layer}
+        return {name: f"{plan.layer}, in groups by length" for name, plan in self.plans.items() if plan.layer}
 
     def plan(self, folder: ModelFolder, teacher: ModelFolder | None, saved: SavedRun | None, ranks: Ranks) -> None:
         """Decides about both models, from settings and sizes alone: the same on all ranks, and as a saved run did."""
@@ -180,7 +180,7 @@ def frozen_below(run: EpochData, folder: ModelFolder, sources: dict[str, str]) -
         below = folder.load_model(layers=range(plan.layer))
         if adapter is not None:
             start_adapter(below, folder, job.lora, seed=job.train.seed, adapter_file=job.resume_adapter_file)
-        below.train()
+        below.eval()
         return below
 
     about = {"adapter": adapter, "adapter file": sources.get("adapter to start from")}
@@ -201,7 +201,7 @@ def frozen_teacher(
     adapter: str | None = None,
     evaluates: bool = False,
 ) -> Iterator[FrozenLayers | None]:
-    """All layers of a teacher, in inference, if the run computes them for each example by itself.
+    """All layers of a teacher, in inference, if the run computes them apart.
 
     Args:
         run: with its plans.
@@ -249,7 +249,7 @@ def _opened(
 
 def _describe(plan: FrozenPlan, layers: FrozenLayers, splits: tuple[TokenTable, ...]) -> str:
     if not isinstance(layers.store, DiskStore):
-        return " are computed for each example by itself, and not kept"
+        return " are computed in every step, and not kept"
     total = sum(map(len, splits))
     return (
         f" are computed once for each example and kept in {layers.store.folder} "

@@ -1,8 +1,8 @@
 """Activations behind frozen layers, computed once for each example.
 
 Layers below the first trained one give the same for an example in every epoch. `FrozenLayers` computes that once and
-asks a store for it from then on. Every example is computed alone, in the same pieces, so that what the store holds
-depends on nothing but the example and the layers: not on seed, order, packing or the other examples.
+asks a store for it from then on. Examples are computed in groups of a few, which follow from the data alone: not from
+seed, epoch or packing. So a run over a store and one that keeps nothing have the same bits.
 
 Of an example is kept, in the model's dtype,
     before the last ordinary layer     the residual stream at all tokens that are read
@@ -25,13 +25,14 @@ import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_flatten
 
-from mlx_afm.data import Batch, Tokens, make_batch
+from mlx_afm.data import Batch, Tokens, make_batch, padded_batch
 from mlx_afm.model import Activations, AFMConfig, KVCache, Model
 from mlx_afm.model.cache import from_int8, to_int8
 from mlx_afm.training.state import random_state, set_random_state
 
 Array = npt.NDArray[Any]
 PREFIXES = 4  # whose keys and values are held in memory
+GROUP, GROUP_TOKENS = 4, 2048  # most examples of a group, and most tokens with their padding
 
 
 class ActivationStore(Protocol):
@@ -53,6 +54,7 @@ class _Prefix:
 
     caches: list[KVCache]
     x_TD: mx.array | None
+    length: int
 
 
 def first_trained_layer(model: Model) -> int:
@@ -79,7 +81,7 @@ class FrozenLayers:
             compute. It is called when an example is missing.
         store: keeps activations; None computes them every time.
         prefix_end_id: the token that ends the beginning which many examples share, the system turn; its keys and
-            values are computed once for the examples that follow each other with the same.
+            values are computed once for the groups that follow each other with the same.
 
     Attributes:
         computed, found: how many examples were computed, and how many the store had.
@@ -99,6 +101,7 @@ class FrozenLayers:
         self._model: Model | None = None
         self._prefixes: dict[bytes, _Prefix] = {}
         self._missing: set[bytes] = set()  # of those that `expect` was given
+        self._groups: dict[bytes, tuple[Sequence[Tokens], tuple[int, ...]]] = {}  # by what names an example
         self.computed = self.found = 0
 
     @property
@@ -108,7 +111,7 @@ class FrozenLayers:
 
     def make_batch(self, rows: Sequence[Tokens]) -> Batch:
         """The batch of some examples, with their activations; takes the place of `make_batch`."""
-        batch = make_batch(rows)
+        batch = make_batch(rows, by_outputs=self.keeps_keys)
         return replace(batch, activations=self.activations_of(batch))
 
     def activations_of(self, batch: Batch) -> Activations:
@@ -134,6 +137,14 @@ class FrozenLayers:
         return Activations(self.layer, x_BND, *held)
 
     def key(self, row: Tokens) -> bytes:
+        """What an example is kept by: what names it, and the group that it is computed in."""
+        own = self._name(row)
+        digest = hashlib.sha256(own)
+        for member in self._group(own, row):
+            digest.update(self._name(member))
+        return digest.digest()
+
+    def _name(self, row: Tokens) -> bytes:
         """What names an example: its tokens, and which of them are trained where only those are kept."""
         digest = hashlib.sha256(np.ascontiguousarray(row.ids[:-1], np.int32).tobytes())
         if self.layer >= self.config.num_ordinary_layers:
@@ -146,10 +157,22 @@ class FrozenLayers:
         return len(self._missing)
 
     def expect(self, *splits: Sequence[Tokens]) -> None:
-        """Names the examples that will be asked for; when the store has them all, the model is let go."""
+        """Names the examples that will be asked for, and groups those of a split by their lengths.
+
+        When the store has them all, the model is let go.
+        """
+        for data in splits:
+            self._groups = _grouped(data, self._name) | self._groups
         if self.store is not None:
             keys = {self.key(row) for data in splits for row in data}
             self._missing = {key for key in keys if key not in self.store}
+
+    def _group(self, name: bytes, row: Tokens) -> list[Tokens]:
+        """The examples that are computed with one; itself alone if nobody expected it."""
+        if name not in self._groups:
+            return [row]
+        data, indices = self._groups[name]
+        return [data[index] for index in indices]
 
     def _note_seen(self, key: bytes) -> None:
         """Lets the model go when nothing is missing any more; it is loaded again if that was too early."""
@@ -166,39 +189,67 @@ class FrozenLayers:
         if kept is not None:
             self.found += 1
         else:
-            self.computed += 1
-            kept = self._compute(row)
-            if self.store is not None:
-                self.store.put(key, kept)
+            kept = self._computed(row, key)
         if self._missing:
             self._note_seen(key)
         return kept
 
-    def _compute(self, row: Tokens) -> list[Array]:
+    def _computed(self, row: Tokens, key: bytes) -> list[Array]:
+        """The arrays of an example; those of its group are kept as well."""
+        name = self._name(row)
+        group = self._group(name, row)
+        names = [self._name(member) for member in group]
+        arrays = self._compute(group)
+        self.computed += 1
+        if self.store is not None:
+            for member, found in zip(group, arrays):
+                other = self.key(member)
+                if other not in self.store:
+                    self.store.put(other, found)
+        return arrays[names.index(name)]
+
+    def _compute(self, group: Sequence[Tokens]) -> list[list[Array]]:
         if self._model is None:
             random = random_state()  # making a model draws numbers, which dropout above must not miss
             self._model = self._load()
             self._model.freeze()
             set_random_state(random)
-        model, ids = self._model, row.ids[:-1]
-        behind = self.layer >= self.config.num_ordinary_layers
-        outputs = self._outputs(row)
-        start = self._shared(ids, outputs[0])
-        prefix = self._prefix(model, ids[:start])
-        caches = [cache.copy() for cache in prefix.caches]
-        wanted = mx.array(outputs[None] - start) if behind else None
-        passed = model.activations(mx.array(ids[None, start:]), self.layer, cache=caches, output_positions=wanted)
-        x_TD = passed.x[0]
-        if not behind and prefix.x_TD is not None:
-            x_TD = mx.concatenate([prefix.x_TD, x_TD])
+        model, behind = self._model, self.layer >= self.config.num_ordinary_layers
+        outputs = [self._outputs(row) for row in group]
+        start = self._shared([row.ids[:-1] for row in group], min(int(output[0]) for output in outputs))
+        prefix = self._prefix(model, group[0].ids[:start])
+        batch = padded_batch(group)
+        caches = [type(cache).merge([cache] * len(group)) for cache in prefix.caches]
+        width = max(map(len, outputs))
+        wanted = np.stack([np.pad(output, (0, width - len(output)), mode="edge") for output in outputs]) - start
+        passed = model.activations(
+            batch.inputs_BL[:, start:],
+            self.layer,
+            cache=caches,
+            output_positions=mx.array(wanted) if behind else None,
+        )
+        mx.eval(passed.x, *(array for array in (passed.keys, passed.values) if array is not None))
+        return [self._arrays(model, passed, index, row, prefix) for index, row in enumerate(group)]
+
+    def _arrays(self, model: Model, passed: Activations, index: int, row: Tokens, prefix: _Prefix) -> list[Array]:
+        """What is kept of one example of a group."""
+        tokens, behind = len(row) - 1, self.layer >= self.config.num_ordinary_layers
+        if behind:
+            x_TD = passed.x[index, : len(self._outputs(row))]
+        else:
+            x_TD = passed.x[index, : tokens - prefix.length]
+            if prefix.x_TD is not None:
+                x_TD = mx.concatenate([prefix.x_TD, x_TD])
         if not self.keeps_keys:
             return [_to_numpy(x_TD)]
-        k, v = (array[0].transpose(1, 0, 2) for array in (passed.keys, passed.values) if array is not None)
+        pair = [
+            array[index, :, :tokens].transpose(1, 0, 2) for array in (passed.keys, passed.values) if array is not None
+        ]
         if not self.config.kv_quant:
-            return [_to_numpy(x_TD), _to_numpy(k), _to_numpy(v)]
+            return [_to_numpy(x_TD), *map(_to_numpy, pair)]
         last = model.model.layers[-1].self_attn
         steps = mx.stack([last.quant_key_scale, last.quant_value_scale]).astype(mx.float32)
-        numbers = [np.array(to_int8(array, step)) for array, step in zip((k, v), steps)]
+        numbers = [np.array(to_int8(array, step)) for array, step in zip(pair, steps)]
         return [_to_numpy(x_TD), *numbers, np.array(steps)]
 
     def _outputs(self, row: Tokens) -> Array:
@@ -210,12 +261,15 @@ class FrozenLayers:
         """Where the kept rows of the stream belong: all tokens of the example, or its trained positions."""
         return place if self.layer < self.config.num_ordinary_layers else place[self._outputs(row)]
 
-    def _shared(self, ids: Array, first: int) -> int:
-        """How many tokens are computed as a prefix: up to the end of the first turn, before anything trained."""
+    def _shared(self, rows: Sequence[Array], first: int) -> int:
+        """How many tokens are computed as a prefix: the first turn if all have the same, before anything trained."""
         if self._prefix_end_id is None:
             return 0
-        ends = np.flatnonzero(ids[:first] == self._prefix_end_id)
-        return int(ends[0]) + 1 if len(ends) else 0
+        ends = np.flatnonzero(rows[0][:first] == self._prefix_end_id)
+        if not len(ends):
+            return 0
+        count = int(ends[0]) + 1
+        return count if all(np.array_equal(row[:count], rows[0][:count]) for row in rows) else 0
 
     def _prefix(self, model: Model, ids: Array) -> _Prefix:
         key = ids.tobytes()
@@ -226,10 +280,30 @@ class FrozenLayers:
                 last = mx.array([[len(ids) - 1]]) if self.layer >= stop == self.config.num_ordinary_layers else None
                 x_TD = model.activations(mx.array(ids[None]), stop, cache=caches, output_positions=last).x[0]
                 mx.eval(x_TD, [cache.state[:2] for cache in caches if not cache.empty()])
-            found = self._prefixes[key] = _Prefix(caches, x_TD)
+            found = self._prefixes[key] = _Prefix(caches, x_TD, len(ids))
             for old in list(self._prefixes)[:-PREFIXES]:
                 del self._prefixes[old]
         return found
+
+
+def _grouped(
+    data: Sequence[Tokens], name_of: Callable[[Tokens], bytes]
+) -> dict[bytes, tuple[Sequence[Tokens], tuple[int, ...]]]:
+    """The group of each example of a split: neighbours by length, as many as a group may have."""
+    lengths = [len(row) - 1 for row in data]
+    order = sorted(range(len(data)), key=lambda index: (lengths[index], index))
+    groups: list[list[int]] = []
+    for index in order:
+        tokens = lengths[index] * (len(groups[-1]) + 1) if groups else 0
+        if groups and len(groups[-1]) < GROUP and tokens <= GROUP_TOKENS:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    found: dict[bytes, tuple[Sequence[Tokens], tuple[int, ...]]] = {}
+    for group in groups:
+        for index in group:
+            found.setdefault(name_of(data[index]), (data, tuple(group)))
+    return found
 
 
 def _placed(places: Sequence[Array], values: Sequence[Array], tokens: int) -> Array:

@@ -60,7 +60,7 @@ def test_speed_up_and_the_best_number_of_proposals():
         assert best == (0 if max(by_hand) <= 1 else LENGTHS[int(np.argmax(by_hand))])
 
 
-@pytest.mark.parametrize(("length", "cost"), itertools.product((1, 3, 8), (0.01, 0.2, 0.9)))
+@pytest.mark.parametrize(("length", "cost"), list(itertools.product((1, 3, 8), (0.01, 0.2, 0.9))))
 def test_break_even(length, cost):
     chance = break_even(length, cost)
     assert sum(chance**j for j in range(length + 1)) == pytest.approx(1 + length * cost, rel=1e-6)

@@ -100,7 +100,8 @@ def test_kept_and_recomputed_are_the_same_bits_and_near_the_plain_run(run, name)
     assert kept == found == recomputed
     assert equal(first, computed)
     assert equal(first, again)
-    assert_near(kept, losses)
+    if not lora.dropout:  # whose masks depend on how a batch is laid out
+        assert_near(kept, losses)
     assert "24 of 24 examples are there" in notice
     assert plain.keys() == first.keys()
 
@@ -237,7 +238,7 @@ def test_the_cache_is_beside_the_encoded_data(monkeypatch, tmp_path):
 def test_sources_say_how_it_was_computed(run, tmp_path):
     run("kept")
     sources = json.loads((tmp_path / "kept" / "adapter_config.json").read_text())["sources"]
-    assert sources["frozen layers"] == "4, each example by itself"
+    assert sources["frozen layers"] == "4, in groups by length"
 
 
 @pytest.fixture(scope="module")
