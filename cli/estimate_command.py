@@ -80,6 +80,7 @@ def _plan(request: LoraRequest, base: str | None, share: float | None) -> Any:
     """The run that is asked about."""
     from mlx_afm.model import AFMConfig
     from mlx_afm.model_folder import ModelFolder
+    from mlx_afm.runs.frozen import lowest_trained_layer, stored_bytes
     from mlx_afm.workflows import estimate
     from mlx_afm.workflows.lora import read_split
 
@@ -87,9 +88,12 @@ def _plan(request: LoraRequest, base: str | None, share: float | None) -> Any:
     has_model, has_data = job.model != Path(), job.data != Path()
     if has_data and not has_model:
         raise click.UsageError("--data needs --model: its tokenizer")
-    folder = ModelFolder(job.model) if has_model else None
+    folder, stored = ModelFolder(job.model) if has_model else None, 0
     if has_data and folder is not None:
-        layouts = estimate.layouts_of_data(read_split(job, folder.require_tokenizer(), "train"), job.train)
+        data = read_split(job, folder.require_tokenizer(), "train")
+        layouts = estimate.layouts_of_data(data, job.train)
+        layer = lowest_trained_layer(job.lora, folder.config)
+        stored = stored_bytes(folder.config, layer, (data,), estimate.base_of(folder).dtype) if layer else 0
     else:
         share = estimate.TRAINED_SHARE if share is None else share
         layouts = (estimate.layout_by_settings(job.train, job.data_config.max_tokens, share),)
@@ -99,5 +103,11 @@ def _plan(request: LoraRequest, base: str | None, share: float | None) -> Any:
     else:
         held = estimate.base_of(folder)
     return estimate.RunPlan(
-        model=model, base=held, lora=job.lora, train=job.train, layouts=layouts, backend=estimate.backend()
+        model=model,
+        base=held,
+        lora=job.lora,
+        train=job.train,
+        layouts=layouts,
+        backend=estimate.backend(),
+        stored_bytes=stored,
     )

@@ -11,12 +11,12 @@ from .output import json_option
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @json_option
 def command(arguments: tuple[str, ...], as_json: bool) -> None:
-    """Refused: draft models cannot be trained here yet."""
+    """Refused: `mlx-afm draft --loss toolkit` trains draft models, with options of its own."""
     from mlx_afm.errors import ConfigError
 
     raise ConfigError(
-        "draft models cannot be trained yet",
+        "draft models are not trained with the toolkit's options",
         where="train_draft_model",
-        advice="Packages are complete without one. A draft checkpoint trained with Apple's toolkit is exported by "
-        "export_fmadapter --draft-checkpoint.",
+        advice="mlx-afm draft --loss toolkit trains one with the same loss and writes draft-model-final.pt, which "
+        "export_fmadapter --draft-checkpoint takes.",
     )

@@ -32,6 +32,7 @@ def shortest_lines(folder, inputs):
         "convert": ["--hf-path", given["model"], "--mlx-path", str(folder / "new")],
         "lora": ["--train", *model, *training],
         "recover": ["--model", given["codes"], *training, "--loss", "next-token"],
+        "draft": [*model, "--draft-model", given["model"], "--data", given["data"], "--output", str(folder / "draft")],
         "estimate": [],
         "plot": [str(folder / "log")],
         "fuse": [*model, "--adapter-path", adapter, "--save-path", str(folder / "fused")],

@@ -191,20 +191,25 @@ def to_state_dict(
 
 
 def write_torch_checkpoint(
-    source: Path, target: Path, config: ToolkitConfig, state: Mapping[str, LazyTensor], on_bytes: OnBytes
+    source: Path,
+    target: Path,
+    config: ToolkitConfig,
+    state: Mapping[str, LazyTensor],
+    on_bytes: OnBytes,
+    stem: str = "base-model",
 ) -> None:
-    """Writes `base-model.pt` and its JSON, the one the folder `source` came with if there is one.
+    """Writes `base-model.pt` and its JSON, the one the folder `source` came with if there is one; or with another stem.
 
     Raises:
         TensorsError: NaN or infinite weights, all named.
     """
     aliases = {"output_transform.weight": "embedding.weight"}
     finite = finite_while_read(state, where=source)
-    write_torch(target / "base-model.pt", finite, aliases=aliases, on_bytes=on_bytes)
+    write_torch(target / f"{stem}.pt", finite, aliases=aliases, on_bytes=on_bytes)
     if (source / TOOLKIT_CONFIG).is_file():
-        (target / "base-model-config.json").write_bytes((source / TOOLKIT_CONFIG).read_bytes())
+        (target / f"{stem}-config.json").write_bytes((source / TOOLKIT_CONFIG).read_bytes())
     else:
-        write_json(target / "base-model-config.json", to_toolkit_config(config))
+        write_json(target / f"{stem}-config.json", to_toolkit_config(config))
 
 
 def _state_value(

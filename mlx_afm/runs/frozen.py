@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+from mlx_afm.adapters import LoRAConfig
 from mlx_afm.adapters.config import WHOLE_WEIGHTS
 from mlx_afm.adapters.layers import ALL, chosen_layers
 from mlx_afm.checkpoints.mlx_checkpoint import NORM
@@ -94,10 +95,15 @@ def _as_before(plan: FrozenPlan, before: str | None) -> FrozenPlan:
     return plan if plan.layer else FrozenPlan(layer=int(before.partition(",")[0]))  # the disk has less room now
 
 
+def lowest_trained_layer(lora: LoRAConfig, config: AFMConfig) -> int:
+    """How many layers from the bottom an adapter leaves as they are."""
+    if lora.fine_tune_type in WHOLE_WEIGHTS and lora.layers == ALL:
+        return 0  # the embedding is trained
+    return min(chosen_layers(lora.layers, config))
+
+
 def _plan_student(run: EpochData, folder: ModelFolder) -> FrozenPlan:
-    job, layer = run.job, min(chosen_layers(run.job.lora.layers, folder.config))
-    if job.lora.fine_tune_type in WHOLE_WEIGHTS and job.lora.layers == ALL:
-        layer = 0  # the embedding is trained
+    job, layer = run.job, lowest_trained_layer(run.job.lora, folder.config)
     if layer == 0:
         asked = job.frozen_cache not in (AUTO, OFF)
         return FrozenPlan(reason="the lowest layer is trained, so none is frozen" if asked else None)

@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_flatten
@@ -63,12 +62,6 @@ def first_trained_layer(model: Model) -> int:
         return 0
     trained = (number for number, layer in enumerate(model.layers) if tree_flatten(layer.trainable_parameters()))
     return next(trained, model.args.num_layers)
-
-
-def is_random(model: Model, layer: int) -> bool:
-    """Whether a layer below `layer` has dropout, so that it gives something else each time."""
-    modules = (module for part in model.layers[:layer] for module in part.modules())
-    return any(isinstance(module, nn.Dropout) and module._p_1 < 1 for module in modules)
 
 
 class FrozenLayers:

@@ -1,7 +1,8 @@
 """Train a draft model against the target that will serve, and measure how much of what it proposes is accepted.
 
-OUT/                 the run, as `mlx-afm lora` has it
-OUT/model            the trained draft, an MLX folder
+OUT/                       the run, as `mlx-afm lora` has it
+OUT/model                  the trained draft, an MLX folder
+OUT/draft-model-final.pt   the same as a checkpoint of the toolkit, beside its JSON
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from mlx.utils import tree_flatten
 from mlx_afm.adapters import LoRAConfig
 from mlx_afm.adapters.config import WHOLE_WEIGHTS
 from mlx_afm.checkpoints.arrays import from_mlx
-from mlx_afm.checkpoints.mlx_checkpoint import write_config
+from mlx_afm.checkpoints.mlx_checkpoint import to_state_dict, write_config, write_torch_checkpoint
 from mlx_afm.data import make_batch
 from mlx_afm.draft.acceptance import LENGTHS, Acceptance, break_even, measure_acceptance
 from mlx_afm.draft.losses import LOSSES, MEAN_OF_EXAMPLES, draft_loss, rejection_of, same_share
 from mlx_afm.errors import ConfigError, SettingError
-from mlx_afm.files import atomic_folder, fingerprint_of_files, remove, set_paths, visible
+from mlx_afm.files import atomic_folder, fingerprint_of_files, remove, require_space, set_paths, visible
 from mlx_afm.formats.mlx_folder import write_shards
 from mlx_afm.generation.draft_rows import plain_step_seconds
 from mlx_afm.generation.forms import decoder_of
@@ -43,6 +44,7 @@ from mlx_afm.workflows.load import load
 from mlx_afm.workflows.lora import Objective, Trained, read_split, train
 
 MODEL = "model"  # of the run's folder: the trained draft
+FINAL = "draft-model-final"  # stem of its checkpoint
 WHOLE = LoRAConfig(fine_tune_type="full")
 COST_TURNS, PROMPT_TOKENS = 5, 8  # of the times of both models, and known tokens
 
@@ -134,6 +136,8 @@ def train_draft(
     """
     folder, target = ModelFolder(job.run.model), ModelFolder(job.target)
     require_fitting(folder, target)
+    if job.target_adapter is not None:
+        target.open_adapter(job.target_adapter)  # before anything else is read
     run = replace(job.run, model=folder.path)
     objective = Objective(
         load=partial(_losses, job, target),
@@ -150,8 +154,23 @@ def train_draft(
     remove(place)
     best = trained.adapter_path / BEST
     fuse(folder.path, best if best.is_dir() else trained.adapter_path, place)
+    write_checkpoint(place, trained.adapter_path)
     measured = partial(measure_pair, job.target, job.target_adapter, run, on_event=on_event)
     return DraftTrained(trained=trained, folder=place, before=measured(folder.path), after=measured(place))
+
+
+def write_checkpoint(draft: Path, target: Path) -> Path:
+    """Writes a draft's folder as `draft-model-final.pt` with its JSON into another folder, and gives its path.
+
+    Raises:
+        TensorsError: NaN or infinite weights. DiskFullError: not enough space.
+    """
+    folder = ModelFolder(draft)
+    config = folder.toolkit_config
+    state = to_state_dict(config, folder.tensors, folder.observers, None, where=draft)
+    require_space(target, sum(tensor.nbytes for tensor in state.values()))
+    write_torch_checkpoint(draft, target, config, state, lambda count: None, FINAL)
+    return target / f"{FINAL}.pt"
 
 
 def require_fitting(draft: ModelFolder, target: ModelFolder) -> None:

@@ -24,6 +24,7 @@ from mlx_afm.memory import Base, Layout, MemoryEstimate, estimate_training, layo
 from mlx_afm.model import AFMConfig, ToolkitConfig
 from mlx_afm.model_folder import ModelFolder
 from mlx_afm.quant import QuantConfig, plan_schemes
+from mlx_afm.runs.frozen import lowest_trained_layer
 from mlx_afm.training import DataOrder, MemoryEstimated, TrainConfig
 
 USABLE_SHARE = 0.75  # of a Mac's memory, what macOS recommends to the GPU at most; the rest is the system's
@@ -53,6 +54,7 @@ class RunPlan:
         layouts: shapes of its largest micro-batches.
         backend: "cpu" or "gpu", where it will run.
         unloaded_layers: lower layers that are not loaded, see `estimate_training`.
+        stored_bytes: of their activations on disk; 0 if that is not known.
     """
 
     model: AFMConfig
@@ -62,6 +64,7 @@ class RunPlan:
     layouts: tuple[Layout, ...]
     backend: str
     unloaded_layers: int = 0
+    stored_bytes: int = 0
 
     def estimate(self) -> MemoryEstimate:
         """The parts and the peak of the micro-batch that takes most."""
@@ -269,6 +272,11 @@ def report(plan: RunPlan, memory_bytes: int | None, *, mac: bool) -> tuple[dict[
         "tokens": layout.tokens,
         "needed": layout.output_positions,
     }
+    if plan.stored_bytes:
+        layers = lowest_trained_layer(plan.lora, plan.model)
+        kept = replace(plan, unloaded_layers=layers).estimate()
+        found |= {"frozen_layers": layers, "frozen_cache_bytes": plan.stored_bytes}
+        found |= {"peak_bytes_once_kept": kept.peak_bytes}
     if memory_bytes is None:
         return {**found, "ways_to_fit": {}}, None
     limit = memory_bytes * (USABLE_SHARE if mac or plan.backend == "gpu" else 1.0)

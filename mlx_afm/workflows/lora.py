@@ -48,7 +48,7 @@ from mlx_afm.training import (
     join_ranks,
 )
 from mlx_afm.training import train as run_training
-from mlx_afm.training.frozen import FrozenLayers
+from mlx_afm.training.frozen import FrozenLayers, first_trained_layer
 from mlx_afm.training.hooks import ignore, notes_of
 from mlx_afm.training.step import BatchOf, Loss, batch_loss, next_token_loss
 from mlx_afm.workflows.estimate import (
@@ -204,6 +204,7 @@ def _train(
             adapter_file=job.resume_adapter_file,
             on_event=on_event if saved is None else ignore,  # a resumed run has its own values
         )
+        assert first_trained_layer(model) >= lowest, "what is frozen gets no gradient"
         hooks = Hooks(should_stop=should_stop)
         if ranks.is_main_process:
             system_prompts = trained_system_prompts((example.ids for example in data["train"]), tokenizer)

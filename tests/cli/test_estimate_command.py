@@ -1,5 +1,7 @@
 import pytest
 
+from mlx_afm.data import read_tokens
+from mlx_afm.model_folder import ModelFolder
 from mlx_afm.workflows import lora as lora_workflow
 
 PARTS = {"weights", "adapter", "gradients", "optimizer", "activations", "working", "loss", "update", "peak"}
@@ -84,3 +86,15 @@ def test_training_states_its_peak_and_refuses_what_cannot_be(model_folder, data_
     ran = cli(*line, "--ignore-memory")
     assert ran.code == 0
     assert ran.err.index("estimated peak memory") < ran.err.index("training ")
+
+
+def test_what_frozen_layers_take_on_disk_is_told(cli, model_folder, data_folder):
+    line = ["estimate", "--model", model_folder, "--data", data_folder, "--rank", 4, "--json"]
+    assert "frozen_cache_bytes" not in cli(*line).json
+    told = cli(*line, "--layers", "reuse").json
+    config = ModelFolder(model_folder).config
+    data = read_tokens((data_folder / "train.jsonl",), model_folder / "tokenizer.model")
+    read, trained = len(data.ids) - len(data), int(data.trained.sum())
+    assert told["frozen_layers"] == 4
+    assert told["frozen_cache_bytes"] == 4 * config.hidden_dim * trained + 2 * config.kv_dim * read
+    assert told["peak_bytes_once_kept"] < told["peak_bytes"]

@@ -27,6 +27,7 @@ OUTPUTS = {  # paths that are written: what is there afterwards
     "convert": {"target"},
     "lora": {"adapter_path"},
     "recover": {"adapter_path"},
+    "draft": {"output"},
     "plot": {"output"},
     "fuse": {"save_path"},
     "generate": {"output", "prompt_cache_file"},
@@ -386,6 +387,8 @@ def _moved(word, world, folder):
     return str(folder / target.name) if target.parent == place and not target.exists() else word
 
 
+LORAS = {parameter.name for parameter in COMMANDS["lora"].params}
+
 # Options of `lora` that `estimate` takes, so that a line can be reused, and only checks; its help says so.
 CHECKED_ONLY = {
     "use_rslora",
@@ -426,6 +429,8 @@ def test_every_option_is_tried_in_one_of_these_ways():
         ("lora", "frozen_cache"), ("recover", "frozen_cache"),
         ("cache clear", "older_than"),
         *(("estimate", option) for option in CHECKED_ONLY),
+        # `test_draft_command`; the others are those of `lora`.
+        *(("draft", p.name) for p in COMMANDS["draft"].params if p.name in {"init", "loss", "test"} | LORAS),
     }  # fmt: skip
     options = [(name, p) for name, command in COMMANDS.items() for p in command.params]
     every = {(name, p.name) for name, p in options if isinstance(p, click.Option)}

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -49,6 +50,15 @@ def losses_told(job, **more):
     told = []
     done = train_draft(job, told.append, **more)
     return done, [event.loss for event in told if isinstance(event, Evaluated)], told
+
+
+def test_the_checkpoint_of_the_toolkit_is_the_same_model(job, tmp_path):
+    done, _, _ = losses_told(job(config=replace(CONFIG, epochs=1)))
+    checkpoint = tmp_path / "run" / "draft-model-final.pt"
+    back = convert(checkpoint, tmp_path / "back", dtype="float32").folder
+    ours, again = (ModelFolder(folder).load_model() for folder in (done.folder, back))
+    tokens = mx.arange(3, 20)[None]
+    assert mx.array_equal(ours(tokens), again(tokens))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
