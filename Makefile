@@ -10,7 +10,7 @@ demo: $(INSTALLED)
 	$(BIN)/mlx-afm demo --out demo-out
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not parity and not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not parity and not slow and not manual"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -72,6 +72,9 @@ LENGTH = [
         help="Under mlx.launch: how long to wait for the other processes.  [default: 600]",
     ),
 ]
+LORAPLUS = click.option(
+    "--loraplus-ratio", type=float, help="LoRA+: learning rate of lora_b, as a multiple of --learning-rate."
+)
 RATE = [
     click.option("--learning-rate", type=float, help="Peak rate.  [default: 0.001]"),
     click.option(
@@ -88,9 +91,7 @@ RATE = [
         "--no-decay",
         help="Tensors without weight decay: the ends of their names, with commas.  [default: norm.weight,.m]",
     ),
-    click.option(
-        "--loraplus-ratio", type=float, help="LoRA+: learning rate of lora_b, as a multiple of --learning-rate."
-    ),
+    LORAPLUS,
     click.option("--clip-grad-norm", type=float, help="0 for no limit.  [default: 1.0]"),
     click.option(
         "--max-skipped-steps",
@@ -150,7 +151,8 @@ def recovery_options(function: Callable[..., int]) -> Callable[..., int]:
 
 def draft_options(function: Callable[..., int]) -> Callable[..., int]:
     """The function with the options that `mlx-afm draft` shares."""
-    return _with(function, [DATA_PLACE, SETTINGS, *RESUME, *DATA, *LENGTH, *RATE, *WATCH])
+    rate = [option for option in RATE if option is not LORAPLUS]  # of a low-rank adapter
+    return _with(function, [DATA_PLACE, SETTINGS, *RESUME, *DATA, *LENGTH, *rate, *WATCH])
 
 
 def _with(function: Callable[..., int], options: list[Callable[..., Any]]) -> Callable[..., int]:

@@ -63,7 +63,7 @@ def public_methods(member: type) -> Iterator[tuple[str, Any]]:
 
 def entry(name: str) -> str:
     member = getattr(mlx_afm, name)
-    text = f"\n### {name}\n\n```python\n{signature(name, member)}\n```\n\n```text\n{inspect.getdoc(member)}\n```\n"
+    text = f"\n### {name}\n\n```text\n{signature(name, member)}\n```\n\n```text\n{inspect.getdoc(member)}\n```\n"
     if inspect.isclass(member) and not dataclasses.is_dataclass(member):
         for method, function in public_methods(member):
             text += f"\n**{name}.{method}**: {(inspect.getdoc(function) or '').partition(chr(10))[0]}\n"

@@ -30,7 +30,7 @@ Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Acceptance:
+class AcceptanceReport:
     """What of a draft's proposals is accepted on some data, whose answers stand for the text so far.
 
     Attributes:
@@ -100,7 +100,7 @@ def measure_acceptance(
     *,
     batch_size: int = 8,
     on_batches: Callable[[int, int], None] = lambda done, total: None,
-) -> Acceptance:
+) -> AcceptanceReport:
     """Acceptance at the trained positions of some examples.
 
     Args:
@@ -134,7 +134,7 @@ def measure_acceptance(
     return summed_up(sampled, greedy)
 
 
-def summed_up(sampled: Sequence[Floats], greedy: Sequence[Floats]) -> Acceptance:
+def summed_up(sampled: Sequence[Floats], greedy: Sequence[Floats]) -> AcceptanceReport:
     """The figures, from the chances at each position of each answer."""
     rows = []
     for first, end in zip(POSITIONS, (*POSITIONS[1:], None)):
@@ -142,7 +142,7 @@ def summed_up(sampled: Sequence[Floats], greedy: Sequence[Floats]) -> Acceptance
         if parts:
             means = [float(np.concatenate(side).mean()) for side in zip(*parts)]
             rows.append((first, sum(len(part) for part, _ in parts), means[0], means[1]))
-    return Acceptance(
+    return AcceptanceReport(
         tokens=sum(map(len, sampled)),
         sampled=float(np.concatenate(sampled).mean()),
         greedy=float(np.concatenate(greedy).mean()),

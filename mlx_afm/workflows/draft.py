@@ -23,7 +23,7 @@ from mlx_afm.adapters.config import WHOLE_WEIGHTS
 from mlx_afm.checkpoints.arrays import from_mlx
 from mlx_afm.checkpoints.mlx_checkpoint import to_state_dict, write_config, write_torch_checkpoint
 from mlx_afm.data import make_batch
-from mlx_afm.draft.acceptance import LENGTHS, Acceptance, break_even, measure_acceptance
+from mlx_afm.draft.acceptance import LENGTHS, AcceptanceReport, break_even, measure_acceptance
 from mlx_afm.draft.losses import LOSSES, MEAN_OF_EXAMPLES, draft_loss, rejection_of, same_share
 from mlx_afm.errors import ConfigError, SettingError
 from mlx_afm.files import atomic_folder, fingerprint_of_files, remove, require_space, set_paths, visible
@@ -88,7 +88,7 @@ class DraftReport:
         best_length: the number of proposals with the largest; 0 if none pays.
     """
 
-    acceptance: Acceptance
+    acceptance: AcceptanceReport
     cost_ratio: float
     speed_ups: tuple[float, ...]
     break_even: tuple[float, ...]

@@ -102,6 +102,7 @@ BESIDE = {
     ("generate", "batch_size"): ["--prompt", "/nowhere/q.jsonl", "--output", "/nowhere/a.jsonl"],
     ("lora", "sample_tokens"): ["--sample-prompt", "x"],
     ("recover", "sample_tokens"): ["--sample-prompt", "x"],
+    ("draft", "sample_tokens"): ["--sample-prompt", "x"],
 }
 
 

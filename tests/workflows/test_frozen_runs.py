@@ -273,7 +273,7 @@ DEEP_CASES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.manual
 @pytest.mark.parametrize("name", DEEP_CASES)
 def test_fifty_steps_of_56_layers(run, deep_folder, tmp_path, name):
     lora, config, quantization = DEEP_CASES[name]
