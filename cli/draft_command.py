@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .data_options import FIELDS
 from .interrupts import stop_on_signals
 from .lora_options import draft_options
 from .outcome import outcome_of
 from .output import json_option, note, resume_line, show
-from .parameters import PATH, example
+from .parameters import PATH, example, refuse_given
 from .progress import show_event
 from .settings import request_from
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from mlx_afm.workflows.draft import DraftReport
 
 EXAMPLE = "mlx-afm draft --model afm-2bit --draft-model draft-mlx --data my-data --output my-draft"
+MEASURED = {"data", "no_cache", "no_system_prompt", *FIELDS}  # what is read to measure
 SMALL = {"small": (12, 256, 2), "tiny": (4, 128, 2)}  # layers, width, heads
 
 
@@ -73,6 +75,7 @@ def command(
     values = {**flags, "model": draft_model, "adapter_path": output}
     run = request_from(config, {**values, "fine_tune_type": WHOLE.fine_tune_type}).job
     if test:
+        refuse_given(("loss", *(name for name in flags if name not in MEASURED)), "with --test")
         report = measure_pair(model, adapter_path, run, run.model, on_event=show_event)
         _show_report("", report, as_json)
         show(report.to_dict(), True) if as_json else None

@@ -30,7 +30,7 @@ TARGETS = {"convert": "--mlx-path", "fuse": "--save-path", "lora": "--adapter-pa
            "data split": "--out"}  # fmt: skip
 # Options that make a line short and change nothing of what it shows.
 SHORT = {"lora": ["--iters", "1", "--batch-size", "2", "--no-cache"], "recover": ["--iters", "1", "--batch-size", "2"],
-         "generate": ["-m", "2"], "chat": ["-m", "2"]}  # fmt: skip
+         "draft": ["--iters", "2", "--batch-size", "2"], "generate": ["-m", "2"], "chat": ["-m", "2"]}  # fmt: skip
 # What `...` stands for.
 REST = {"lora": "--model afm --train --data mydata --adapter-path again", "export": "--adapter-path myadapter --name x"}
 NOT_HERE = {
@@ -134,6 +134,8 @@ def run_command(line, monkeypatch, capsys, place):
         short = []
     else:
         short = SHORT.get(words[0], [])
+    if words[0] == "draft" and "--test" in words:
+        short = []
     if "qat" in words:
         short = [*short, "--targets", "q,k,v,o,gate,up"]  # the demo's down projection has no multiple of 32 columns
     _clear_target(words, place)

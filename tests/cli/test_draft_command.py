@@ -33,6 +33,7 @@ def test_the_command(cli, start, model_folder, data_folder, tmp_path, monkeypatc
     assert json.loads((tmp_path / "new" / "start" / "config.json").read_text())["num_layers"] == 4
     for wrong, message in (
         (base, "missing --output, --draft-model or --init"),
+        ([*base, "--test", "--draft-model", start, "--iters", 3], "--iters: no effect with --test"),
         ([*line, "--init", "small"], "--init: no effect"),
         ([*base, "--test", "--draft-model", start, "--output", "x"], "--output: no effect with --test"),
     ):
