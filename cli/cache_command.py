@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import click
 
 from mlx_afm.files import format_bytes, to_json
 
 from .output import json_option
 from .parameters import example
+
+if TYPE_CHECKING:
+    from mlx_afm.workflows.cache import CacheEntry
 
 
 @click.group("cache", epilog=example("mlx-afm cache list"))
@@ -42,7 +48,7 @@ def clear(names: tuple[str, ...], older_than: float, as_json: bool) -> None:
     _show(str(cache_folder()), clear_cache(names, older_than), as_json)
 
 
-def _show(folder: str, entries: list, as_json: bool) -> None:  # type: ignore[type-arg]
+def _show(folder: str, entries: Sequence[CacheEntry], as_json: bool) -> None:
     total = sum(entry.size_bytes for entry in entries)
     if as_json:
         rows = [

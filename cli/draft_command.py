@@ -77,8 +77,10 @@ def command(
     if test:
         refuse_given(("loss", *(name for name in flags if name not in MEASURED)), "with --test")
         report = measure_pair(model, adapter_path, run, run.model, on_event=show_event)
-        _show_report("", report, as_json)
-        show(report.to_dict(), True) if as_json else None
+        if as_json:
+            show(report.to_dict(), True)
+        else:
+            _show_report("", report)
         return 0
     job = DraftJob(run=run, target=model, target_adapter=adapter_path, loss=loss)
     ranks = join_ranks(run.train.rank_timeout_seconds)
@@ -101,15 +103,13 @@ def command(
         show({**result, "before": done.before.to_dict(), "after": done.after.to_dict()}, True)
         return 0
     show(result, False)
-    _show_report("before training", done.before, as_json)
-    _show_report("after training", done.after, as_json)
+    _show_report("before training", done.before)
+    _show_report("after training", done.after)
     return 0
 
 
-def _show_report(title: str, report: DraftReport, as_json: bool) -> None:
+def _show_report(title: str, report: DraftReport) -> None:
     """Acceptance by position, and what each number of proposals gives, as two tables."""
-    if as_json:
-        return
     found = report.acceptance
     click.echo(
         f"{title + ': ' if title else ''}acceptance {found.sampled:.1%} sampled, {found.greedy:.1%} greedy, "

@@ -104,7 +104,9 @@ def load_weights(
     expected = {name: tuple(array.shape) for name, array in tree_flatten(model.parameters())}
     found = {name: tensor.shape for name, tensor in tensors.items()}
     require_same_tensors(expected, found, where=folder)
-    wanted = {name for name in tensors if layers is None or (layer_of(name, config) in (None, *layers))}
+    wanted = {
+        name for name in tensors if layers is None or (layer := layer_of(name, config)) is None or layer in layers
+    }
     if lazy:
         small = {n: t for n, t in tensors.items() if n in wanted and (len(t.shape) < 2 or n.endswith(SMALL))}
         require_finite(small, where=folder)

@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_afm.data import Batch, Tokens, padded_batch
-from mlx_afm.draft.losses import acceptance, log_softmax
+from mlx_afm.draft.losses import acceptance, iter_log_probabilities
 from mlx_afm.errors import DataError
 from mlx_afm.model import Model
-from mlx_afm.training.loss import CHUNK_TOKENS, Head
+from mlx_afm.training.loss import Head
 
 LENGTHS = tuple(range(1, 9))  # proposals a pass that are considered
 POSITIONS = (0, 1, 2, 4, 8, 16, 32, 64)  # in an answer, where the table begins a new row
@@ -179,14 +179,10 @@ def _chances(
     draft: Model, batch: Batch, wanted_BND: mx.array, teacher_head: Head
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Chance of acceptance and whether the likeliest tokens are equal, (B, N) each."""
-    hidden_BND = draft.hidden(batch.inputs_BL, packing=batch.packing, output_positions=batch.output_positions_BN)
-    shape = hidden_BND.shape[:2]
-    hidden_TD, wanted_TD = (array.reshape(-1, array.shape[-1]) for array in (hidden_BND, wanted_BND))
     chances, equal = [], []
-    for start in range(0, hidden_TD.shape[0], CHUNK_TOKENS):
-        rows = slice(start, start + CHUNK_TOKENS)
-        log_q, log_p = log_softmax(draft.logits(hidden_TD[rows])), log_softmax(teacher_head(wanted_TD[rows]))
+    for _, log_q, log_p in iter_log_probabilities(draft, batch, wanted_BND, teacher_head):
         chances.append(acceptance(log_q, log_p))
         equal.append(mx.argmax(log_q, axis=-1) == mx.argmax(log_p, axis=-1))
         mx.eval(chances[-1], equal[-1])
+    shape = batch.output_positions_BN.shape
     return np.array(mx.concatenate(chances)).reshape(shape), np.array(mx.concatenate(equal)).reshape(shape)

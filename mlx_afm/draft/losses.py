@@ -16,7 +16,7 @@ Shape suffixes: T tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import mlx.core as mx
@@ -25,6 +25,7 @@ import numpy as np
 from mlx_afm.data import Batch, Tokens
 from mlx_afm.errors import ConfigError
 from mlx_afm.model import Model
+from mlx_afm.training.distill import log_softmax
 from mlx_afm.training.loss import CHUNK_TOKENS, Head
 from mlx_afm.training.step import Loss
 
@@ -72,12 +73,6 @@ LOSSES: dict[str, TokenLoss] = {
     "hybrid": hybrid,
 }
 MEAN_OF_EXAMPLES = {"toolkit"}  # of each example, then over examples; the others over all tokens
-
-
-def log_softmax(logits_TV: mx.array) -> mx.array:
-    """Log probabilities in float32."""
-    wide = logits_TV.astype(mx.float32)
-    return wide - mx.logsumexp(wide, axis=-1, keepdims=True)
 
 
 def chunked_pair_loss(
@@ -172,18 +167,27 @@ def rejection_of(wanted_of: Callable[[Batch], mx.array], teacher_head: Head) -> 
     """What evaluations tell: the weighted sum of 1 - alpha, without a gradient."""
 
     def loss_of(model: Model, batch: Batch, grad_checkpoint: bool = False) -> mx.array:
-        hidden_BND = model.hidden(batch.inputs_BL, packing=batch.packing, output_positions=batch.output_positions_BN)
-        wanted_BND = wanted_of(batch)
-        hidden_TD, wanted_TD = (array.reshape(-1, array.shape[-1]) for array in (hidden_BND, wanted_BND))
         weights_T, total = batch.weights_BN.reshape(-1), mx.array(0.0)
-        for start in range(0, hidden_TD.shape[0], CHUNK_TOKENS):
-            rows = slice(start, start + CHUNK_TOKENS)
-            log_q, log_p = log_softmax(model.logits(hidden_TD[rows])), log_softmax(teacher_head(wanted_TD[rows]))
+        for rows, log_q, log_p in iter_log_probabilities(model, batch, wanted_of(batch), teacher_head):
             total = total + mx.sum((1 - acceptance(log_q, log_p)) * weights_T[rows])
             mx.eval(total)
         return total
 
     return loss_of
+
+
+def iter_log_probabilities(
+    draft: Model, batch: Batch, wanted_BND: mx.array, teacher_head: Head
+) -> Iterator[tuple[slice, mx.array, mx.array]]:
+    """Log q and log p at the output positions of a batch, a chunk of tokens at a time; without a gradient.
+
+    Yields: which tokens (a slice of B * N), log q (t, V), log p (t, V).
+    """
+    hidden_BND = draft.hidden(batch.inputs_BL, packing=batch.packing, output_positions=batch.output_positions_BN)
+    hidden_TD, wanted_TD = (array.reshape(-1, array.shape[-1]) for array in (hidden_BND, wanted_BND))
+    for start in range(0, hidden_TD.shape[0], CHUNK_TOKENS):
+        rows = slice(start, start + CHUNK_TOKENS)
+        yield rows, log_softmax(draft.logits(hidden_TD[rows])), log_softmax(teacher_head(wanted_TD[rows]))
 
 
 def same_share(rows: Sequence[Tokens]) -> list[Tokens]:

@@ -35,7 +35,6 @@ ENTRY = struct.Struct("<32sQQI")
 RESERVE_BYTES = 2 << 30  # of the disk that stay free
 CHECK_BYTES = 64 << 20  # written between two looks at the disk
 REFRESH_SECONDS = 1.0  # between two looks at what other processes wrote
-DTYPES = ("float32", "float16", "uint16", "int8")
 
 Array = npt.NDArray[Any]
 OnNote = Callable[[str], None]
@@ -189,21 +188,24 @@ def list_stores(folder: Path) -> list[dict[str, Any]]:
     """Name, size in bytes, examples, time of last change and `about` of each store in a folder of stores."""
     found = []
     for store in sorted(path for path in folder.glob("*") if (path / ABOUT).is_file()):
-        try:
-            about = read_json(store / ABOUT)
-        except FormatError:
-            about = None
-        files = [path for path in store.iterdir() if path.is_file()]
-        found.append(
-            {
-                "name": store.name,
-                "bytes": sum(size_of(path) for path in files),
-                "examples": sum(size_of(path) // ENTRY.size for path in files if path.suffix == INDEX),
-                "changed": max(path.stat().st_mtime for path in files),
-                "about": about,
-            }
-        )
+        with suppress(FileNotFoundError):  # another process deletes it
+            found.append(_listed(store))
     return found
+
+
+def _listed(store: Path) -> dict[str, Any]:
+    try:
+        about = read_json(store / ABOUT)
+    except FormatError:
+        about = None
+    sizes = {path: path.stat() for path in store.iterdir()}
+    return {
+        "name": store.name,
+        "bytes": sum(facts.st_size for facts in sizes.values()),
+        "examples": sum(facts.st_size // ENTRY.size for path, facts in sizes.items() if path.suffix == INDEX),
+        "changed": max((facts.st_mtime for facts in sizes.values()), default=0.0),
+        "about": about,
+    }
 
 
 def remove_unused_stores(folder: Path, days: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
@@ -21,6 +21,7 @@ from mlx_afm.model import AFMConfig, Model
 from mlx_afm.model_folder import ModelFolder
 from mlx_afm.runs.activation_store import STORES, DiskStore, remove_unused_stores
 from mlx_afm.runs.job import AUTO, OFF, RECOMPUTE, LoRAJob
+from mlx_afm.runs.lineage import START_SOURCE
 from mlx_afm.runs.start import start_adapter, takes_base_adapter
 from mlx_afm.runs.state import SavedRun
 from mlx_afm.training import Callback, Notice, Ranks
@@ -68,24 +69,26 @@ class EpochData:
     epochs: float
     prefix_end_id: int
     on_event: Callback
-    plans: dict[str, FrozenPlan] = field(default_factory=dict)
+    plans: Mapping[str, FrozenPlan] = field(default_factory=dict)
 
     @property
     def sources(self) -> dict[str, str]:
         """What of the plans decides the numbers of a run; whether something is kept does not."""
         return {name: f"{plan.layer}, in groups by length" for name, plan in self.plans.items() if plan.layer}
 
-    def plan(self, folder: ModelFolder, teacher: ModelFolder | None, saved: SavedRun | None, ranks: Ranks) -> None:
-        """Decides about both models, from settings and sizes alone: the same on all ranks, and as a saved run did."""
-        self.plans[STUDENT] = _plan_student(self, folder)
+    def with_plans(
+        self, folder: ModelFolder, teacher: ModelFolder | None, saved: SavedRun | None, ranks: Ranks
+    ) -> EpochData:
+        """The same with plans, made from settings and sizes alone: alike on all ranks, and as a saved run computed."""
+        plans = {STUDENT: _plan_student(self, folder)}
         if teacher is not None:
-            self.plans[TEACHER] = _plan_store(self, teacher, teacher.config.num_layers, self.splits)
-        if saved is not None and self.job.frozen_cache == AUTO:
-            for name, plan in self.plans.items():
-                self.plans[name] = _as_before(plan, saved.fingerprint["from"].get(name))
-        for name, plan in self.plans.items():
+            plans[TEACHER] = _plan_store(self, teacher, teacher.config.num_layers, self.splits)
+        for name, plan in plans.items():
+            if saved is not None and self.job.frozen_cache == AUTO:
+                plans[name] = plan = _as_before(plan, saved.fingerprint["from"].get(name))
             if ranks.size > 1 and ranks.any(plan.reason is not None):
-                self.plans[name] = FrozenPlan(reason=plan.reason or "another process cannot keep their activations")
+                plans[name] = FrozenPlan(reason=plan.reason or "another process cannot keep their activations")
+        return replace(self, plans=plans)
 
 
 def _as_before(plan: FrozenPlan, before: str | None) -> FrozenPlan:
@@ -175,8 +178,7 @@ def frozen_below(run: EpochData, folder: ModelFolder, sources: dict[str, str]) -
         sources: what decides the run: files by their fingerprints.
     """
     job, plan = run.job, run.plans[STUDENT]
-    if plan.reason is not None:
-        run.on_event(Notice(text=f"the lower layers are computed in every step: {plan.reason}"))
+    _tell_reason(run, plan, "the lower layers")
     if not plan.layer:
         yield None
         return
@@ -189,11 +191,11 @@ def frozen_below(run: EpochData, folder: ModelFolder, sources: dict[str, str]) -
         below.eval()
         return below
 
-    about = {"adapter": adapter, "adapter file": sources.get("adapter to start from")}
+    about = {"adapter": adapter, "adapter file": sources.get(START_SOURCE)}
     with _opened(run, plan, folder, about, load) as layers:
         layers.expect(*run.splits)
         what = f"the {plan.layer} layers below the first trained one are frozen: their activations"
-        share = f". An epoch then takes about {remaining_share(folder.config, plan.layer, run.splits):.0%} of its time"
+        share = f". An epoch then takes about {remaining_share(folder.config, plan.layer, run.splits):.0%} of the time"
         run.on_event(Notice(text=what + _describe(plan, layers, run.splits) + (share if plan.limit_bytes else "")))
         yield layers
 
@@ -217,6 +219,7 @@ def frozen_teacher(
         evaluates: whether evaluations ask the teacher too.
     """
     plan = run.plans[TEACHER]
+    _tell_reason(run, plan, "the teacher's hidden states")
     if not plan.layer:
         yield None
         return
@@ -251,6 +254,11 @@ def _opened(
         yield FrozenLayers(folder.config, plan.layer, load, store, prefix_end_id=run.prefix_end_id)
     finally:
         store.close()
+
+
+def _tell_reason(run: EpochData, plan: FrozenPlan, what: str) -> None:
+    if plan.reason is not None:
+        run.on_event(Notice(text=f"{what} are computed in every step: {plan.reason}"))
 
 
 def _describe(plan: FrozenPlan, layers: FrozenLayers, splits: tuple[TokenTable, ...]) -> str:

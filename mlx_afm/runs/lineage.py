@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from mlx_afm._version import __version__
-from mlx_afm.adapters.store import CONFIG
-from mlx_afm.files import read_json
+from mlx_afm.adapters.store import CONFIG, WEIGHTS
+from mlx_afm.files import fingerprint_of_files, read_json, visible
 from mlx_afm.formats.fmadapter import SUFFIX
 from mlx_afm.model_folder import ModelFolder
 
 SOURCES, BASE_SOURCE = "sources", "base model"  # keys of `adapter_config.json`, and of its sources
+START_SOURCE = "adapter to start from"
 SETTINGS = ("fine_tune_type", "lora_parameters", "trained_targets", "trained_layers", "train")
 
 
@@ -45,6 +46,13 @@ def lineage_of(adapter: Path, model: ModelFolder | None) -> dict[str, str]:
         "base_model": base,
     }
     return {name: str(value) for name, value in known.items() if value is not None}
+
+
+def adapter_fingerprint(path: Path) -> str:
+    """SHA-256 that names an adapter of any form by its files; a run's other files do not count."""
+    names = [path / CONFIG, path / WEIGHTS] if path.is_dir() and path.suffix != SUFFIX else path.rglob("*")
+    files = [path] if path.is_file() else [file for file in visible(names) if file.is_file()]
+    return fingerprint_of_files(files)
 
 
 def base_differs(adapter: Path, model: ModelFolder) -> bool:

@@ -19,11 +19,12 @@ from mlx_afm.training.step import Loss
 
 def divergence(student_TV: mx.array, teacher_TV: mx.array, weights_T: mx.array) -> mx.array:
     """Weighted sum of KL(teacher || student) over tokens, in nats, computed in float32 from logits."""
-    student, teacher = _log_softmax(student_TV), _log_softmax(teacher_TV)
+    student, teacher = log_softmax(student_TV), log_softmax(teacher_TV)
     return mx.sum(mx.sum(mx.exp(teacher) * (teacher - student), axis=-1) * weights_T)
 
 
-def _log_softmax(logits_TV: mx.array) -> mx.array:
+def log_softmax(logits_TV: mx.array) -> mx.array:
+    """Log probabilities in float32."""
     wide = logits_TV.astype(mx.float32)
     return wide - mx.logsumexp(wide, axis=-1, keepdims=True)
 
@@ -84,7 +85,7 @@ def chunked_divergence(
 def _chunk(hidden_TD: mx.array, head: Head, teacher_TV: mx.array, weights_T: mx.array) -> tuple[mx.array, mx.array]:
     """Divergence of a chunk and its gradient, (student - teacher) * weight sent back through the head."""
     logits = head(hidden_TD)
-    student, teacher = _log_softmax(logits), _log_softmax(teacher_TV)
+    student, teacher = log_softmax(logits), log_softmax(teacher_TV)
     wanted = mx.exp(teacher)
     loss = mx.sum(mx.sum(wanted * (teacher - student), axis=-1) * weights_T)
     errors = (mx.exp(student) - wanted) * weights_T[:, None]

@@ -48,6 +48,15 @@ class ActivationStore(Protocol):
 
 
 @dataclass(frozen=True)
+class _Group:
+    """Examples of a split that are computed together, and a digest of what names them."""
+
+    data: Sequence[Tokens]
+    indices: tuple[int, ...]
+    digest: bytes
+
+
+@dataclass(frozen=True)
 class _Prefix:
     """What a beginning that many examples share left in the layers."""
 
@@ -94,7 +103,7 @@ class FrozenLayers:
         self._model: Model | None = None
         self._prefixes: dict[bytes, _Prefix] = {}
         self._missing: set[bytes] = set()  # of those that `expect` was given
-        self._groups: dict[bytes, tuple[Sequence[Tokens], tuple[int, ...]]] = {}  # by what names an example
+        self._groups: dict[bytes, _Group] = {}  # by what names an example
         self.computed = self.found = 0
 
     @property
@@ -113,10 +122,10 @@ class FrozenLayers:
         rows, tokens = batch.inputs_BL.shape
         places = [self._stream_places(row, place) for row, place in zip(batch.rows, batch.places)]
         stream = _placed(places, [part[0] for part in parts], rows * tokens)
-        x_BLD = _as_floats(stream).reshape(rows, tokens, -1)
         if self.layer < self.config.num_ordinary_layers:
-            return Activations(self.layer, x_BLD)
-        x_BND = mx.take_along_axis(x_BLD, batch.output_positions_BN[..., None], axis=1)
+            return Activations(self.layer, _as_floats(stream).reshape(rows, tokens, -1))
+        outputs_BN = np.array(batch.output_positions_BN) + tokens * np.arange(rows)[:, None]
+        x_BND = _as_floats(stream[outputs_BN])
         if not self.keeps_keys:
             return Activations(self.layer, x_BND)
         held = []
@@ -131,11 +140,9 @@ class FrozenLayers:
 
     def key(self, row: Tokens) -> bytes:
         """What an example is kept by: what names it, and the group that it is computed in."""
-        own = self._name(row)
-        digest = hashlib.sha256(own)
-        for member in self._group(own, row):
-            digest.update(self._name(member))
-        return digest.digest()
+        name = self._name(row)
+        group = self._groups.get(name)
+        return hashlib.sha256(name + (name if group is None else group.digest)).digest()
 
     def _name(self, row: Tokens) -> bytes:
         """What names an example: its tokens, and which of them are trained where only those are kept."""
@@ -155,17 +162,15 @@ class FrozenLayers:
         When the store has them all, the model is let go.
         """
         for data in splits:
-            self._groups = _grouped(data, self._name) | self._groups
+            self._groups = _grouped(data, [self._name(row) for row in data]) | self._groups
         if self.store is not None:
             keys = {self.key(row) for data in splits for row in data}
             self._missing = {key for key in keys if key not in self.store}
 
     def _group(self, name: bytes, row: Tokens) -> list[Tokens]:
         """The examples that are computed with one; itself alone if nobody expected it."""
-        if name not in self._groups:
-            return [row]
-        data, indices = self._groups[name]
-        return [data[index] for index in indices]
+        group = self._groups.get(name)
+        return [row] if group is None else [group.data[index] for index in group.indices]
 
     def _note_seen(self, key: bytes) -> None:
         """Lets the model go when nothing is missing any more; it is loaded again if that was too early."""
@@ -279,9 +284,7 @@ class FrozenLayers:
         return found
 
 
-def _grouped(
-    data: Sequence[Tokens], name_of: Callable[[Tokens], bytes]
-) -> dict[bytes, tuple[Sequence[Tokens], tuple[int, ...]]]:
+def _grouped(data: Sequence[Tokens], names: Sequence[bytes]) -> dict[bytes, _Group]:
     """The group of each example of a split: neighbours by length, as many as a group may have."""
     lengths = [len(row) - 1 for row in data]
     order = sorted(range(len(data)), key=lambda index: (lengths[index], index))
@@ -292,10 +295,11 @@ def _grouped(
             groups[-1].append(index)
         else:
             groups.append([index])
-    found: dict[bytes, tuple[Sequence[Tokens], tuple[int, ...]]] = {}
-    for group in groups:
-        for index in group:
-            found.setdefault(name_of(data[index]), (data, tuple(group)))
+    found: dict[bytes, _Group] = {}
+    for indices in groups:
+        group = _Group(data, tuple(indices), hashlib.sha256(b"".join(names[index] for index in indices)).digest())
+        for index in indices:
+            found.setdefault(names[index], group)
     return found
 
 

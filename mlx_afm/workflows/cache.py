@@ -69,7 +69,7 @@ def clear_cache(names: Sequence[str] = (), older_than_days: float = 0.0) -> list
         if wrong := [f"{name}: {len(fitting)} entries" for name, fitting in found.items() if len(fitting) != 1]:
             advice = "mlx-afm cache list shows the names."
             raise ConfigError("names of no single entry", where=cache_folder(), advice=advice, details=wrong)
-        chosen = [fitting[0] for fitting in found.values()]
+        chosen = list(dict.fromkeys(fitting[0] for fitting in found.values()))
     chosen = [entry for entry in chosen if entry.days >= older_than_days]
     for entry in chosen:
         remove(entry.path)

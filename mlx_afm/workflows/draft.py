@@ -1,8 +1,9 @@
 """Train a draft model against the target that will serve, and measure how much of what it proposes is accepted.
 
-OUT/                       the run, as `mlx-afm lora` has it
-OUT/model                  the trained draft, an MLX folder
-OUT/draft-model-final.pt   the same as a checkpoint of the toolkit, beside its JSON
+The folder of a run has what a run of `mlx-afm lora` has, and
+
+    model                  the trained draft, an MLX folder
+    draft-model-final.pt   the same as a checkpoint of the toolkit, beside its JSON
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from mlx_afm.adapters.config import WHOLE_WEIGHTS
 from mlx_afm.checkpoints.arrays import from_mlx
 from mlx_afm.checkpoints.mlx_checkpoint import to_state_dict, write_config, write_torch_checkpoint
 from mlx_afm.data import make_batch
+from mlx_afm.data.sources import require_splits
 from mlx_afm.draft.acceptance import LENGTHS, AcceptanceReport, break_even, measure_acceptance
 from mlx_afm.draft.losses import LOSSES, MEAN_OF_EXAMPLES, draft_loss, rejection_of, same_share
 from mlx_afm.errors import ConfigError, SettingError
-from mlx_afm.files import atomic_folder, fingerprint_of_files, remove, require_space, set_paths, visible
+from mlx_afm.files import atomic_folder, remove, require_space, set_paths, to_path
 from mlx_afm.formats.mlx_folder import write_shards
 from mlx_afm.generation.draft_rows import plain_step_seconds
 from mlx_afm.generation.forms import decoder_of
@@ -35,6 +37,7 @@ from mlx_afm.model_folder import ModelFolder
 from mlx_afm.runs.folder import BEST
 from mlx_afm.runs.frozen import EpochData, frozen_teacher
 from mlx_afm.runs.job import LoRAJob
+from mlx_afm.runs.lineage import adapter_fingerprint
 from mlx_afm.training import Callback, StageProgress, join_ranks
 from mlx_afm.training.distill import hidden_states_of
 from mlx_afm.training.hooks import ignore
@@ -112,7 +115,7 @@ class DraftTrained:
     Attributes:
         trained: of the run itself.
         folder: the trained draft's MLX folder; None if the run was interrupted.
-        before, after: of the draft on held-out data (the valid split, else the training data's first examples).
+        before, after: of the draft on held-out data (the valid split, else the training data).
     """
 
     trained: Trained
@@ -204,7 +207,7 @@ def new_draft(
     Raises:
         ConfigError: sizes that do not fit each other, or a folder in the way.
     """
-    base, place = ModelFolder(target), Path(folder)
+    base, place = ModelFolder(target), to_path(folder)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise ConfigError("something is there already", where=place, expected="a new or empty folder")
     config = AFMConfig(
@@ -246,7 +249,7 @@ def measure_pair(
     if tokenizer is None:
         raise ConfigError("the model folder has no tokenizer", where=target)
     small = load(draft)[0]
-    split = "valid" if run.data.is_dir() and list(run.data.glob("valid.*")) else "train"
+    split = "valid" if "valid" in require_splits(run.data) else "train"
     data = read_split(run, tokenizer, split)
 
     def tell(done: int, total: int) -> None:
@@ -283,13 +286,8 @@ def _plain_step(model: Model) -> Callable[[], float]:
 def _sources(job: DraftJob, target: ModelFolder) -> dict[str, str]:
     sources = {"loss": job.loss, "teacher": target.fingerprint}
     if job.target_adapter is not None:
-        sources["adapter of the teacher"] = _fingerprint(job.target_adapter)
+        sources["adapter of the teacher"] = adapter_fingerprint(job.target_adapter)
     return sources
-
-
-def _fingerprint(path: Path) -> str:
-    files = [path] if path.is_file() else [file for file in visible(path.rglob("*")) if file.is_file()]
-    return fingerprint_of_files(files)
 
 
 def _losses(job: DraftJob, target: ModelFolder, epoch: EpochData, stack: ExitStack) -> tuple[Loss, Loss]:
@@ -299,7 +297,7 @@ def _losses(job: DraftJob, target: ModelFolder, epoch: EpochData, stack: ExitSta
     def teacher() -> Model:
         return target.load_with(adapter, where=path)
 
-    known = None if path is None else _fingerprint(path)
+    known = None if path is None else adapter_fingerprint(path)
     layers = stack.enter_context(frozen_teacher(epoch, target, teacher, adapter=known, evaluates=True))
     changes_head = adapter is not None and adapter.config.fine_tune_type in WHOLE_WEIGHTS
     model = teacher() if layers is None or changes_head else target.load_model(layers=range(0))

@@ -11,11 +11,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_afm.adapters.store import CONFIG, WEIGHTS
+from mlx_afm.adapters.store import WEIGHTS
 from mlx_afm.data import DataConfig, TokenTable, make_batch, read_tokens
 from mlx_afm.data.sources import Files, find_unread, require_splits, unread_text
 from mlx_afm.errors import ConfigError
-from mlx_afm.files import fingerprint_of_files, to_optional_path, to_path, visible
+from mlx_afm.files import to_optional_path, to_path
 from mlx_afm.folders import lock_folder
 from mlx_afm.formats.fmadapter import require_adapter_name
 from mlx_afm.model_folder import ModelFolder
@@ -23,7 +23,7 @@ from mlx_afm.runs.folder import BEST, find_saved_run, require_no_finished_run
 from mlx_afm.runs.frozen import EpochData, frozen_below
 from mlx_afm.runs.hooks import Run, notices, require_prompts
 from mlx_afm.runs.job import LoRAJob
-from mlx_afm.runs.lineage import BASE_SOURCE
+from mlx_afm.runs.lineage import BASE_SOURCE, START_SOURCE, adapter_fingerprint
 from mlx_afm.runs.reports import require_reports
 from mlx_afm.runs.start import start_adapter
 from mlx_afm.runs.state import (
@@ -182,8 +182,7 @@ def _train(
     data = _read_data(job, tokenizer, on_event)
     order = DataOrder(data["train"], job.train)
     total_steps = order.total_steps
-    epoch = _epoch_data(job, data, order, tokenizer, on_event)
-    epoch.plan(folder, objective.teacher, saved, ranks)
+    epoch = _epoch_data(job, data, order, tokenizer, on_event).with_plans(folder, objective.teacher, saved, ranks)
     fingerprint = _fingerprint(job, folder, data, objective, epoch)
     if saved is not None:
         require_same_run(saved, fingerprint, job.train, total_steps, where=job.adapter_path)
@@ -283,10 +282,7 @@ def _fingerprint(
     read = {name: table for name, table in data.items() if name != "test"}
     sources = {**fingerprint_of_data(read), BASE_SOURCE: folder.fingerprint, **objective.sources, **epoch.sources}
     if job.resume_adapter_file is not None:
-        path = job.resume_adapter_file
-        names = [path / CONFIG, path / WEIGHTS] if path.is_dir() and path.suffix != ".fmadapter" else path.rglob("*")
-        files = [path] if path.is_file() else [file for file in visible(names) if file.is_file()]
-        sources["adapter to start from"] = fingerprint_of_files(files)
+        sources[START_SOURCE] = adapter_fingerprint(job.resume_adapter_file)
     return run_fingerprint(job.train, job.lora, sources)
 
 

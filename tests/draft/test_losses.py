@@ -12,12 +12,11 @@ from mlx_afm.draft.losses import (
     acceptance,
     chunked_pair_loss,
     draft_loss,
-    log_softmax,
     rejection_of,
     same_share,
 )
 from mlx_afm.errors import ConfigError
-from mlx_afm.training.distill import hidden_states_of
+from mlx_afm.training.distill import hidden_states_of, log_softmax
 from tiny import tiny_model
 
 TOKENS, WIDTH, WORDS, TEACHER = 7, 5, 11, 6
