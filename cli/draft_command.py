@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = "mlx-afm draft --model afm-2bit --draft-model draft-mlx --data my-data --output my-draft"
 MEASURED = {"data", "no_cache", "no_system_prompt", *FIELDS}  # what is read to measure
+START = "start"  # of the run's folder: the draft that --init makes
 SMALL = {"small": (12, 256, 2), "tiny": (4, 128, 2)}  # layers, width, heads
 
 
@@ -55,6 +56,7 @@ def command(
     **flags: Any,
 ) -> int:
     """Train a draft model, so that answers come faster with the same text, and measure what it gains."""
+    from mlx_afm.data.sources import require_splits
     from mlx_afm.training import Event, TrainingResumed, TrainingStarted, join_ranks
     from mlx_afm.workflows.draft import WHOLE, DraftJob, measure_pair, new_draft, train_draft
 
@@ -67,13 +69,12 @@ def command(
         raise click.UsageError("--output: no effect with --test")
     assert model is not None
     output = output or Path()
-    if draft_model is None and init is not None:
-        draft_model = output / "start"
-        if not (draft_model / "config.json").is_file():
-            layers, width, heads = SMALL[init]
-            new_draft(draft_model, model, layers=layers, width=width, heads=heads)
-    values = {**flags, "model": draft_model, "adapter_path": output}
+    values = {**flags, "model": draft_model or output / START, "adapter_path": output}
     run = request_from(config, {**values, "fine_tune_type": WHOLE.fine_tune_type}).job
+    if init is not None and not (run.model / "config.json").is_file():
+        require_splits(run.data)  # before anything is written
+        layers, width, heads = SMALL[init]
+        new_draft(run.model, model, layers=layers, width=width, heads=heads)
     if test:
         refuse_given(("loss", *(name for name in flags if name not in MEASURED)), "with --test")
         report = measure_pair(model, adapter_path, run, run.model, on_event=show_event)

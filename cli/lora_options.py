@@ -27,8 +27,8 @@ JOBS = [
     click.option("--best", is_flag=True, help="With --test: score the run's best adapter, not its last one."),
 ]
 RESUME = [
-    click.option("--resume", is_flag=True, help="Continue the run in --adapter-path."),
-    click.option("--overwrite", is_flag=True, help="Replace a finished run in --adapter-path."),
+    click.option("--resume", is_flag=True, help="Continue the run that is in its folder."),
+    click.option("--overwrite", is_flag=True, help="Replace a finished run that is in its folder."),
 ]
 START = [
     click.option(

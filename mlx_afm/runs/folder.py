@@ -155,7 +155,7 @@ def require_no_finished_run(folder: Path) -> None:
     """
     found = _finished(folder)
     if found is not None:
-        advice = "Choose another --adapter-path, or replace it with --overwrite."
+        advice = "Choose another folder, or replace it with --overwrite."
         raise ConfigError("training would replace what is here", where=folder, found=found, advice=advice)
 
 

@@ -31,6 +31,9 @@ def test_the_command(cli, start, model_folder, data_folder, tmp_path, monkeypatc
     new = cli(*base, "--init", "tiny", "--output", tmp_path / "new", "--iters", 2, "--json")
     assert new.code == 0
     assert json.loads((tmp_path / "new" / "start" / "config.json").read_text())["num_layers"] == 4
+    for more in (["--iters", 0], ["--data", tmp_path / "nowhere"]):
+        assert cli(*base, "--init", "tiny", "--output", tmp_path / "none", *more).code in (1, 2)
+        assert not (tmp_path / "none").exists()
     for wrong, message in (
         (base, "missing --output, --draft-model or --init"),
         ([*base, "--test", "--draft-model", start, "--iters", 3], "--iters: no effect with --test"),
